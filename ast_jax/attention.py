@@ -1,0 +1,90 @@
+"""Scaled dot-product attention: one function, two ways to compute it.
+
+Letters: B batch, N tokens, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("auto", "plain", "heads")
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    implementation: str = "auto",
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    return_weights: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attend with softmax(q kᵀ / sqrt(K)) v; scores and softmax in at least float32.
+
+    Args:
+        query: [B, N, H, K].
+        key: [B, N, H, K].
+        value: [B, N, H, K].
+        mask: [B, N] bool, the keys that may be seen; None for all.
+        implementation: "plain" computes all heads at once; "heads" one after the other, which keeps the scores of one
+            head in the cache and is faster on CPU; "auto" is "heads" where the program is compiled for CPU, else
+            "plain". Attention weights and dropout always take "plain".
+        dropout_rate: share of attention weights set to zero.
+        dropout_key: random key, needed where `dropout_rate` is not 0.
+        return_weights: also return the weights, after dropout.
+
+    Returns:
+        The output [B, N, H, K] and the weights [B, H, N, N] or None.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+    if return_weights or dropout_rate:
+        weights = _weights(query, key, mask)
+        if dropout_rate:
+            keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
+            weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
+        output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+        return output, weights if return_weights else None
+    if implementation == "auto":
+        output = jax.lax.platform_dependent(
+            query, key, value, cpu=functools.partial(_by_heads, mask=mask), default=functools.partial(_plain, mask=mask)
+        )
+    elif implementation == "heads":
+        output = _by_heads(query, key, value, mask)
+    else:
+        output = _plain(query, key, value, mask)
+    return output, None
+
+
+def _weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Return the softmax [B, H, N, N] in at least float32."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=dtype)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)  # the two prefix tokens are never masked
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend in all heads at once."""
+    return jnp.einsum("bhqk,bkhd->bqhd", _weights(query, key, mask).astype(value.dtype), value)
+
+
+def _by_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend head by head, so that only one head's scores exist at a time."""
+
+    def one_head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _plain(*(x[:, :, None] for x in qkv), mask)[:, :, 0]  # [B, N, K]
+
+    heads_first = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))  # 3 × [H, B, N, K]
+    return jnp.moveaxis(jax.lax.map(one_head, heads_first), 0, 2)  # [B, N, H, K]

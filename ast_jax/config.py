@@ -1,0 +1,332 @@
+"""Frozen, hashable descriptions of a model and of the features it hears; Hugging Face's JSON files in and out.
+
+Both classes are plain values: equal when their fields are, usable as static arguments of `jax.jit`. Field names and
+defaults are those of `transformers.ASTConfig` and `transformers.ASTFeatureExtractor`; what transformers does not have
+stands last. JSON keys that are not fields are kept as they came and written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+
+HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "quick_gelu")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+WINDOW_TYPES = ("hanning", "hamming", "povey", "rectangular", "blackman")
+AUDIOSET_CLASSES = 527
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ASTConfig:
+    """What an Audio Spectrogram Transformer looks like (Gong, Chung, Glass 2021, section 2).
+
+    Args:
+        hidden_size: D, width of every token.
+        num_hidden_layers: L, number of transformer blocks.
+        num_attention_heads: H, must divide `hidden_size`.
+        intermediate_size: M, width inside the MLP of a block.
+        hidden_act: activation of the MLP, one of `HIDDEN_ACTS`; "gelu" is the exact erf form.
+        hidden_dropout_prob: dropout after the embeddings, the attention and the MLP, in training only.
+        attention_probs_dropout_prob: dropout on the attention weights, in training only.
+        initializer_range: standard deviation of the tokens and of the classifier in `init`.
+        layer_norm_eps: eps of every LayerNorm (transformers 1e-12, the original repository 1e-6).
+        patch_size: patch side in bins and frames, or the pair (frequency, time).
+        qkv_bias: whether query, key and value have a bias.
+        frequency_stride: step between patches in mel bins.
+        time_stride: step between patches in frames.
+        max_length: T, input length in frames.
+        num_mel_bins: F, number of mel bins.
+        num_labels: C, number of classes.
+        id2label: class names in index order; empty where nobody named them.
+        problem_type: one of `PROBLEM_TYPES`, or None: 527 classes are AudioSet and multi-label, all else single-label.
+        head_layer_norm_eps: eps of the LayerNorm before the classifier; None means `layer_norm_eps`.
+        unknown_keys: JSON text of the `config.json` keys that are not fields here.
+
+    Raises:
+        ValueError: a field is out of its range; the message has what was expected and what came.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    patch_size: int | tuple[int, int] = 16
+    qkv_bias: bool = True
+    frequency_stride: int = 10
+    time_stride: int = 10
+    max_length: int = 1024
+    num_mel_bins: int = 128
+    num_labels: int = AUDIOSET_CLASSES
+    id2label: tuple[str, ...] = ()
+    problem_type: str | None = None
+    head_layer_norm_eps: float | None = None
+    unknown_keys: str = "{}"
+
+    def __post_init__(self) -> None:
+        """Make the fields hashable and check their ranges."""
+        if not isinstance(self.patch_size, int):
+            _require(
+                len(self.patch_size) == 2, "patch_size", "one number or the pair (frequency, time)", self.patch_size
+            )
+            object.__setattr__(self, "patch_size", (int(self.patch_size[0]), int(self.patch_size[1])))
+        object.__setattr__(self, "id2label", tuple(self.id2label))
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
+                     "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            _require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)", getattr(self, name))
+        _require(self.hidden_size % self.num_attention_heads == 0, "num_attention_heads",
+                 f"a divisor of hidden_size {self.hidden_size}", self.num_attention_heads)  # fmt: skip
+        _require(self.hidden_act in HIDDEN_ACTS, "hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", self.hidden_act)
+        _require(self.problem_type in (None, *PROBLEM_TYPES), "problem_type",
+                 f"None or one of {', '.join(PROBLEM_TYPES)}", self.problem_type)  # fmt: skip
+        _require(len(self.id2label) in (0, self.num_labels), "id2label", f"{self.num_labels} names (num_labels)",
+                 len(self.id2label))  # fmt: skip
+        frequency, time = self.patch_shape
+        _require(1 <= frequency <= self.num_mel_bins, "patch_size", f"1 to {self.num_mel_bins} mel bins", frequency)
+        _require(1 <= time <= self.max_length, "patch_size", f"1 to {self.max_length} frames", time)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Patch size as (mel bins, frames)."""
+        return (self.patch_size, self.patch_size) if isinstance(self.patch_size, int) else self.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along (frequency, time): 12 × 101 for the published model."""
+        frequency, time = self.patch_shape
+        return (
+            (self.num_mel_bins - frequency) // self.frequency_stride + 1,
+            (self.max_length - time) // self.time_stride + 1,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the class token, the distillation token and one token a patch."""
+        return 2 + self.grid[0] * self.grid[1]
+
+    @property
+    def head_eps(self) -> float:
+        """Eps of the LayerNorm before the classifier."""
+        return self.layer_norm_eps if self.head_layer_norm_eps is None else self.head_layer_norm_eps
+
+    @property
+    def resolved_problem_type(self) -> str:
+        """`problem_type`, or what None stands for."""
+        if self.problem_type:
+            return self.problem_type
+        return "multi_label_classification" if self.num_labels == AUDIOSET_CLASSES else "single_label_classification"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order, "LABEL_0", "LABEL_1", ... where none are known (as transformers names them)."""
+        return self.id2label or tuple(f"LABEL_{index}" for index in range(self.num_labels))
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_json_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the content of a Hugging Face `config.json`.
+
+        As in transformers, a file that names neither `id2label` nor `num_labels` means two classes.
+
+        Raises:
+            ValueError: another kind of model, or a field out of its range.
+        """
+        values = dict(values)
+        kind = values.pop("model_type", MODEL_TYPE)
+        _require(kind == MODEL_TYPE, "model_type in config.json", repr(MODEL_TYPE), kind)
+        id2label = values.pop("id2label", None)
+        values.pop("label2id", None)  # the inverse of id2label
+        if id2label:
+            names = {int(index): str(name) for index, name in id2label.items()}
+            _require(sorted(names) == list(range(len(names))), "id2label in config.json",
+                     f"the indices 0 to {len(names) - 1}", sorted(names))  # fmt: skip
+            values["id2label"] = tuple(names[index] for index in range(len(names)))
+            values["num_labels"] = len(names)
+        values.setdefault("num_labels", 2)
+        return _from_known(cls, values)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`, as transformers reads it."""
+        values = _known(self)
+        if isinstance(self.patch_size, tuple):
+            values["patch_size"] = list(self.patch_size)
+        if self.head_layer_norm_eps is None:
+            del values["head_layer_norm_eps"]
+        values["id2label"] = {str(index): name for index, name in enumerate(self.labels)}
+        values["label2id"] = {name: index for index, name in enumerate(self.labels)}
+        return {"model_type": MODEL_TYPE, **values}
+
+
+MODEL_TYPE = "audio-spectrogram-transformer"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontendConfig:
+    """How sound becomes the model's input: the settings of Kaldi's filter bank, length, and normalisation.
+
+    Args:
+        feature_size: always 1; kept because transformers writes it.
+        sampling_rate: Hz.
+        num_mel_bins: F (Kaldi `--num-mel-bins`).
+        max_length: T, frames; shorter input is padded, longer input cut.
+        padding_value: what a padded frame holds before normalisation.
+        do_normalize: whether to compute (x - mean) / (2 std).
+        mean: mean of the log-mel values of the data set.
+        std: their standard deviation. Note the 2 in front of it, as in the original.
+        return_attention_mask: whether the extractor also returns the valid frames by default.
+        frame_length: ms (Kaldi `--frame-length`).
+        frame_shift: ms (Kaldi `--frame-shift`).
+        low_freq: lower edge of the first mel triangle, Hz (Kaldi `--low-freq`).
+        high_freq: upper edge of the last one, Hz; 0 or less counts from the Nyquist frequency (Kaldi `--high-freq`).
+        window_type: one of `WINDOW_TYPES` (Kaldi `--window-type`).
+        preemphasis_coefficient: Kaldi `--preemphasis-coefficient`.
+        dither: standard deviation of the noise added to each sample, 0 for none (Kaldi `--dither`).
+        remove_dc_offset: subtract each frame's mean (Kaldi `--remove-dc-offset`).
+        unknown_keys: JSON text of the `preprocessor_config.json` keys that are not fields here.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    feature_size: int = 1
+    sampling_rate: int = 16000
+    num_mel_bins: int = 128
+    max_length: int = 1024
+    padding_value: float = 0.0
+    do_normalize: bool = True
+    mean: float = -4.2677393
+    std: float = 4.5689974
+    return_attention_mask: bool = False
+    frame_length: float = 25.0
+    frame_shift: float = 10.0
+    low_freq: float = 20.0
+    high_freq: float = 0.0
+    window_type: str = "hanning"
+    preemphasis_coefficient: float = 0.97
+    dither: float = 0.0
+    remove_dc_offset: bool = True
+    unknown_keys: str = "{}"
+
+    def __post_init__(self) -> None:
+        """Check the ranges of the fields."""
+        for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
+            _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        _require(self.window_samples >= 2, "frame_length", "at least two samples", f"{self.frame_length} ms")
+        _require(self.shift_samples >= 1, "frame_shift", "at least one sample", f"{self.frame_shift} ms")
+        _require(0 <= self.preemphasis_coefficient <= 1, "preemphasis_coefficient", "a number in [0, 1]",
+                 self.preemphasis_coefficient)  # fmt: skip
+        _require(self.dither >= 0, "dither", "0 or more", self.dither)
+        _require(self.window_type in WINDOW_TYPES, "window_type", f"one of {', '.join(WINDOW_TYPES)}", self.window_type)
+        nyquist = self.sampling_rate / 2
+        _require(0 <= self.low_freq < self.top_frequency <= nyquist, "low_freq and high_freq",
+                 f"0 <= low < high <= {nyquist:g} Hz", (self.low_freq, self.top_frequency))  # fmt: skip
+
+    @property
+    def window_samples(self) -> int:
+        """Samples in a frame: 400."""
+        return int(self.sampling_rate * self.frame_length * 0.001)
+
+    @property
+    def shift_samples(self) -> int:
+        """Samples from one frame to the next: 160."""
+        return int(self.sampling_rate * self.frame_shift * 0.001)
+
+    @property
+    def top_frequency(self) -> float:
+        """`high_freq` in Hz, counted from the Nyquist frequency where it is 0 or less."""
+        return self.high_freq if self.high_freq > 0 else self.sampling_rate / 2 + self.high_freq
+
+    @property
+    def max_samples(self) -> int:
+        """Samples that fill `max_length` frames exactly."""
+        return self.window_samples + (self.max_length - 1) * self.shift_samples
+
+    @property
+    def max_seconds(self) -> float:
+        """`max_samples` in seconds."""
+        return self.max_samples / self.sampling_rate
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_json_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the content of a Hugging Face `preprocessor_config.json`.
+
+        Raises:
+            ValueError: another kind of extractor, or a field out of its range.
+        """
+        values = dict(values)
+        kind = values.pop("feature_extractor_type", EXTRACTOR_TYPE)
+        _require(
+            kind == EXTRACTOR_TYPE, "feature_extractor_type in preprocessor_config.json", repr(EXTRACTOR_TYPE), kind
+        )
+        return _from_known(cls, values)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return the content of `preprocessor_config.json`, as transformers reads it."""
+        return {"feature_extractor_type": EXTRACTOR_TYPE, **_known(self)}
+
+
+EXTRACTOR_TYPE = "ASTFeatureExtractor"
+
+_Config = TypeVar("_Config", ASTConfig, FrontendConfig)
+
+
+def _from_known(cls: type[_Config], values: dict[str, Any]) -> _Config:
+    """Split a JSON object into fields and the rest."""
+    names = {field.name for field in dataclasses.fields(cls)} - {"unknown_keys"}
+    known = {key: value for key, value in values.items() if key in names}
+    unknown = {key: value for key, value in values.items() if key not in names}
+    return cls(**known, unknown_keys=json.dumps(unknown, sort_keys=True))
+
+
+def _known(config: ASTConfig | FrontendConfig) -> dict[str, Any]:
+    """Return fields and unknown keys as one JSON object."""
+    values = dataclasses.asdict(config)
+    return {**json.loads(values.pop("unknown_keys")), **values}
+
+
+def _preset(hidden_size: int, num_attention_heads: int, **changes: Any) -> ASTConfig:
+    """Return a DeiT-shaped model: heads of 64, an MLP of four times the width, 12 layers."""
+    return ASTConfig(**{
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": 4 * hidden_size,
+        **changes,
+    })  # fmt: skip
+
+
+def tiny(**changes: Any) -> ASTConfig:
+    """Return the original's `tiny224`: width 192, 3 heads."""
+    return _preset(192, 3, **changes)
+
+
+def small(**changes: Any) -> ASTConfig:
+    """Return the original's `small224`: width 384, 6 heads."""
+    return _preset(384, 6, **changes)
+
+
+def base(**changes: Any) -> ASTConfig:
+    """Return the original's `base384`, the model of the paper: width 768, 12 heads."""
+    return _preset(768, 12, **changes)
+
+
+PRESETS = {"tiny": tiny, "small": small, "base": base}

@@ -1,0 +1,252 @@
+"""Waveforms to the model's input: log-mel frames, padded or cut to one length, and normalised.
+
+`ASTFeatureExtractor` and `fbank` work on the host in NumPy; `padded_log_mel` and `normalize` are what a jitted step
+runs on the device. All of them stand on `kaldi.log_mel`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+
+from . import kaldi
+from .config import FrontendConfig
+from .files import write_text
+
+Array = Any
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+def _namespace(array: Any) -> ModuleType:
+    """Return `jax.numpy` for JAX arrays and tracers, else `numpy`, without importing JAX for NumPy users."""
+    jax = sys.modules.get("jax")
+    return jax.numpy if jax is not None and isinstance(array, jax.Array) else np
+
+
+def _as_samples(waveform: Any, dtype: Any) -> Array:
+    """Return samples in `dtype`; integers are refused, since their scale says nothing about [-1, 1]."""
+    xp = _namespace(waveform)
+    samples = xp.asarray(waveform)
+    if not xp.issubdtype(samples.dtype, xp.floating):
+        raise ValueError(
+            f"waveform: expected floating-point samples in [-1, 1], got {samples.dtype}; "
+            "divide 16-bit integers by 32768 first"
+        )
+    return samples.astype(dtype)
+
+
+def fbank(
+    waveform: Array,
+    sampling_rate: int = 16000,
+    num_mel_bins: int = 128,
+    *,
+    frame_length: float = 25.0,
+    frame_shift: float = 10.0,
+    low_freq: float = 20.0,
+    high_freq: float = 0.0,
+    window_type: str = "hanning",
+    preemphasis_coefficient: float = 0.97,
+    dither: float = 0.0,
+    remove_dc_offset: bool = True,
+    key: Any = None,
+    dtype: Any = np.float32,
+) -> Array:
+    """Compute Kaldi's log-mel filter bank (`compute-fbank-feats`), not normalised.
+
+    NumPy in, NumPy out; a JAX array or tracer gives a JAX array, so this also runs under `jax.jit` and `jax.grad`.
+
+    Args:
+        waveform: samples [S] in [-1, 1], or a batch [..., S]. Fewer samples than one frame are zero-padded to one.
+        sampling_rate: Hz.
+        num_mel_bins: F.
+        frame_length: ms.
+        frame_shift: ms.
+        low_freq: Hz.
+        high_freq: Hz; 0 or less counts from the Nyquist frequency.
+        window_type: "hanning", "hamming", "povey", "rectangular" or "blackman".
+        preemphasis_coefficient: 0 for none.
+        dither: standard deviation of noise added to each sample; not 0 needs `key`.
+        remove_dc_offset: subtract each frame's mean.
+        key: seed (or `numpy.random.Generator`) for NumPy, `jax.random` key for JAX; used by `dither` only.
+        dtype: of the computation and the result.
+
+    Returns:
+        [T, F] (or [..., T, F]) natural logarithms, T = 1 + (S - window) // shift.
+
+    Raises:
+        ValueError: integer samples, no samples, or an option out of its range.
+    """
+    config = FrontendConfig(
+        sampling_rate=sampling_rate, num_mel_bins=num_mel_bins, frame_length=frame_length, frame_shift=frame_shift,
+        low_freq=low_freq, high_freq=high_freq, window_type=window_type, dither=dither,
+        preemphasis_coefficient=preemphasis_coefficient, remove_dc_offset=remove_dc_offset,
+    )  # fmt: skip
+    xp = _namespace(waveform)
+    samples = _as_samples(waveform, dtype)
+    if samples.ndim == 0 or samples.shape[-1] == 0:
+        raise ValueError(f"waveform: expected at least one sample, got shape {samples.shape}")
+    noise = None
+    if dither and key is not None:
+        shape = (*samples.shape[:-1], kaldi.num_frames(samples.shape[-1], config), config.window_samples)
+        if xp is np:
+            noise = np.random.default_rng(key).standard_normal(shape).astype(dtype)
+        else:
+            import jax
+
+            noise = jax.random.normal(key, shape, dtype)
+    return kaldi.log_mel(samples, config, xp, noise)
+
+
+def normalize(spec: Array, config: FrontendConfig) -> Array:
+    """Return (spec - mean) / (2 std) as the original does, or `spec` itself where `do_normalize` is off."""
+    return (spec - config.mean) / (2 * config.std) if config.do_normalize else spec
+
+
+def padded_log_mel(waveforms: Array, num_samples: Array, config: FrontendConfig, noise: Array | None = None) -> Array:
+    """Compute the features of a zero-padded batch on the device, equal to the extractor's before normalisation.
+
+    Args:
+        waveforms: [B, S] JAX array with S = `config.max_samples`.
+        num_samples: [B] samples of each that are sound; frames that reach beyond hold `config.padding_value`.
+        config: the frontend's settings.
+        noise: standard normal samples for `config.dither`.
+
+    Returns:
+        [B, max_length, F], not normalised.
+    """
+    import jax.numpy as jnp
+
+    spec = kaldi.log_mel(waveforms, config, jnp, noise)  # [B, T, F]
+    valid = jnp.arange(spec.shape[-2]) < kaldi.num_frames(num_samples, config)[:, None]  # [B, T]
+    return jnp.where(valid[..., None], spec, config.padding_value)
+
+
+class ASTFeatureExtractor:
+    """Turn waveforms into the model's input, with the fields and files of `transformers.ASTFeatureExtractor`.
+
+    Example:
+        >>> spec = ASTFeatureExtractor()(np.zeros(16000, np.float32), sampling_rate=16000)
+        >>> spec.shape
+        (1, 1024, 128)
+    """
+
+    def __init__(self, config: FrontendConfig | None = None, **fields: Any):
+        """Take a `FrontendConfig`, or its fields by name, or both (the fields win)."""
+        self.config = (config or FrontendConfig()).replace(**fields)
+
+    def __repr__(self) -> str:
+        return f"ASTFeatureExtractor({self.config!r})"
+
+    @classmethod
+    def from_pretrained(cls, folder: str | pathlib.Path) -> Self:
+        """Read `preprocessor_config.json` from a folder."""
+        text = (pathlib.Path(folder) / PREPROCESSOR_FILE).read_text(encoding="utf-8")
+        return cls(FrontendConfig.from_json_dict(json.loads(text)))
+
+    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+        """Write `preprocessor_config.json` into a folder, which is made where it is missing."""
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        write_text(pathlib.Path(folder) / PREPROCESSOR_FILE, json.dumps(self.config.to_json_dict(), indent=2) + "\n")
+
+    def __call__(
+        self,
+        waveforms: Any,
+        sampling_rate: int | None = None,
+        *,
+        max_length: int | None = None,
+        return_attention_mask: bool | None = None,
+        key: Any = None,
+    ) -> Any:
+        """Compute normalised log-mel spectrograms.
+
+        Args:
+            waveforms: one waveform ([S] or [1, S]), a batch [B, S], or a sequence of waveforms of any lengths; NumPy,
+                JAX or anything with `__array__`; floating point in [-1, 1], mono.
+            sampling_rate: Hz of `waveforms`; leaving it out warns, since a wrong rate cannot be seen in the samples.
+            max_length: T for this call instead of the configured one.
+            return_attention_mask: also return the valid frames; None means the configured choice.
+            key: seed for `dither`, where the configuration has any.
+
+        Returns:
+            [B, T, F] float32; with `return_attention_mask` the pair of that and the valid frames [B] int32, which is
+            what `ast_jax.apply` takes as `lengths`.
+
+        Raises:
+            ValueError: wrong rate, wrong shape, integer samples, NaN or Inf samples, or no samples at all.
+
+        Warns:
+            UserWarning: a waveform is longer than `max_length` frames and was cut to its beginning.
+        """
+        config = self.config if max_length is None else self.config.replace(max_length=max_length)
+        if sampling_rate is None:
+            warnings.warn(
+                f"no sampling_rate given: the samples are taken to be at {config.sampling_rate} Hz", stacklevel=2
+            )
+        elif sampling_rate != config.sampling_rate:
+            raise ValueError(
+                f"sampling_rate: expected {config.sampling_rate} Hz, got {sampling_rate} Hz; "
+                "resample first (ast_jax.read_audio does when it reads a file)"
+            )
+        batch = _split_batch(waveforms)
+        generator = None if key is None else np.random.default_rng(key)
+        spec = np.full((len(batch), config.max_length, config.num_mel_bins), config.padding_value, np.float32)
+        lengths = np.zeros(len(batch), np.int32)
+        for index, waveform in enumerate(batch):
+            frames = self._frames(waveform, config, generator, f"waveform {index}")
+            if len(frames) > config.max_length:
+                warnings.warn(
+                    f"waveform {index} has {len(frames)} frames; only the first {config.max_length} "
+                    f"({config.max_seconds:.2f} s) are used",
+                    stacklevel=2,
+                )
+            lengths[index] = min(len(frames), config.max_length)
+            spec[index, : lengths[index]] = frames[: config.max_length]
+        spec = normalize(spec, config).astype(np.float32)
+        wants_lengths = config.return_attention_mask if return_attention_mask is None else return_attention_mask
+        return (spec, lengths) if wants_lengths else spec
+
+    @staticmethod
+    def _frames(waveform: Array, config: FrontendConfig, generator: Any, name: str) -> np.ndarray:
+        """Check one waveform [S] and return its frames [T, F]."""
+        samples = np.asarray(_as_samples(waveform, np.float32))
+        if samples.size == 0:
+            raise ValueError(f"{name}: expected at least one sample, got none")
+        if bad := int(np.count_nonzero(~np.isfinite(samples))):
+            raise ValueError(f"{name}: expected finite samples, got {bad} NaN or Inf among {samples.size}")
+        noise = None
+        if config.dither:
+            shape = (kaldi.num_frames(samples.size, config), config.window_samples)
+            noise = (generator or np.random.default_rng()).standard_normal(shape).astype(np.float32)
+        return kaldi.log_mel(samples, config, np, noise)
+
+
+def _split_batch(waveforms: Any) -> list[Any]:
+    """Return a list of waveforms [S] from whatever the caller passed."""
+    if isinstance(waveforms, Sequence) and not hasattr(waveforms, "__array__"):
+        if len(waveforms) == 0:
+            raise ValueError("waveforms: expected at least one waveform, got an empty sequence")
+        if np.ndim(waveforms[0]) == 0:  # a plain list of numbers is one waveform
+            return [np.asarray(waveforms, np.float32)]
+        return [_single(np.asarray(waveform), f"waveform {index}") for index, waveform in enumerate(waveforms)]
+    array = np.asarray(waveforms)
+    if array.ndim == 2:
+        return list(array)
+    return [_single(array, "waveforms")]
+
+
+def _single(array: np.ndarray, name: str) -> np.ndarray:
+    """Return [S] from [S] or [1, S]."""
+    if array.ndim == 2 and array.shape[0] == 1:
+        return array[0]
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name}: expected mono sound of shape (samples,), (1, samples) or a batch (b, samples), got shape {array.shape}"
+        )
+    return array

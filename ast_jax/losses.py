@@ -1,0 +1,40 @@
+"""The training loss that belongs to a `problem_type`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .config import ASTConfig
+
+
+def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
+    """Return the mean loss over the batch: a scalar in the logits' dtype.
+
+    Args:
+        logits: [B, C].
+        labels: single-label: class indices [B] or probabilities [B, C] (mixup); multi-label: [B, C] in [0, 1];
+            regression: [B, C], or [B] where C is 1.
+        config: whose `problem_type` chooses cross-entropy, binary cross-entropy with logits (mean over the classes
+            too), or mean squared error.
+
+    Raises:
+        ValueError: labels of another shape.
+    """
+    labels = jnp.asarray(labels)
+    kind = config.resolved_problem_type
+    if kind == "single_label_classification" and labels.shape == logits.shape[:-1]:
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels: expected class indices (integers) of shape {labels.shape}, got {labels.dtype}")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    if kind == "regression" and labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
+        labels = labels[..., None]
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels: expected shape {logits.shape} for {kind}, got {labels.shape}")
+    labels = labels.astype(logits.dtype)
+    if kind == "single_label_classification":
+        return optax.softmax_cross_entropy(logits, labels).mean()
+    if kind == "multi_label_classification":
+        return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+    return jnp.square(logits - labels).mean()
