@@ -1,0 +1,474 @@
+"""Fetch, cut, label and mix the sounds that `sounds-tiny` is trained on.
+
+    python tools/sounds_data.py fetch --cache CACHE
+    python tools/sounds_data.py build --cache CACHE --output DATA
+
+`fetch` downloads the Debian packages named in sounds_sources.toml (with
+`apt-get download`) and unpacks them under CACHE; what is there already is
+kept. `build` cuts the recordings into clips of at most 2.575 s at 16 kHz and
+writes DATA/clips/**.flac and DATA/manifest.csv. The same cache, sources and
+seed give the same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import shutil
+import subprocess
+import sys
+import tomllib
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+import sounds_synth as synth
+from sounds_synth import RATE, Rng
+
+LENGTH = 41_200  # 256 frames every 10 ms, the last one 25 ms long
+SHORTEST = RATE // 4
+SOURCES = Path(__file__).with_name("sounds_sources.toml")
+SPLITS = ("train", "validation", "test")
+SYNTHETIC = "synthetic"
+FREE = "CC0-1.0"  # what this project puts its own synthesised sounds under
+
+
+class DataError(Exception):
+    """A problem to report to the user in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """Some files of one package that share their labels and split."""
+
+    package: str
+    split: str
+    labels: tuple[str, ...]
+    files: tuple[str, ...]
+    clips: int
+    license: str
+    exclude: tuple[str, ...] = ()
+    join: bool = False
+    midi: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A finished clip: its waveform and its row of the manifest."""
+
+    wave: np.ndarray
+    labels: tuple[str, ...]
+    split: str
+    condition: str
+    source: str
+    license: str
+
+
+def read_takes(path: Path = SOURCES) -> list[Take]:
+    """The takes listed in the table of sources."""
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    takes = []
+    for package, entry in table.items():
+        for take in entry["take"]:
+            fields = {**take, **{k: tuple(take[k]) for k in ("labels", "files", "exclude") if k in take}}
+            takes.append(Take(package=package, **{"split": entry.get("split"),
+                                                  "license": entry["license"], **fields}))
+    for take in takes:
+        if take.split not in SPLITS:
+            raise DataError(f"{path.name}: {take.package} has no split among {', '.join(SPLITS)}")
+    return takes
+
+
+def generator(seed: int, *names: str) -> Rng:
+    """A random generator that depends only on the seed and the names."""
+    return np.random.default_rng([seed, *(zlib.crc32(name.encode()) for name in names)])
+
+
+# ----------------------------------------------------------------- fetch
+
+def fetch_package(package: str, cache: Path) -> None:
+    """Download and unpack one Debian package unless the cache has it."""
+    root = cache / "root" / package
+    if root.is_dir():
+        return
+    debs = cache / "debs"
+    debs.mkdir(parents=True, exist_ok=True)
+    if not list(debs.glob(f"{package}_*.deb")):
+        done = subprocess.run(["apt-get", "download", package], cwd=debs, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["apt-get failed"])[-1]
+            raise DataError(f"cannot download {package}: {reason}")
+    deb = sorted(debs.glob(f"{package}_*.deb"))[-1]
+    part = root.with_name(f"{package}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    done = subprocess.run(["dpkg", "-x", str(deb), str(part)], capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(f"cannot unpack {deb.name}: {done.stderr.strip()}")
+    part.rename(root)
+
+
+def fetch(cache: Path) -> None:
+    """Bring every package of the table of sources into the cache."""
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise DataError(f"{tool} not found: fetch needs a Debian system")
+    packages = sorted({take.package for take in read_takes()} | {SOUNDFONT.split("/", 1)[0]})
+    for number, package in enumerate(packages, 1):
+        print(f"[{number}/{len(packages)}] {package}", flush=True)
+        fetch_package(package, cache)
+
+
+# ----------------------------------------------------------------- files
+
+SOUNDFONT = "timgm6mb-soundfont/usr/share/sounds/sf2/TimGM6mb.sf2"
+
+
+def render(midi: Path, cache: Path) -> Path:
+    """The MIDI file as sound, played by fluidsynth once and kept in the cache."""
+    wav = cache / "rendered" / f"{midi.stem}.wav"
+    if not wav.exists():
+        if shutil.which("fluidsynth") is None:
+            raise DataError("fluidsynth not found: install the package fluidsynth")
+        wav.parent.mkdir(parents=True, exist_ok=True)
+        part = wav.with_suffix(".part")
+        done = subprocess.run(["fluidsynth", "-ni", "-q", "-g", "0.5", "-r", str(RATE), "-T", "wav", "-F",
+                               str(part), str(cache / "root" / SOUNDFONT), str(midi)], capture_output=True)
+        if done.returncode or not part.exists():
+            raise DataError(f"fluidsynth cannot render {midi.name}")
+        part.rename(wav)
+    return wav
+
+
+def find_files(take: Take, cache: Path) -> list[Path]:
+    """The files of a take, in a fixed order."""
+    root = cache / "root" / take.package
+    if not root.is_dir():
+        raise DataError(f"{take.package} is not in the cache: run fetch first")
+    found = {path for pattern in take.files for path in root.glob(pattern)}
+    found -= {path for pattern in take.exclude for path in root.glob(pattern)}
+    files = sorted(path for path in found if path.is_file() and not path.is_symlink())
+    if not files:
+        raise DataError(f"{take.package}: no file matches {', '.join(take.files)}")
+    return [render(path, cache) for path in files] if take.midi else files
+
+
+def duration(path: Path) -> float:
+    """The duration of a sound file in seconds."""
+    return soundfile.info(str(path)).duration
+
+
+def load(path: Path, start: float = 0.0, seconds: float | None = None) -> np.ndarray:
+    """A part of a sound file as mono samples at 16 kHz, its mean removed."""
+    with soundfile.SoundFile(str(path)) as file:
+        file.seek(int(start * file.samplerate))
+        count = -1 if seconds is None else int(seconds * file.samplerate)
+        wave = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
+        rate = file.samplerate
+    if len(wave) < 32:
+        return np.zeros(SHORTEST, np.float32)
+    wave = soxr.resample(wave - wave.mean(), rate, RATE)
+    return np.clip(wave, -1.0, 1.0).astype(np.float32)
+
+
+# --------------------------------------------------------------- cutting
+
+FRAME = 320
+
+
+def active_frames(wave: np.ndarray, below: float) -> np.ndarray:
+    """For every 20 ms frame, whether it lies within `below` dB of the loudest."""
+    count = max(1, len(wave) // FRAME)
+    frames = np.resize(wave, (count, FRAME)) if len(wave) < FRAME else wave[:count * FRAME].reshape(count, FRAME)
+    level = 10 * np.log10(np.mean(np.square(frames), axis=1) + 1e-12)
+    return level > max(level.max() - below, -66.0)
+
+
+def trim(wave: np.ndarray, below: float) -> np.ndarray:
+    """`wave` without the quiet at both ends; empty if it is quiet all through."""
+    active = np.flatnonzero(active_frames(wave, below))
+    if not len(active) or np.max(np.abs(wave)) < synth.decibels(-50):
+        return wave[:0]
+    return wave[max(0, active[0] - 2) * FRAME:(active[-1] + 3) * FRAME]
+
+
+def dense_enough(wave: np.ndarray, labels: tuple[str, ...]) -> bool:
+    """Whether a window holds enough of its sound: 40 % of the frames for speech."""
+    if "Silence" in labels:
+        return synth.rms(wave) < synth.decibels(-62)
+    below, share = (30.0, 0.4) if "Speech" in labels else (40.0, 0.5) if "Music" in labels else (40.0, 0.05)
+    return bool(np.mean(active_frames(wave, below)) >= share) and synth.rms(wave) > synth.decibels(-50)
+
+
+def segments(wave: np.ndarray, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
+    """Windows of a recording, side by side, that hold enough of its sound."""
+    if "Silence" not in labels:
+        wave = trim(wave, 35.0 if "Speech" in labels else 50.0)
+    if len(wave) <= LENGTH:
+        if len(wave):
+            yield wave
+        return
+    for start in rng.permutation(range(0, len(wave) - LENGTH + 1, LENGTH)):
+        window = wave[start:start + LENGTH]
+        if dense_enough(window, labels):
+            yield window
+
+
+def long_segments(path: Path, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
+    """Like `segments`, but reads a long file only where it is cut."""
+    slots = rng.permutation(int(duration(path) // 4))
+    for slot in slots:
+        window = load(path, 4.0 * slot + float(rng.uniform(0, 1)), LENGTH / RATE + 0.05)[:LENGTH]
+        if len(window) == LENGTH and dense_enough(window, labels):
+            yield window
+
+
+def joined(files: list[Path], rng: Rng) -> Iterator[np.ndarray]:
+    """Utterances of one folder, one after the other, until a second or so is full."""
+    parts: list[np.ndarray] = []
+    folder, wanted = None, rng.uniform(0.8, 2.2) * RATE
+    for path in files:
+        wave = trim(load(path), 35.0)
+        if parts and (path.parent != folder or sum(map(len, parts)) + len(wave) > LENGTH):
+            yield np.concatenate(parts)
+            parts, wanted = [], rng.uniform(0.8, 2.2) * RATE
+        if len(wave) < 1600:
+            continue
+        if len(wave) > LENGTH:
+            yield from segments(wave, ("Speech",), rng)
+            continue
+        folder = path.parent
+        parts += [synth.at_peak(wave, -1.0), np.zeros(int(rng.uniform(0.03, 0.25) * RATE), np.float32)]
+        if sum(map(len, parts)) >= wanted:
+            yield np.concatenate(parts)[:LENGTH]
+            parts, wanted = [], rng.uniform(0.8, 2.2) * RATE
+
+
+def cuts(take: Take, cache: Path, rng: Rng) -> Iterator[np.ndarray]:
+    """The segments of a take: one of each file in turn, until all are used up."""
+    files = find_files(take, cache)
+    if take.join:
+        folders = sorted({path.parent for path in files})
+        streams = [joined([path for path in files if path.parent == folder], rng) for folder in folders]
+    else:
+        streams = [long_segments(path, take.labels, rng)
+                   if duration(path) > 30 and "Silence" not in take.labels else segments(load(path), take.labels, rng)
+                   for path in (files[i] for i in rng.permutation(len(files))[:2 * take.clips])]
+    while streams:
+        alive = []
+        for stream in streams:
+            segment = next(stream, None)
+            if segment is not None:
+                alive.append(stream)
+                yield segment
+        streams = alive
+
+
+# ----------------------------------------------------------- conditioning
+
+def place(wave: np.ndarray, rng: Rng) -> np.ndarray:
+    """A short sound at a random time of a full clip, over very low noise."""
+    if len(wave) < SHORTEST:
+        wave = np.pad(wave, (0, SHORTEST - len(wave)))
+    if len(wave) >= LENGTH or rng.random() < 0.4:
+        return wave[:LENGTH]
+    floor = synth.coloured(rng, LENGTH, rng.uniform(0, 6))
+    clip = floor / synth.rms(floor) * max(1e-5, synth.rms(wave) * synth.decibels(rng.uniform(-65, -45)))
+    start = int(rng.integers(0, LENGTH - len(wave) + 1))
+    clip[start:start + len(wave)] += wave
+    return clip.astype(np.float32)
+
+
+def finish(wave: np.ndarray, take: Take, rng: Rng) -> np.ndarray:
+    """A segment as a clip: placed, for training sometimes degraded, at a random level."""
+    if "Silence" in take.labels:
+        return wave[:LENGTH]
+    wave = place(synth.at_peak(wave, -1.0), rng)
+    if take.split == "train" and rng.random() < 0.4:
+        wave = synth.degrade(rng, wave)
+    return synth.at_peak(wave, rng.uniform(-24, 0))
+
+
+def real_clips(take: Take, cache: Path, seed: int) -> list[Clip]:
+    """The clips of one take.
+
+    Where a take has fewer segments than wanted clips, its segments are used
+    again at other times and levels: up to 12 times in training, 3 elsewhere.
+    """
+    rng = generator(seed, take.package, take.split, *take.labels, *take.files)
+    pieces = []
+    for piece in cuts(take, cache, rng):
+        pieces.append(piece)
+        if len(pieces) == take.clips:
+            break
+    if not pieces:
+        raise DataError(f"{take.package}: nothing to cut from {', '.join(take.files)}")
+    count = min(take.clips, len(pieces) * (12 if take.split == "train" else 3))
+    return [Clip(finish(pieces[i % len(pieces)], take, rng), take.labels, take.split, "clean",
+                 take.package, take.license) for i in range(count)]
+
+
+MAKERS: dict[str, tuple[Callable[[Rng, int], np.ndarray], tuple[int, int, int]]] = {
+    # label: maker, clips in train, validation and test
+    "Noise": (synth.noise, (500, 40, 60)),
+    "Silence": (synth.silence, (300, 30, 40)),
+    "Siren": (synth.siren, (450, 25, 15)),
+    "Beep, bleep": (synth.beep, (450, 25, 15)),
+    "Telephone": (synth.telephone, (450, 25, 15)),
+    "Music": (synth.melody, (200, 10, 10)),
+}
+
+
+def synthetic_clips(seed: int) -> list[Clip]:
+    """The clips that nobody recorded."""
+    clips = []
+    for label, (make, counts) in MAKERS.items():
+        for split, count in zip(SPLITS, counts, strict=True):
+            rng = generator(seed, SYNTHETIC, label, split)
+            take = Take(SYNTHETIC, split, (label,), (), count, FREE)
+            for _ in range(count):
+                length = LENGTH if rng.random() < 0.8 else int(rng.uniform(0.25, 1.0) * LENGTH)
+                clips.append(Clip(finish(make(rng, length), take, rng), (label,), split,
+                                  SYNTHETIC, SYNTHETIC, FREE))
+    return clips
+
+
+# --------------------------------------------------------------- mixtures
+
+def fit(wave: np.ndarray, length: int, rng: Rng) -> np.ndarray:
+    """`wave` looped from a random start to `length` samples."""
+    return np.roll(np.resize(wave, length), int(rng.integers(length)))
+
+
+def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Clip:
+    """`front` over `back`, `snr` dB apart, with the labels of both."""
+    wave = front.wave
+    if len(wave) < LENGTH and condition == "mixture":
+        padded = np.zeros(LENGTH, np.float32)
+        start = int(rng.integers(0, LENGTH - len(wave) + 1))
+        padded[start:start + len(wave)] = wave
+        snr -= 10 * np.log10(LENGTH / len(wave))
+        wave = padded
+    mixed = synth.at_snr(wave, fit(back.wave, len(wave), rng), snr)
+    if condition == "mixture":
+        mixed = synth.at_peak(mixed, rng.uniform(-18, 0))
+    return Clip(mixed, tuple(dict.fromkeys(front.labels + back.labels)), front.split, condition,
+                "+".join(dict.fromkeys((front.source, back.source))),
+                " + ".join(dict.fromkeys((front.license, back.license))))
+
+
+MIXTURES: tuple[tuple[str, str, tuple[float, float], tuple[int, int, int]], ...] = (
+    # front, back, range of the signal-to-noise ratio, clips in train, validation and test
+    ("Speech", "Music", (0.0, 15.0), (900, 60, 200)),
+    ("Speech", "Noise", (0.0, 20.0), (700, 40, 0)),
+    ("Music", "Noise", (0.0, 20.0), (600, 40, 0)),
+    ("effect", "Music", (0.0, 15.0), (350, 20, 0)),
+    ("effect", "Speech", (-3.0, 12.0), (300, 20, 0)),
+    ("effect", "Noise", (3.0, 20.0), (900, 60, 0)),
+)
+EFFECTS = ("Percussion", "Siren", "Beep, bleep", "Telephone", "Animal", "Explosion")
+
+
+def mixtures(clips: list[Clip], seed: int) -> list[Clip]:
+    """Mixtures of two clips of the same split, the front one chosen evenly by label."""
+    mixed = []
+    for front, back, (low, high), counts in MIXTURES:
+        for split, count in zip(SPLITS, counts, strict=True):
+            rng = generator(seed, "mixture", front, back, split)
+            pools = {label: [c for c in clips if c.split == split and c.labels == (label,)]
+                     for label in (*EFFECTS, "Speech", "Music", "Noise")}
+            backs = [c for c in pools[back] if len(c.wave) == LENGTH]
+            for index in range(count):
+                pool = pools[EFFECTS[index % len(EFFECTS)] if front == "effect" else front]
+                mixed.append(mixture(pool[rng.integers(len(pool))], backs[rng.integers(len(backs))],
+                                     rng.uniform(low, high), "mixture", rng))
+    return mixed
+
+
+def noisy_copies(clips: list[Clip], seed: int) -> list[Clip]:
+    """The test's clips once more with noise 10 dB below: half fresh, half recorded."""
+    rng = generator(seed, "noisy")
+    noises = [c for c in clips if c.split == "test" and c.labels == ("Noise",) and c.source != SYNTHETIC]
+    copies = []
+    for clip in clips:
+        if clip.split != "test" or {"Noise", "Silence"} & set(clip.labels):
+            continue
+        fresh = Clip(synth.noise(rng, LENGTH), ("Noise",), "test", SYNTHETIC, SYNTHETIC, FREE)
+        back = fresh if rng.random() < 0.5 else noises[rng.integers(len(noises))]
+        copies.append(mixture(clip, back, 10.0, "noisy", rng))
+    return copies
+
+
+# ------------------------------------------------------------------ build
+
+def write(clips: list[Clip], output: Path) -> None:
+    """Write the clips and, last and whole, the manifest."""
+    shutil.rmtree(output / "clips", ignore_errors=True)
+    rows = []
+    for number, clip in enumerate(clips):
+        path = Path("clips", clip.split, f"{number:05d}.flac")
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(str(output / path), np.clip(clip.wave, -1.0, 32767 / 32768), RATE, subtype="PCM_16")
+        rows.append([path.as_posix(), ";".join(clip.labels), clip.split, clip.condition,
+                     clip.source, clip.license])
+    part = output / "manifest.csv.part"
+    with part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["path", "label", "split", "condition", "source", "license"])
+        table.writerows(rows)
+    part.replace(output / "manifest.csv")
+
+
+def report(clips: list[Clip]) -> None:
+    """Print how many clips each label has in each split."""
+    print(f"{'label':14s}" + "".join(f"{split:>12s}" for split in SPLITS))
+    for label in dict.fromkeys(label for clip in clips for label in clip.labels):
+        counts = [sum(label in c.labels and c.split == split for c in clips) for split in SPLITS]
+        print(f"{label:14s}" + "".join(f"{count:12d}" for count in counts))
+    print(f"{'clips':14s}" + "".join(f"{sum(c.split == s for c in clips):12d}" for s in SPLITS))
+
+
+def build(cache: Path, output: Path, seed: int) -> None:
+    """Make the whole data set."""
+    clips: list[Clip] = []
+    for take in read_takes():
+        made = real_clips(take, cache, seed)
+        print(f"{take.split:10s} {len(made):5d} {take.package} {';'.join(take.labels)}", flush=True)
+        clips += made
+    clips += synthetic_clips(seed)
+    clips += mixtures(clips, seed) + noisy_copies(clips, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    write(clips, output)
+    report(clips)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("fetch", help="download and unpack the packages (about 1.3 GB)")
+    two = commands.add_parser("build", help="cut, label and mix the clips (some minutes)")
+    for command in (one, two):
+        command.add_argument("--cache", type=Path, required=True, help="folder that keeps the packages")
+    two.add_argument("--output", type=Path, required=True, metavar="DATA",
+                     help="folder for the clips and manifest.csv; its clips folder is replaced")
+    two.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "fetch":
+            fetch(args.cache)
+        else:
+            build(args.cache, args.output, args.seed)
+    except (DataError, OSError, soundfile.SoundFileError) as error:
+        print(f"sounds_data: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""Synthesised sounds and signal operations for the data of `sounds-tiny`.
+
+Every maker takes a NumPy random generator and a length in samples and returns
+a float32 waveform at `RATE` whose peak is at most 1. Levels are the caller's
+business: `at_level` and `at_snr` set them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import signal
+
+RATE = 16000
+
+Rng = np.random.Generator
+
+
+def times(length: int) -> np.ndarray:
+    """The sample times of a waveform of `length` samples, in seconds."""
+    return np.arange(length) / RATE
+
+
+def rms(wave: np.ndarray) -> float:
+    """The root mean square of a waveform."""
+    return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)) + 1e-20))
+
+
+def decibels(level: float) -> float:
+    """The amplitude ratio of a level in dB."""
+    return float(10.0 ** (level / 20.0))
+
+
+def at_peak(wave: np.ndarray, level: float) -> np.ndarray:
+    """`wave` scaled so that its peak is at `level` dBFS."""
+    peak = float(np.max(np.abs(wave), initial=0.0))
+    return (wave * (decibels(level) / max(peak, 1e-9))).astype(np.float32)
+
+
+def at_snr(wave: np.ndarray, other: np.ndarray, snr: float) -> np.ndarray:
+    """`wave` plus `other`, the latter `snr` dB below; both of one length."""
+    mixed = wave + other * (rms(wave) / rms(other) / decibels(snr))
+    peak = float(np.max(np.abs(mixed)))
+    return (mixed / max(peak, 1.0)).astype(np.float32)
+
+
+def sweep(frequency: np.ndarray, phase: float = 0.0) -> np.ndarray:
+    """The phase in radians of a tone with the given frequency per sample."""
+    return phase + 2 * np.pi * np.cumsum(frequency) / RATE
+
+
+def harmonics(phase: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A sum of harmonics of `phase` with the given weights."""
+    return sum(w * np.sin((k + 1) * phase) for k, w in enumerate(weights))
+
+
+def gate(length: int, on: float, off: float, edge: float = 0.004) -> np.ndarray:
+    """An on-off envelope with `on` and `off` in seconds and soft edges."""
+    square = (np.mod(times(length), on + off) < on).astype(np.float64)
+    width = max(2, int(edge * RATE))
+    return signal.lfilter(np.ones(width) / width, [1.0], square)
+
+
+# ----------------------------------------------------------------- noise
+
+def coloured(rng: Rng, length: int, slope: float) -> np.ndarray:
+    """Noise whose power falls with `slope` dB per octave."""
+    spectrum = np.fft.rfft(rng.standard_normal(length))
+    frequency = np.maximum(np.fft.rfftfreq(length, 1 / RATE), 20.0)
+    spectrum *= (frequency / 20.0) ** (-slope / 6.02)
+    return np.fft.irfft(spectrum, length)
+
+
+def band_noise(rng: Rng, length: int) -> np.ndarray:
+    """White noise in a random band at least an octave wide."""
+    low = float(rng.uniform(50, 2500))
+    high = float(min(7900.0, low * rng.uniform(2.0, 12.0)))
+    sos = signal.butter(3, [low, high], "bandpass", fs=RATE, output="sos")
+    return signal.sosfilt(sos, rng.standard_normal(length))
+
+
+def hum(rng: Rng, length: int) -> np.ndarray:
+    """Mains hum with its harmonics over a broadband hiss."""
+    phase = sweep(np.full(length, rng.choice([50.0, 60.0])), rng.uniform(0, 6))
+    tone = harmonics(phase, rng.uniform(0, 1, 12) / np.arange(1, 13))
+    hiss = coloured(rng, length, rng.uniform(0, 3))
+    return tone / rms(tone) + hiss / rms(hiss) * rng.uniform(0.5, 2.0)
+
+
+def gusts(rng: Rng, length: int) -> np.ndarray:
+    """Wind: low noise whose level and colour drift slowly."""
+    low = coloured(rng, length, rng.uniform(4, 8))
+    high = coloured(rng, length, rng.uniform(1, 4))
+    drift = 0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(0.1, 0.8) * times(length)
+                               + rng.uniform(0, 6))
+    return low / rms(low) + high / rms(high) * drift
+
+
+def crackle(rng: Rng, length: int) -> np.ndarray:
+    """Static: hiss with random clicks."""
+    hiss = coloured(rng, length, rng.uniform(0, 3))
+    clicks = rng.standard_normal(length) * (rng.random(length) < rng.uniform(2e-4, 4e-3))
+    return hiss / rms(hiss) + clicks * rng.uniform(2, 10)
+
+
+def noise(rng: Rng, length: int) -> np.ndarray:
+    """Noise of a random kind: coloured, band-limited, hum, wind or static."""
+    kind = rng.choice(["coloured", "band", "hum", "gusts", "crackle"],
+                      p=[0.5, 0.15, 0.1, 0.15, 0.1])
+    if kind == "coloured":
+        wave = coloured(rng, length, float(rng.choice([0.0, 3.0, 6.0, rng.uniform(-2, 7)])))
+    elif kind == "band":
+        wave = band_noise(rng, length)
+    elif kind == "hum":
+        wave = hum(rng, length)
+    elif kind == "gusts":
+        wave = gusts(rng, length)
+    else:
+        wave = crackle(rng, length)
+    return at_peak(wave, 0.0)
+
+
+def silence(rng: Rng, length: int) -> np.ndarray:
+    """Digital silence, or noise and hum far below hearing (-96 to -66 dBFS RMS)."""
+    if rng.random() < 0.2:
+        return np.zeros(length, np.float32)
+    wave = noise(rng, length)
+    return (wave / rms(wave) * decibels(rng.uniform(-96, -66))).astype(np.float32)
+
+
+# ----------------------------------------------------------------- tones
+
+def siren_track(rng: Rng, length: int) -> np.ndarray:
+    """The frequency of a siren over time: wail, yelp, hi-lo, whoop or air raid."""
+    t = times(length) + rng.uniform(0, 10)
+    low = rng.uniform(350, 900)
+    high = low * rng.uniform(1.4, 2.6)
+    kind = rng.choice(["wail", "yelp", "hilo", "whoop", "raid"])
+    if kind == "wail":
+        cycle = np.mod(t / rng.uniform(2.0, 6.0), 1.0)
+        rise = rng.uniform(0.3, 0.6)
+        shape = np.where(cycle < rise, cycle / rise, (1 - cycle) / (1 - rise))
+        shape = np.sin(np.pi / 2 * shape) if rng.random() < 0.6 else shape
+    elif kind == "yelp":
+        shape = 0.5 + 0.5 * signal.sawtooth(2 * np.pi * rng.uniform(1.5, 6) * t,
+                                            rng.uniform(0.2, 1.0))
+    elif kind == "hilo":
+        high = low * rng.uniform(1.15, 1.5)
+        shape = (np.mod(t / rng.uniform(0.7, 1.6), 1.0) < 0.5).astype(np.float64)
+    elif kind == "whoop":
+        shape = np.mod(t / rng.uniform(0.5, 2.0), 1.0) ** rng.uniform(0.5, 1.5)
+    else:
+        low, high = rng.uniform(120, 350), rng.uniform(400, 900)
+        swing = np.mod(t / rng.uniform(6.0, 12.0), 1.0)
+        shape = np.sin(np.pi * swing) ** rng.uniform(0.4, 1.0)
+    return low + (high - low) * shape
+
+
+def siren(rng: Rng, length: int) -> np.ndarray:
+    """A siren with random timbre, and sometimes an echo from the street."""
+    phase = sweep(siren_track(rng, length))
+    if rng.random() < 0.4:
+        wave = np.tanh(rng.uniform(1, 8) * np.sin(phase))
+    else:
+        count = int(rng.integers(2, 9))
+        wave = harmonics(phase, rng.uniform(0.2, 1, count) / np.arange(1, count + 1) ** 0.7)
+    if rng.random() < 0.5:
+        wave = wave * np.linspace(rng.uniform(0.2, 1), rng.uniform(0.2, 1), length)
+    wave = reverb(rng, wave) if rng.random() < 0.6 else wave
+    return at_peak(wave, 0.0)
+
+
+def beep(rng: Rng, length: int) -> np.ndarray:
+    """One or several short steady tones; the timbre goes from sine to buzzer."""
+    wave = np.zeros(length)
+    at = int(rng.uniform(0, 0.15) * length)
+    on = int(rng.uniform(0.05, 0.5) * RATE)
+    off = int(rng.uniform(0.04, 0.5) * RATE)
+    pitches = rng.uniform(400, 4000) * rng.choice([1.0, 1.0, rng.uniform(0.6, 1.6)], 3)
+    weights = rng.uniform(0, 1, int(rng.integers(1, 6)))
+    weights[0] = 1.0
+    for index in range(int(rng.integers(1, 9))):
+        stop = min(at + on, length)
+        if stop - at < 200:
+            break
+        tone = harmonics(sweep(np.full(stop - at, pitches[index % 3])), weights)
+        fade = np.minimum(1.0, np.minimum(np.arange(stop - at), np.arange(stop - at)[::-1]) / 48)
+        decay = np.exp(-np.arange(stop - at) / RATE * rng.choice([0.0, rng.uniform(1, 12)]))
+        wave[at:stop] += tone * fade * decay
+        at = stop + off
+    return at_peak(wave, 0.0)
+
+
+DTMF_LOW = (697.0, 770.0, 852.0, 941.0)
+DTMF_HIGH = (1209.0, 1336.0, 1477.0, 1633.0)
+LINE_TONES = ((350.0, 440.0), (440.0, 480.0), (480.0, 620.0), (425.0, 425.0), (400.0, 450.0))
+CADENCES = ((100.0, 0.1), (0.5, 0.5), (0.25, 0.25), (2.0, 4.0), (1.0, 4.0), (0.4, 0.2), (1.0, 2.0))
+
+
+def dialling(rng: Rng, length: int) -> np.ndarray:
+    """A number dialled with DTMF tones."""
+    wave = np.zeros(length)
+    on, off = int(rng.uniform(0.06, 0.3) * RATE), int(rng.uniform(0.04, 0.25) * RATE)
+    at = int(rng.uniform(0, 0.2) * RATE)
+    while at + on < length:
+        t = times(on)
+        wave[at:at + on] = (np.sin(2 * np.pi * rng.choice(DTMF_LOW) * t)
+                            + np.sin(2 * np.pi * rng.choice(DTMF_HIGH) * t))
+        at += on + off
+    return wave
+
+
+def line_tone(rng: Rng, length: int) -> np.ndarray:
+    """Dial, ring-back or busy tone of a telephone line."""
+    first, second = LINE_TONES[int(rng.integers(len(LINE_TONES)))]
+    on, off = CADENCES[int(rng.integers(len(CADENCES)))]
+    t = times(length)
+    wave = np.sin(2 * np.pi * first * t) + np.sin(2 * np.pi * second * t + 1.0)
+    wave = wave * np.roll(gate(length, on, off), int(rng.uniform(0, 0.6) * RATE))
+    return wave + 0.003 * rng.standard_normal(length)
+
+
+def bell_ring(rng: Rng, length: int) -> np.ndarray:
+    """An old telephone: a clapper on two gongs some 15 to 30 times a second."""
+    rate = rng.uniform(14, 32)
+    wave = np.zeros(length)
+    gongs = []
+    for base in rng.uniform(900, 2600, 2):
+        t = times(int(0.5 * RATE))
+        partials = base * np.array([1.0, rng.uniform(1.3, 1.7), rng.uniform(2.0, 2.9),
+                                    rng.uniform(3.2, 4.5), rng.uniform(4.6, 5.6)])
+        partials = partials[partials < 7800]
+        gongs.append(sum(rng.uniform(0.2, 1) * np.sin(2 * np.pi * p * t) * np.exp(-t * rng.uniform(4, 25))
+                         for p in partials))
+    ring = rng.uniform(0.8, 2.2)
+    for index, start in enumerate(np.arange(rng.uniform(0, 0.3), length / RATE, 1 / rate)):
+        if np.mod(start, ring + 1.0) < ring:
+            at = int(start * RATE)
+            stroke = gongs[index % 2][:length - at]
+            wave[at:at + len(stroke)] += stroke * rng.uniform(0.7, 1.0)
+    return wave + 0.01 * rng.standard_normal(length) * np.abs(wave).max()
+
+
+def warble(rng: Rng, length: int) -> np.ndarray:
+    """An electronic ringer: two or three tones in fast alternation, on and off."""
+    tones = rng.uniform(600, 2600) * np.array([1.0, rng.uniform(1.1, 1.4), rng.uniform(1.2, 1.6)])
+    index = (times(length) * rng.uniform(16, 44)).astype(int) % int(rng.integers(2, 4))
+    wave = harmonics(sweep(tones[index]), rng.uniform(0, 1, 4) / np.arange(1, 5) + np.eye(4)[0])
+    return wave * np.roll(gate(length, rng.uniform(0.4, 2.0), rng.uniform(0.2, 2.0)),
+                          int(rng.uniform(0, 0.3) * RATE))
+
+
+def telephone(rng: Rng, length: int) -> np.ndarray:
+    """A telephone: dialling, line tones, an old bell or an electronic ringer."""
+    maker = (dialling, line_tone, bell_ring, warble)[int(rng.choice(4, p=[0.2, 0.3, 0.3, 0.2]))]
+    return at_peak(maker(rng, length), 0.0)
+
+
+SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 7, 9), (0, 3, 5, 7, 10))
+
+
+def melody(rng: Rng, length: int) -> np.ndarray:
+    """A tune of plucked, blown or bowed notes over chords, from plain harmonics."""
+    wave = np.zeros(length)
+    scale = SCALES[int(rng.integers(len(SCALES)))]
+    root = rng.integers(40, 64)
+    beat = rng.uniform(0.12, 0.5)
+    decay = rng.uniform(0.3, 6)
+    weights = rng.uniform(0, 1, 8) / np.arange(1, 9) ** rng.uniform(0.5, 1.6)
+    weights[0] = 1.0
+    for step, start in enumerate(np.arange(0, length / RATE, beat)):
+        degree = int(rng.integers(0, 2 * len(scale)))
+        chord = [degree] if step % 4 else [degree, degree + 2, degree + 4][:int(rng.integers(1, 4))]
+        for note in chord:
+            octave, place = divmod(note, len(scale))
+            pitch = 440 * 2 ** ((root + 12 * octave + scale[place] - 69) / 12)
+            at = int(start * RATE)
+            t = times(min(length - at, int(beat * RATE * rng.uniform(0.8, 3))))
+            tone = harmonics(2 * np.pi * pitch * t, weights[:max(1, int(7500 / pitch))])
+            attack = np.minimum(1.0, t / 0.01)
+            release = np.minimum(1.0, t[::-1] / 0.02)
+            wave[at:at + len(t)] += tone * np.exp(-decay * t) * attack * release
+    return at_peak(reverb(rng, wave), 0.0)
+
+
+# ------------------------------------------------------------ conditions
+
+def band(wave: np.ndarray, low: float, high: float) -> np.ndarray:
+    """`wave` through a band-pass filter."""
+    sos = signal.butter(4, [low, high], "bandpass", fs=RATE, output="sos")
+    return signal.sosfilt(sos, wave)
+
+
+def lowpass(wave: np.ndarray, high: float) -> np.ndarray:
+    """`wave` without what lies above `high` Hz, as after a lower sampling rate."""
+    sos = signal.cheby2(10, 60, high, fs=RATE, output="sos")
+    return signal.sosfilt(sos, wave)
+
+
+def reverb(rng: Rng, wave: np.ndarray) -> np.ndarray:
+    """`wave` in a room with a reverberation time of 0.1 to 0.6 s."""
+    tail = times(int(rng.uniform(0.1, 0.6) * RATE))
+    room = rng.standard_normal(len(tail)) * np.exp(-6.9 * tail / tail[-1])
+    wet = signal.fftconvolve(wave, room)[:len(wave)]
+    return wave / rms(wave) + wet / rms(wet) * rng.uniform(0.1, 0.6)
+
+
+def tilt(rng: Rng, wave: np.ndarray) -> np.ndarray:
+    """`wave` with a random, smooth equalisation of up to 9 dB."""
+    spectrum = np.fft.rfft(wave)
+    octave = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / RATE), 60.0) / 60.0)
+    curve = np.interp(octave, np.arange(8), rng.uniform(-9, 9, 8))
+    return np.fft.irfft(spectrum * 10 ** (curve / 20), len(wave))
+
+
+def degrade(rng: Rng, wave: np.ndarray) -> np.ndarray:
+    """`wave` as another device or room would give it: one random condition.
+
+    The same conditions meet every label, so that neither a narrow band nor an
+    echo tells speech from music.
+    """
+    kind = rng.choice(["telephone", "8k", "11k", "reverb", "tilt", "mulaw"])
+    if kind == "telephone":
+        wave = band(wave, rng.uniform(200, 350), rng.uniform(3000, 3600))
+    elif kind == "8k":
+        wave = lowpass(wave, 4000)
+    elif kind == "11k":
+        wave = lowpass(wave, 5500)
+    elif kind == "reverb":
+        wave = reverb(rng, wave)
+    elif kind == "tilt":
+        wave = tilt(rng, wave)
+    else:
+        wave = mulaw(at_peak(lowpass(wave, 4000), -1.0))
+    return wave.astype(np.float32)
+
+
+def mulaw(wave: np.ndarray) -> np.ndarray:
+    """`wave` after 8-bit mu-law coding."""
+    coded = np.sign(wave) * np.log1p(255 * np.abs(wave)) / np.log(256)
+    coded = np.round(coded * 127) / 127
+    return np.sign(coded) * np.expm1(np.abs(coded) * np.log(256)) / 255
