@@ -168,8 +168,10 @@ class ASTConfig:
             values["patch_size"] = list(self.patch_size)
         if self.head_layer_norm_eps is None:
             del values["head_layer_norm_eps"]
-        values["id2label"] = {str(index): name for index, name in enumerate(self.labels)}
-        values["label2id"] = {name: index for index, name in enumerate(self.labels)}
+        del values["id2label"]
+        if self.id2label:
+            values["id2label"] = {str(index): name for index, name in enumerate(self.id2label)}
+            values["label2id"] = {name: index for index, name in enumerate(self.id2label)}
         return {"model_type": MODEL_TYPE, **values}
 
 

@@ -1,0 +1,103 @@
+"""A sound file, bytes or a file object to mono float32 samples at the wanted rate.
+
+Decoding is libsndfile's (WAV, FLAC, OGG, MP3 and more), resampling is SoX's high-quality resampler, which is also what
+`librosa.resample` calls by default; it is called directly because importing librosa takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pathlib
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+AudioSource = str | os.PathLike[str] | bytes | BinaryIO
+MIN_SECONDS = 0.025  # one analysis frame: with less there is nothing to analyse
+
+
+class AudioError(ValueError):
+    """A sound that cannot be used; the message is one line and names the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """Decoded sound.
+
+    Attributes:
+        samples: [S] mono float32 at `sampling_rate`.
+        sampling_rate: Hz.
+        duration: seconds of the whole source, of which `samples` may be the beginning.
+    """
+
+    samples: np.ndarray
+    sampling_rate: int
+    duration: float
+
+
+def read_audio(source: AudioSource, sampling_rate: int = 16000) -> np.ndarray:
+    """Read a whole sound as mono float32 in [-1, 1] at `sampling_rate`: [S].
+
+    Args:
+        source: path, encoded bytes (a whole WAV, FLAC, OGG or MP3 file), or a binary file object.
+        sampling_rate: Hz of the result; other rates are resampled. Several channels are averaged.
+
+    Raises:
+        AudioError: unreadable, empty, shorter than 25 ms, or with NaN or Inf samples (the message counts them).
+        FileNotFoundError: no such file.
+    """
+    return decode(source, sampling_rate).samples
+
+
+def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float | None = None) -> Sound:
+    """Read a sound, or its first `max_seconds`; arguments and errors otherwise as in `read_audio`."""
+    name = describe(source)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif isinstance(source, str | os.PathLike):
+        source = pathlib.Path(source)
+        if source.is_dir():
+            raise AudioError(f"{name}: expected a sound file, got a folder")
+        if not source.exists():
+            raise FileNotFoundError(f"{name}: no such file")
+        if source.stat().st_size == 0:
+            raise AudioError(f"{name}: the file is empty")
+    try:
+        with soundfile.SoundFile(source) as file:
+            rate, total = file.samplerate, file.frames
+            wanted = -1 if max_seconds is None else int(np.ceil(max_seconds * rate))
+            samples = file.read(wanted, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
+        raise AudioError(f"{name}: not a readable sound file ({reason})") from error
+    complete = wanted < 0 or len(samples) < wanted
+    duration = (len(samples) if complete else max(total, len(samples))) / rate  # a header's length may be wrong
+    return Sound(to_mono(samples, rate, sampling_rate, name), sampling_rate, duration)
+
+
+def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sound") -> np.ndarray:
+    """Check samples [S] or [S, channels], average the channels and resample: [S'] float32.
+
+    Raises:
+        AudioError: no samples, shorter than 25 ms, or NaN or Inf among them.
+    """
+    if len(samples) == 0:
+        raise AudioError(f"{name}: there are no samples in it")
+    if bad := int(np.count_nonzero(~np.isfinite(samples))):
+        raise AudioError(f"{name}: {bad} of {samples.size} samples are NaN or Inf")
+    if len(samples) < MIN_SECONDS * rate:
+        milliseconds = 1000 * len(samples) / rate
+        raise AudioError(f"{name}: only {milliseconds:.1f} ms long; at least {1000 * MIN_SECONDS:.0f} ms are needed")
+    mono = samples.mean(axis=1, dtype=np.float32) if samples.ndim == 2 else samples.astype(np.float32)
+    return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)
+
+
+def describe(source: object) -> str:
+    """Return a name for messages: the path, or what kind of thing it is."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return str(getattr(source, "name", None) or f"<{type(source).__name__}>")

@@ -1,0 +1,53 @@
+"""Augmentation of one example, as pure functions with explicit keys; a batch is a `vmap` over examples and keys."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MIXUP_ALPHA = 10.0  # the paper's Beta(10, 10)
+MAX_ROLL = 10  # frames, either way
+
+
+def mask_band(key: jax.Array, spec: jax.Array, max_width: jax.Array | float, axis: int) -> jax.Array:
+    """Set one random band of `spec` [T, F] to zero along `axis` (SpecAugment).
+
+    As torchaudio draws it: width uniform in [0, max_width), start uniform in [0, size - width). The zero is written
+    before normalisation, as in the original.
+    """
+    size = spec.shape[axis]
+    width_key, start_key = jax.random.split(key)
+    width = jax.random.uniform(width_key) * max_width
+    start = jnp.floor(jax.random.uniform(start_key) * (size - width))
+    position = jnp.arange(size)
+    inside = (position >= start) & (position < start + jnp.floor(width))
+    return jnp.where(inside[:, None] if axis == 0 else inside, 0.0, spec)
+
+
+def mask_spec(
+    key: jax.Array, spec: jax.Array, frequency_mask: jax.Array | float, time_mask: jax.Array | float
+) -> jax.Array:
+    """Mask up to `frequency_mask` mel bins and up to `time_mask` frames of `spec` [T, F], one band each."""
+    frequency_key, time_key = jax.random.split(key)
+    return mask_band(time_key, mask_band(frequency_key, spec, frequency_mask, 1), time_mask, 0)
+
+
+def noise_and_roll(key: jax.Array, spec: jax.Array) -> jax.Array:
+    """Add uniform noise of a random level up to 0.1 to a normalised `spec` [T, F], and roll it by up to 10 frames."""
+    noise_key, level_key, roll_key = jax.random.split(key, 3)
+    noise = jax.random.uniform(noise_key, spec.shape, spec.dtype)
+    level = jax.random.uniform(level_key, (), spec.dtype) / 10
+    shift = jax.random.randint(roll_key, (), -MAX_ROLL, MAX_ROLL)
+    return jnp.roll(spec + noise * level, shift, axis=0)
+
+
+def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
+    """Return weight * first + (1 - weight) * second, each and the sum freed of its mean (on the host).
+
+    The second waveform is cut or zero-padded to the first's length, as in the original.
+    """
+    second = second[: len(first)] - second.mean()
+    mixed = weight * (first - first.mean())
+    mixed[: len(second)] += (1 - weight) * second
+    return mixed - mixed.mean()

@@ -1,0 +1,266 @@
+"""The command line: parsing and messages only. JAX is imported when a command runs, not for `--help`."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+EXIT_INTERRUPTED = 130  # what shells report for SIGINT
+
+app = typer.Typer(
+    name="ast-jax",
+    help="The Audio Spectrogram Transformer in JAX: name what is in a sound, convert checkpoints, fine-tune.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "Name of a shipped model, a checkpoint folder, a Hugging Face folder, or a Hub id."
+
+
+class Schedule(enum.StrEnum):
+    """Learning rate schedules."""
+
+    constant = "constant"
+    step = "step"
+    cosine = "cosine"
+
+
+class ProblemType(enum.StrEnum):
+    """What the labels mean."""
+
+    single_label = "single_label_classification"
+    multi_label = "multi_label_classification"
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on stderr and a non-zero exit."""
+    app()
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn the library's exceptions for users into one line on stderr and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        _complain(str(error).replace("\n", " "))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        _complain("stopped")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _complain(message: str) -> None:
+    """Print one line on stderr."""
+    print(f"ast-jax: {message}", file=sys.stderr, flush=True)
+
+
+@app.command()
+def classify(
+    files: Annotated[list[str], typer.Argument(help="Sound files: WAV, FLAC, OGG or MP3, any rate and channels.")],
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "sounds-tiny",
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many labels to print.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each file.")] = False,
+) -> None:
+    """Name what is in sound files.
+
+    Scores are probabilities, of each label for itself where the model is multi-label. A file that is longer than the
+    model's input is heard from its beginning, and the output says how much. A bad file is one line on stderr; the
+    others still print, and the exit status is 1.
+    """
+    failed = False
+    with _user_errors():
+        from .checkpoint import load
+        from .predict import classify_each
+
+        for result in classify_each(files, load(model), top_k=top_k):
+            if result.error:
+                failed = True
+                _complain(result.error)
+            elif as_json:
+                print(json.dumps(_result_json(result), ensure_ascii=False), flush=True)
+            else:
+                heard = f"  (first {result.used:.2f} s of {result.duration:.2f} s)" if result.cut else ""
+                lines = [f"  {score:6.3f}  {label}" for label, score in result.predictions]
+                print(f"{result.source}{heard}", *lines, sep="\n", flush=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _result_json(result: Any) -> dict[str, Any]:
+    """Return a result as what `--json` prints."""
+    return {
+        "file": result.source,
+        "used_seconds": round(result.used, 3),
+        "duration_seconds": round(result.duration, 3),
+        "predictions": [{"label": label, "score": round(score, 6)} for label, score in result.predictions],
+    }
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder with safetensors, or a Hub id.")],
+    destination: Annotated[pathlib.Path, typer.Argument(metavar="DST", help="The checkpoint folder to write.")],
+) -> None:
+    """Convert a PyTorch checkpoint to a checkpoint folder of ast_jax; no PyTorch needed."""
+    with _user_errors():
+        from .checkpoint import load, save
+        from .model import num_params
+
+        checkpoint = load(source)
+        config = checkpoint.config
+        save(destination, checkpoint.replace(config=config.replace(problem_type=config.resolved_problem_type)))
+        print(f"{destination}: {num_params(checkpoint.params):,} parameters, {config.num_labels} labels")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a model is: its size, its input, its labels and where its weights came from."""
+    with _user_errors():
+        from .checkpoint import load
+        from .model import num_params
+
+        checkpoint = load(model)
+        config, frontend = checkpoint.config, checkpoint.frontend
+        if as_json:
+            content = {
+                "parameters": num_params(checkpoint.params),
+                "config": config.to_json_dict(),
+                "frontend": frontend.to_json_dict(),
+                "metadata": checkpoint.metadata,
+            }
+            print(json.dumps(content, indent=2, ensure_ascii=False))
+            return
+        rows, columns = config.grid
+        frequency, time = config.patch_shape
+        print(
+            f"{model}: {num_params(checkpoint.params):,} parameters",
+            f"  architecture  {config.num_hidden_layers} layers, width {config.hidden_size}, "
+            f"{config.num_attention_heads} heads, MLP {config.intermediate_size}",
+            f"  input         {frontend.max_seconds:.2f} s at {frontend.sampling_rate} Hz: {config.max_length} frames x "
+            f"{config.num_mel_bins} mel bins",
+            f"  patches       {frequency} x {time}, strides {config.frequency_stride} and {config.time_stride}: "
+            f"{rows} x {columns} grid, {config.num_tokens} tokens",
+            f"  normalised    mean {frontend.mean:g}, standard deviation {frontend.std:g}",
+            f"  labels        {config.num_labels}, {config.resolved_problem_type}: {_short_list(config.labels)}",
+            sep="\n",
+        )
+        for key, value in checkpoint.metadata.items():
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            print(f"  {key:13} {text}")
+
+
+def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
+    """Return the first names, and how many more there are."""
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+@app.command()
+def finetune(
+    data: Annotated[
+        pathlib.Path,
+        typer.Argument(metavar="DATA", help="A folder with a folder per class, or a CSV: path,label[,split]."),
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The run's folder.")],
+    init: Annotated[
+        str | None, typer.Option("--init", help="Model to start from (as --model of classify); default: from scratch.")
+    ] = None,
+    architecture: Annotated[
+        str, typer.Option("--architecture", help="From scratch: tiny, small, base, or a config.json.")
+    ] = "tiny",
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=16, help="From scratch: input length in frames of 10 ms.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output after its last saved epoch.")
+    ] = False,
+    problem_type: Annotated[
+        ProblemType | None, typer.Option("--problem-type", help="Default: multi-label if any file has several labels.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Over all devices.")] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-4,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate, after warm-up.")] = Schedule.step,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
+    decay_start: Annotated[
+        int, typer.Option(min=0, help="Step schedule: first epoch after which the rate falls.")
+    ] = 10,
+    decay_step: Annotated[int, typer.Option(min=1, help="Step schedule: epochs from one fall to the next.")] = 5,
+    decay_factor: Annotated[float, typer.Option(help="Step schedule: what the rate is multiplied by.")] = 0.5,
+    weight_decay: Annotated[float, typer.Option(min=0, help="L2 in the gradient, as torch's Adam.")] = 5e-7,
+    mixup: Annotated[float, typer.Option(min=0, max=1, help="Share of examples mixed with another.")] = 0.0,
+    frequency_mask: Annotated[int, typer.Option(min=0, help="SpecAugment: upper bound in mel bins.")] = 0,
+    time_mask: Annotated[int, typer.Option(min=0, help="SpecAugment: upper bound in frames.")] = 0,
+    noise: Annotated[bool, typer.Option("--noise", help="Add noise and roll in time.")] = False,
+    ramp_epochs: Annotated[
+        float, typer.Option(min=0, help="Epochs over which mixup and masks grow to full strength.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train on your own sounds; needs the extra `train`.
+
+    Every epoch is saved: after a kill or Ctrl-C, the same command with --resume goes on after the last saved epoch with
+    the settings that the run was started with. OUTPUT/best is the checkpoint of the best epoch on the validation split.
+    """
+    with _user_errors():
+        _need_train_extra()
+        from . import finetune as loop
+        from .checkpoint import load
+        from .train import TrainConfig
+
+        try:
+            if resume:
+                best = loop.resume(output)
+            else:
+                training = TrainConfig(
+                    batch_size=batch_size, epochs=epochs, learning_rate=learning_rate, schedule=schedule.value,
+                    warmup_steps=warmup_steps, decay_start=decay_start, decay_step=decay_step,
+                    decay_factor=decay_factor, weight_decay=weight_decay, mixup=mixup, frequency_mask=frequency_mask,
+                    time_mask=time_mask, noise=noise, ramp_epochs=ramp_epochs, seed=seed,
+                )  # fmt: skip
+                best = loop.start(
+                    data, output, training,
+                    initial=load(init) if init else None,
+                    architecture=_architecture(architecture, max_length),
+                    problem_type=problem_type.value if problem_type else None,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            _complain(f"stopped; go on with: ast-jax finetune {data} --output {output} --resume")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        print(f"best epoch: {json.dumps(best.metadata['epoch'])}")
+        print(f"checkpoint: {output / 'best'}")
+
+
+def _architecture(name: str, max_length: int | None) -> Any:
+    """Return the `ASTConfig` of a preset or of a `config.json`."""
+    from .config import PRESETS, ASTConfig
+
+    if name in PRESETS:
+        config = PRESETS[name]()
+    elif pathlib.Path(name).is_file():
+        config = ASTConfig.from_json_dict(json.loads(pathlib.Path(name).read_text(encoding="utf-8")))
+    else:
+        raise ValueError(f"--architecture: expected {', '.join(PRESETS)} or a config.json, got {name!r}")
+    return config.replace(max_length=max_length) if max_length else config
+
+
+def _need_train_extra() -> None:
+    """Say which command installs what training needs, where it is missing."""
+    import importlib.util
+
+    missing = [name for name in ("grain", "sklearn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"finetune needs {' and '.join(missing)}; install it with: pip install 'ast-jax[train]'")

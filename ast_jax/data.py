@@ -1,0 +1,248 @@
+"""Data sets on disk to batches of waveforms, in an order that (seed, epoch) alone decides.
+
+Batches hold waveforms, not features: those are computed on the device, inside the training step.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import kaldi
+from .audio import decode
+from .augment import MIXUP_ALPHA, mix_waveforms
+from .config import FrontendConfig
+
+SPLITS = ("train", "validation", "test")
+SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
+LABEL_SEPARATOR = ";"  # AudioSet's own names contain commas
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"})
+HELD_OUT = 10  # one example in so many becomes validation where the data set names no split
+
+Batch = dict[str, np.ndarray]
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message is one line and names the file and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sound file and the indices of its labels."""
+
+    path: pathlib.Path
+    targets: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """Examples by split, and the class names in index order."""
+
+    labels: tuple[str, ...]
+    splits: dict[str, list[Example]]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether any example has other than exactly one label."""
+        return any(len(example.targets) != 1 for examples in self.splits.values() for example in examples)
+
+    def reordered(self, labels: Sequence[str]) -> DataSet:
+        """Return the same examples with the classes in the order of `labels`."""
+        new = {self.labels.index(name): index for index, name in enumerate(labels)}
+        splits = {
+            split: [Example(one.path, tuple(sorted(new[target] for target in one.targets))) for one in examples]
+            for split, examples in self.splits.items()
+        }
+        return DataSet(tuple(labels), splits)
+
+
+def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
+    """Read a folder with one folder per class, a CSV manifest, or a folder that holds a `manifest.csv`.
+
+    A manifest has the columns `path` (relative to the manifest) and `label` (several joined by ";"), and may have
+    `split` (train, validation or test). Where there is no split, one example in ten of every class, drawn by `seed`,
+    becomes validation.
+
+    Raises:
+        DataError: nothing to train on, missing columns or files, or an unknown split.
+        FileNotFoundError: `source` does not exist.
+    """
+    source = pathlib.Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if source.is_dir() and (source / "manifest.csv").is_file():
+        source = source / "manifest.csv"
+    rows = list(_read_folders(source) if source.is_dir() else _read_manifest(source))
+    if not rows:
+        raise DataError(f"{source}: expected folders of sound files, one for each class, or a manifest.csv; found none")
+    missing = [path for path, _, _ in rows if not path.is_file()]
+    if missing:
+        raise DataError(f"{source}: {len(missing)} of {len(rows)} files are missing, the first is {missing[0]}")
+    labels = tuple(sorted({name for _, names, _ in rows for name in names}))
+    index = {name: number for number, name in enumerate(labels)}
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for path, names, split in rows:
+        splits[split or "train"].append(Example(path, tuple(sorted({index[name] for name in names}))))
+    if not any(split for _, _, split in rows):
+        splits["train"], splits["validation"] = _hold_out(splits["train"], seed)
+    if not splits["train"]:
+        raise DataError(f"{source}: no example is in the split 'train'")
+    return DataSet(labels, splits)
+
+
+def _read_folders(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
+    """Yield (path, labels, no split) of a folder per class."""
+    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                yield path, [folder.name], ""
+
+
+def _read_manifest(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
+    """Yield (path, labels, split) of a CSV file."""
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = {"path", "label"} - set(reader.fieldnames or ())
+            if missing:
+                raise DataError(
+                    f"{source}: expected the columns path,label[,split], missing {', '.join(sorted(missing))}"
+                )
+            for row in reader:
+                split = (row.get("split") or "").strip().lower()
+                split = SPLIT_ALIASES.get(split, split)
+                if split and split not in SPLITS:
+                    raise DataError(
+                        f"{source}, line {reader.line_num}: expected split {', '.join(SPLITS)}, got {row['split']!r}"
+                    )
+                names = [name.strip() for name in (row["label"] or "").split(LABEL_SEPARATOR)]
+                yield source.parent / row["path"], [name for name in names if name], split
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: expected a CSV manifest in UTF-8 or a folder, got something else") from error
+
+
+def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Split off every tenth example of each class, in an order drawn by `seed`."""
+    by_class = collections.defaultdict(list)
+    for example in examples:
+        by_class[example.targets].append(example)
+    kept, held = [], []
+    for targets in sorted(by_class):
+        members = by_class[targets]
+        order = np.random.default_rng([seed, *targets]).permutation(len(members))
+        cut = len(members) // HELD_OUT
+        held += [members[i] for i in sorted(order[:cut])]
+        kept += [members[i] for i in sorted(order[cut:])]
+    return kept, held
+
+
+def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
+    """Return the beginning of a sound, at most as much as fills the model's input: [<= frontend.max_samples]."""
+    sound = decode(example.path, frontend.sampling_rate, max_seconds=frontend.max_seconds)
+    return sound.samples[: frontend.max_samples]
+
+
+def make_item(
+    waveform: np.ndarray, targets: dict[int, float], frontend: FrontendConfig, num_labels: int
+) -> dict[str, Any]:
+    """Return one example as fixed-size arrays: zero-padded waveform, its true length, and label weights [C]."""
+    labels = np.zeros(num_labels, np.float32)
+    for index, weight in targets.items():
+        labels[index] = weight
+    padded = np.zeros(frontend.max_samples, np.float32)
+    padded[: len(waveform)] = waveform
+    return {"waveform": padded, "num_samples": np.int32(len(waveform)), "labels": labels}
+
+
+def train_batches(
+    examples: Sequence[Example],
+    frontend: FrontendConfig,
+    num_labels: int,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    mixup: float = 0.0,
+    ramp: tuple[float, float] = (1.0, 1.0),
+    num_threads: int = 4,
+) -> Iterator[Batch]:
+    """Yield one epoch's batches in shuffled order; a short last batch is dropped.
+
+    Args:
+        examples: the training split.
+        frontend: says rate and length.
+        num_labels: C.
+        batch_size: B, over all devices.
+        seed: with `epoch` decides order and mixup, whatever the number of threads.
+        epoch: counts from 0.
+        mixup: probability that an example is mixed with another, drawn uniformly from all of them.
+        ramp: factors on `mixup` at the start and the end of the epoch.
+        num_threads: that decode ahead.
+
+    Yields:
+        {"waveform": [B, S], "num_samples": [B], "labels": [B, C]}.
+    """
+    import grain
+
+    def load(position_and_index: tuple[int, int], rng: np.random.Generator) -> dict[str, Any]:
+        position, index = position_and_index
+        waveform = load_example(examples[index], frontend)
+        targets = collections.Counter(dict.fromkeys(examples[index].targets, 1.0))
+        rate = mixup * np.interp(position / len(examples), (0, 1), ramp)
+        if rng.random() < rate:
+            partner = examples[rng.integers(len(examples))]
+            weight = rng.beta(MIXUP_ALPHA, MIXUP_ALPHA)
+            waveform = mix_waveforms(waveform, load_example(partner, frontend), weight)
+            targets = collections.Counter({target: weight for target in targets})
+            targets.update(dict.fromkeys(partner.targets, 1 - weight))
+        return make_item(waveform, targets, frontend, num_labels)
+
+    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+    dataset = grain.MapDataset.source(list(enumerate(order.tolist())))
+    dataset = dataset.seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0] >> 1)).random_map(load)
+    dataset = dataset.batch(batch_size, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    yield from dataset.to_iter_dataset(options)
+
+
+def eval_batches(
+    examples: Sequence[Example], frontend: FrontendConfig, num_labels: int, *, batch_size: int, num_threads: int = 4
+) -> Iterator[tuple[Batch, int]]:
+    """Yield all examples in order as batches of one size, each with how many of it are real.
+
+    A short last batch is filled up with silence; cut its results to the second value.
+    """
+    import grain
+
+    def load(example: Example) -> dict[str, Any]:
+        return make_item(load_example(example, frontend), dict.fromkeys(example.targets, 1.0), frontend, num_labels)
+
+    dataset = grain.MapDataset.source(examples).map(load).batch(batch_size)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    for batch in dataset.to_iter_dataset(options):
+        real = len(batch["labels"])
+        yield {key: _fill_up(value, batch_size) for key, value in batch.items()}, real
+
+
+def _fill_up(array: np.ndarray, size: int) -> np.ndarray:
+    """Pad the first axis with zeros to `size`."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def statistics(
+    examples: Sequence[Example], frontend: FrontendConfig, limit: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return mean and standard deviation of the log-mel values of up to `limit` examples, padding left out."""
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
+    count, total, squares = 0, 0.0, 0.0
+    for index in chosen:
+        values = kaldi.log_mel(load_example(examples[index], frontend), frontend).astype(np.float64)
+        count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
+    mean = total / count
+    return mean, float(np.sqrt(squares / count - mean**2))

@@ -1,0 +1,305 @@
+"""The training loop: epochs over a data set, a run folder that survives a kill, the best epoch as a checkpoint.
+
+RUN/
+  run.json        what was asked for: data, labels, architecture, frontend, training settings
+  metrics.csv     a row an epoch
+  best/           the checkpoint of the best epoch on the validation split
+  state-NNNN/     parameters, optimizer state and history after NNNN epochs, for resuming; only the newest is kept
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import data, model, train
+from .checkpoint import Checkpoint, load, restore_numpy, save
+from .config import ASTConfig, FrontendConfig
+from .files import whole_folder, write_text
+from .metrics import evaluate_logits
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.csv"
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that decides a run, as stored in `run.json`."""
+
+    data: str
+    config: ASTConfig
+    frontend: FrontendConfig
+    training: train.TrainConfig
+    metadata: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return the text of `run.json`."""
+        content = {
+            "data": self.data,
+            "config": self.config.to_json_dict(),
+            "frontend": self.frontend.to_json_dict(),
+            "training": dataclasses.asdict(self.training),
+            "metadata": self.metadata,
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """Invert `to_json`."""
+        content = json.loads(text)
+        return cls(
+            content["data"],
+            ASTConfig.from_json_dict(content["config"]),
+            FrontendConfig.from_json_dict(content["frontend"]),
+            train.TrainConfig(**content["training"]),
+            content["metadata"],
+        )
+
+
+def start(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    training: train.TrainConfig,
+    *,
+    initial: Checkpoint | None = None,
+    architecture: ASTConfig | None = None,
+    problem_type: str | None = None,
+    say: Say = print,
+) -> Checkpoint:
+    """Train a model on a data set, from `initial` or from scratch, into a new run folder.
+
+    Args:
+        source: data set, see `data.read_dataset`.
+        output: run folder, new or empty.
+        training: the settings.
+        initial: a checkpoint to start from; its classifier is kept where it has the data set's labels, else drawn anew.
+        architecture: the model to draw where there is no `initial`.
+        problem_type: None chooses multi-label where any example has several labels or none.
+        say: where progress is told.
+
+    Returns:
+        The best epoch's checkpoint, which also lies in `output/best`.
+
+    Raises:
+        DataError: the data set cannot be used.
+        ValueError: a setting is out of range, or `output` already holds a run.
+        FloatingPointError: the loss is not finite; the message names the step.
+    """
+    output = pathlib.Path(output)
+    if (output / RUN_FILE).exists():
+        raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
+    dataset = data.read_dataset(source, training.seed)
+    keeps_head = initial is not None and set(initial.config.labels) == set(dataset.labels)
+    if keeps_head:
+        dataset = dataset.reordered(initial.config.labels)
+    kind = problem_type or ("multi_label_classification" if dataset.multi_label else "single_label_classification")
+    if kind == "single_label_classification" and dataset.multi_label:
+        raise data.DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
+    config = (initial.config if initial else architecture or ASTConfig()).replace(
+        num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind
+    )
+    if initial:
+        frontend = initial.frontend
+    else:
+        frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
+        mean, std = data.statistics(dataset.splits["train"], frontend)
+        frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
+        say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")
+    params = model.init(jax.random.key(training.seed), config)
+    if initial:
+        params = {**initial.params} if keeps_head else {**initial.params, "classifier": params["classifier"]}
+    metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name}
+    run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / RUN_FILE, run.to_json())
+    return _train(run, dataset, params, output, [], None, say)
+
+
+def resume(output: str | pathlib.Path, say: Say = print) -> Checkpoint:
+    """Go on with a run after its last saved epoch, with the settings it was started with.
+
+    Raises:
+        ValueError: `output` holds no run.
+    """
+    output = pathlib.Path(output)
+    if not (output / RUN_FILE).exists():
+        raise ValueError(f"{output}: expected a run folder to resume, found no {RUN_FILE} in it")
+    run = Run.from_json((output / RUN_FILE).read_text(encoding="utf-8"))
+    dataset = data.read_dataset(run.data, run.training.seed)
+    if set(dataset.labels) != set(run.config.labels):
+        raise data.DataError(f"{run.data}: its labels are no longer those that the run was started with")
+    dataset = dataset.reordered(run.config.labels)
+    params = model.init(jax.random.key(run.training.seed), run.config)
+    state, history = _newest_state(output), []
+    if state is None and run.metadata["trained_from"] != "scratch":
+        raise ValueError(f"{output}: stopped before its first epoch was saved; start it again in a new folder")
+    if state is not None:
+        history = json.loads((state / "history.json").read_text(encoding="utf-8"))
+        say(f"going on after epoch {len(history)} of {run.training.epochs}")
+    return _train(run, dataset, params, output, history, state, say)
+
+
+def evaluate(
+    checkpoint: Checkpoint, examples: Sequence[data.Example], batch_size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits and labels, each [N, C], of all examples in order, using all local devices."""
+    parallel = train.DataParallel()
+    parallel.check_batch_size(batch_size)
+    step = functools.partial(train.eval_step, config=checkpoint.config, frontend=checkpoint.frontend)
+    params = parallel.replicate(checkpoint.params)
+    return _predict(parallel.wrap_eval(step), params, examples, checkpoint, batch_size)
+
+
+def _predict(
+    run_batch: Callable[..., np.ndarray],
+    params: Any,
+    examples: Sequence[data.Example],
+    checkpoint: Checkpoint,
+    batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run an evaluation over whole batches and cut what filled up the last one."""
+    logits, labels = [], []
+    batches = data.eval_batches(examples, checkpoint.frontend, checkpoint.config.num_labels, batch_size=batch_size)
+    for batch, real in batches:
+        labels.append(batch.pop("labels")[:real])
+        logits.append(run_batch(params, batch)[:real])
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def _train(
+    run: Run,
+    dataset: data.DataSet,
+    params: Any,
+    output: pathlib.Path,
+    history: list[dict[str, Any]],
+    saved: pathlib.Path | None,
+    say: Say,
+) -> Checkpoint:
+    """Train from after the last epoch in `history` to the end; see `start`."""
+    training, examples = run.training, dataset.splits["train"]
+    parallel = train.DataParallel()
+    parallel.check_batch_size(training.batch_size)
+    steps_per_epoch = len(examples) // training.batch_size
+    if not steps_per_epoch:
+        raise data.DataError(
+            f"{run.data}: {len(examples)} training examples are less than one batch of {training.batch_size}; "
+            "choose a smaller --batch-size"
+        )
+    optimizer = train.make_optimizer(training, steps_per_epoch)
+    state = train.init_state(params, optimizer)
+    if saved is not None:
+        leaves = restore_numpy(saved / "state")
+        restored = [np.asarray(leaves[str(index)]) for index in range(len(leaves))]
+        state = jax.tree.unflatten(jax.tree.structure(state), restored)
+    say(
+        f"{len(examples)} training examples, {len(dataset.splits['validation'])} for validation, "
+        f"{len(dataset.labels)} labels, {model.num_params(state.params):,} parameters, "
+        f"{len(parallel.devices)} {parallel.devices[0].platform} device(s)"
+    )
+    settings = {"config": run.config, "frontend": run.frontend}
+    step = parallel.wrap_train(
+        functools.partial(
+            train.train_step, **settings, training=training, optimizer=optimizer, steps_per_epoch=steps_per_epoch
+        )
+    )
+    run_eval = parallel.wrap_eval(functools.partial(train.eval_step, **settings))
+    rate = train.learning_rate_schedule(training, steps_per_epoch)
+    state = parallel.replicate(state)
+    for epoch in range(len(history), training.epochs):
+        began = time.monotonic()
+        ramp = tuple(min(1.0, at / training.ramp_epochs) if training.ramp_epochs else 1.0 for at in (epoch, epoch + 1))
+        batches = data.train_batches(
+            examples, run.frontend, len(dataset.labels),
+            batch_size=training.batch_size, seed=training.seed, epoch=epoch, mixup=training.mixup, ramp=ramp,
+        )  # fmt: skip
+        losses = []
+        with _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch) as advance:
+            for batch in batches:
+                state, value = step(state, batch)
+                losses.append(value)
+                advance()
+        losses = np.array([float(value) for value in losses])
+        if not np.isfinite(losses).all():
+            first = epoch * steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
+            raise FloatingPointError(f"the loss is not finite at step {first} (epoch {epoch + 1}); try a lower rate")
+        now = Checkpoint(None, run.config, run.frontend)
+        row = {"epoch": epoch + 1, "learning_rate": float(rate((epoch + 1) * steps_per_epoch - 1))}
+        row["train_loss"] = float(losses.mean())
+        if dataset.splits["validation"]:
+            results = _predict(run_eval, state.params, dataset.splits["validation"], now, training.batch_size)
+            row |= evaluate_logits(*results, run.config)
+        row["seconds"] = round(time.monotonic() - began, 1)
+        history.append(row)
+        single = parallel.unreplicate(state)
+        if _is_best(history):
+            metadata = {**run.metadata, "training": dataclasses.asdict(training), "epoch": row}
+            save(output / "best", Checkpoint(single.params, run.config, run.frontend, json.dumps(metadata)))
+        _save_state(output, single, history)
+        write_text(output / METRICS_FILE, _csv(history))
+        say(
+            ", ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    return load(output / "best")
+
+
+def _is_best(history: list[dict[str, Any]]) -> bool:
+    """Whether the last epoch is the best so far: by the first metric, else by the training loss."""
+    metric = next((key for key in ("mAP", "accuracy", "negative_mse") if key in history[-1]), None)
+    scores = [row[metric] if metric else -row["train_loss"] for row in history]
+    scores = [-math.inf if math.isnan(score) else score for score in scores]
+    return len(scores) == 1 or scores[-1] > max(scores[:-1])
+
+
+def _save_state(output: pathlib.Path, state: train.TrainState, history: list[dict[str, Any]]) -> None:
+    """Save what resuming needs; older states go only when the new one stands."""
+    import orbax.checkpoint as ocp
+
+    folder = output / f"state-{len(history):04d}"
+    with whole_folder(folder) as new, ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(new / "state", {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))})
+        write_text(new / "history.json", json.dumps(history))
+    for other in output.glob("state-*"):
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def _newest_state(output: pathlib.Path) -> pathlib.Path | None:
+    """Return the last saved state of a run, or None."""
+    return max(output.glob("state-*"), default=None)
+
+
+def _csv(history: list[dict[str, Any]]) -> str:
+    """Return the history as CSV text."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yield a function that advances a progress bar on stderr, shown on a terminal only."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
