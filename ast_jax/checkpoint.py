@@ -114,12 +114,12 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
         from .convert import from_torch
 
         return from_torch(folder)
-    description = _read_json(folder / FORMAT_FILE)
+    description = read_json(folder / FORMAT_FILE)
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: expected checkpoint format {FORMAT}, got {description.get('format')!r}")
-    config = ASTConfig.from_json_dict(_read_json(folder / CONFIG_FILE))
-    frontend = FrontendConfig.from_json_dict(_read_json(folder / PREPROCESSOR_FILE))
-    params = jax.tree.map(_widen, restore_numpy(folder / PARAMS_FOLDER))
+    config = ASTConfig.from_json_dict(read_json(folder / CONFIG_FILE))
+    frontend = FrontendConfig.from_json_dict(read_json(folder / PREPROCESSOR_FILE))
+    params = jax.tree.map(widen, restore_numpy(folder / PARAMS_FOLDER))
     check_params(params, config, str(folder))
     return Checkpoint(params, config, frontend, json.dumps(description.get("metadata", {})))
 
@@ -223,13 +223,13 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _widen(array: Any) -> np.ndarray:
+def widen(array: Any) -> np.ndarray:
     """Return float32 for half precision, anything else as it is."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
