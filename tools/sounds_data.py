@@ -48,7 +48,7 @@ class Take:
 
     package: str
     split: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # none: a sound that none of the model's labels names
     files: tuple[str, ...]
     clips: int
     license: str
@@ -76,8 +76,7 @@ def read_takes(path: Path = SOURCES) -> list[Take]:
     for package, entry in table.items():
         for take in entry["take"]:
             fields = {**take, **{k: tuple(take[k]) for k in ("labels", "files", "exclude") if k in take}}
-            takes.append(Take(package=package, **{"split": entry.get("split"),
-                                                  "license": entry["license"], **fields}))
+            takes.append(Take(package=package, **{"split": entry.get("split"), "license": entry["license"], **fields}))
     for take in takes:
         if take.split not in SPLITS:
             raise DataError(f"{path.name}: {take.package} has no split among {', '.join(SPLITS)}")
@@ -90,6 +89,7 @@ def generator(seed: int, *names: str) -> Rng:
 
 
 # ----------------------------------------------------------------- fetch
+
 
 def fetch_package(package: str, cache: Path) -> None:
     """Download and unpack one Debian package unless the cache has it."""
@@ -137,8 +137,24 @@ def render(midi: Path, cache: Path) -> Path:
             raise DataError("fluidsynth not found: install the package fluidsynth")
         wav.parent.mkdir(parents=True, exist_ok=True)
         part = wav.with_suffix(".part")
-        done = subprocess.run(["fluidsynth", "-ni", "-q", "-g", "0.5", "-r", str(RATE), "-T", "wav", "-F",
-                               str(part), str(cache / "root" / SOUNDFONT), str(midi)], capture_output=True)
+        done = subprocess.run(
+            [
+                "fluidsynth",
+                "-ni",
+                "-q",
+                "-g",
+                "0.5",
+                "-r",
+                str(RATE),
+                "-T",
+                "wav",
+                "-F",
+                str(part),
+                str(cache / "root" / SOUNDFONT),
+                str(midi),
+            ],
+            capture_output=True,
+        )
         if done.returncode or not part.exists():
             raise DataError(f"fluidsynth cannot render {midi.name}")
         part.rename(wav)
@@ -184,7 +200,7 @@ FRAME = 320
 def active_frames(wave: np.ndarray, below: float) -> np.ndarray:
     """For every 20 ms frame, whether it lies within `below` dB of the loudest."""
     count = max(1, len(wave) // FRAME)
-    frames = np.resize(wave, (count, FRAME)) if len(wave) < FRAME else wave[:count * FRAME].reshape(count, FRAME)
+    frames = np.resize(wave, (count, FRAME)) if len(wave) < FRAME else wave[: count * FRAME].reshape(count, FRAME)
     level = 10 * np.log10(np.mean(np.square(frames), axis=1) + 1e-12)
     return level > max(level.max() - below, -66.0)
 
@@ -194,7 +210,7 @@ def trim(wave: np.ndarray, below: float) -> np.ndarray:
     active = np.flatnonzero(active_frames(wave, below))
     if not len(active) or np.max(np.abs(wave)) < synth.decibels(-50):
         return wave[:0]
-    return wave[max(0, active[0] - 2) * FRAME:(active[-1] + 3) * FRAME]
+    return wave[max(0, active[0] - 2) * FRAME : (active[-1] + 3) * FRAME]
 
 
 def dense_enough(wave: np.ndarray, labels: tuple[str, ...]) -> bool:
@@ -206,15 +222,19 @@ def dense_enough(wave: np.ndarray, labels: tuple[str, ...]) -> bool:
 
 
 def segments(wave: np.ndarray, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
-    """Windows of a recording, side by side, that hold enough of its sound."""
+    """Windows of a recording that hold enough of its sound.
+
+    They start half a window apart; of percussion only the first is taken,
+    which has the stroke.
+    """
     if "Silence" not in labels:
         wave = trim(wave, 35.0 if "Speech" in labels else 50.0)
-    if len(wave) <= LENGTH:
+    if len(wave) <= LENGTH or "Percussion" in labels:
         if len(wave):
-            yield wave
+            yield wave[:LENGTH]
         return
-    for start in rng.permutation(range(0, len(wave) - LENGTH + 1, LENGTH)):
-        window = wave[start:start + LENGTH]
+    for start in rng.permutation(range(0, len(wave) - LENGTH + 1, LENGTH // 2)):
+        window = wave[start : start + LENGTH]
         if dense_enough(window, labels):
             yield window
 
@@ -256,9 +276,12 @@ def cuts(take: Take, cache: Path, rng: Rng) -> Iterator[np.ndarray]:
         folders = sorted({path.parent for path in files})
         streams = [joined([path for path in files if path.parent == folder], rng) for folder in folders]
     else:
-        streams = [long_segments(path, take.labels, rng)
-                   if duration(path) > 30 and "Silence" not in take.labels else segments(load(path), take.labels, rng)
-                   for path in (files[i] for i in rng.permutation(len(files))[:2 * take.clips])]
+        streams = [
+            long_segments(path, take.labels, rng)
+            if duration(path) > 30 and "Silence" not in take.labels
+            else segments(load(path), take.labels, rng)
+            for path in (files[i] for i in rng.permutation(len(files))[: 2 * take.clips])
+        ]
     while streams:
         alive = []
         for stream in streams:
@@ -271,6 +294,7 @@ def cuts(take: Take, cache: Path, rng: Rng) -> Iterator[np.ndarray]:
 
 # ----------------------------------------------------------- conditioning
 
+
 def place(wave: np.ndarray, rng: Rng) -> np.ndarray:
     """A short sound at a random time of a full clip, over very low noise."""
     if len(wave) < SHORTEST:
@@ -280,7 +304,7 @@ def place(wave: np.ndarray, rng: Rng) -> np.ndarray:
     floor = synth.coloured(rng, LENGTH, rng.uniform(0, 6))
     clip = floor / synth.rms(floor) * max(1e-5, synth.rms(wave) * synth.decibels(rng.uniform(-65, -45)))
     start = int(rng.integers(0, LENGTH - len(wave) + 1))
-    clip[start:start + len(wave)] += wave
+    clip[start : start + len(wave)] += wave
     return clip.astype(np.float32)
 
 
@@ -309,18 +333,20 @@ def real_clips(take: Take, cache: Path, seed: int) -> list[Clip]:
     if not pieces:
         raise DataError(f"{take.package}: nothing to cut from {', '.join(take.files)}")
     count = min(take.clips, len(pieces) * (12 if take.split == "train" else 3))
-    return [Clip(finish(pieces[i % len(pieces)], take, rng), take.labels, take.split, "clean",
-                 take.package, take.license) for i in range(count)]
+    return [
+        Clip(finish(pieces[i % len(pieces)], take, rng), take.labels, take.split, "clean", take.package, take.license)
+        for i in range(count)
+    ]
 
 
 MAKERS: dict[str, tuple[Callable[[Rng, int], np.ndarray], tuple[int, int, int]]] = {
     # label: maker, clips in train, validation and test
     "Noise": (synth.noise, (500, 40, 60)),
     "Silence": (synth.silence, (300, 30, 40)),
-    "Siren": (synth.siren, (450, 25, 15)),
-    "Beep, bleep": (synth.beep, (450, 25, 15)),
-    "Telephone": (synth.telephone, (450, 25, 15)),
-    "Music": (synth.melody, (200, 10, 10)),
+    "Siren": (synth.siren, (750, 25, 15)),
+    "Beep, bleep": (synth.beep, (600, 25, 15)),
+    "Telephone": (synth.telephone, (600, 25, 15)),
+    "Music": (synth.melody, (250, 10, 10)),
 }
 
 
@@ -333,12 +359,12 @@ def synthetic_clips(seed: int) -> list[Clip]:
             take = Take(SYNTHETIC, split, (label,), (), count, FREE)
             for _ in range(count):
                 length = LENGTH if rng.random() < 0.8 else int(rng.uniform(0.25, 1.0) * LENGTH)
-                clips.append(Clip(finish(make(rng, length), take, rng), (label,), split,
-                                  SYNTHETIC, SYNTHETIC, FREE))
+                clips.append(Clip(finish(make(rng, length), take, rng), (label,), split, SYNTHETIC, SYNTHETIC, FREE))
     return clips
 
 
 # --------------------------------------------------------------- mixtures
+
 
 def fit(wave: np.ndarray, length: int, rng: Rng) -> np.ndarray:
     """`wave` looped from a random start to `length` samples."""
@@ -351,15 +377,20 @@ def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Cl
     if len(wave) < LENGTH and condition == "mixture":
         padded = np.zeros(LENGTH, np.float32)
         start = int(rng.integers(0, LENGTH - len(wave) + 1))
-        padded[start:start + len(wave)] = wave
+        padded[start : start + len(wave)] = wave
         snr -= 10 * np.log10(LENGTH / len(wave))
         wave = padded
     mixed = synth.at_snr(wave, fit(back.wave, len(wave), rng), snr)
     if condition == "mixture":
         mixed = synth.at_peak(mixed, rng.uniform(-18, 0))
-    return Clip(mixed, tuple(dict.fromkeys(front.labels + back.labels)), front.split, condition,
-                "+".join(dict.fromkeys((front.source, back.source))),
-                " + ".join(dict.fromkeys((front.license, back.license))))
+    return Clip(
+        mixed,
+        tuple(dict.fromkeys(front.labels + back.labels)),
+        front.split,
+        condition,
+        "+".join(dict.fromkeys((front.source, back.source))),
+        " + ".join(dict.fromkeys((front.license, back.license))),
+    )
 
 
 MIXTURES: tuple[tuple[str, str, tuple[float, float], tuple[int, int, int]], ...] = (
@@ -371,7 +402,8 @@ MIXTURES: tuple[tuple[str, str, tuple[float, float], tuple[int, int, int]], ...]
     ("effect", "Speech", (-3.0, 12.0), (300, 20, 0)),
     ("effect", "Noise", (3.0, 20.0), (900, 60, 0)),
 )
-EFFECTS = ("Percussion", "Siren", "Beep, bleep", "Telephone", "Animal", "Explosion")
+OTHER = ""  # stands for clips without any of the labels
+EFFECTS = ("Percussion", "Siren", "Beep, bleep", "Telephone", OTHER)
 
 
 def mixtures(clips: list[Clip], seed: int) -> list[Clip]:
@@ -380,13 +412,22 @@ def mixtures(clips: list[Clip], seed: int) -> list[Clip]:
     for front, back, (low, high), counts in MIXTURES:
         for split, count in zip(SPLITS, counts, strict=True):
             rng = generator(seed, "mixture", front, back, split)
-            pools = {label: [c for c in clips if c.split == split and c.labels == (label,)]
-                     for label in (*EFFECTS, "Speech", "Music", "Noise")}
+            pools = {
+                label: [c for c in clips if c.split == split and ";".join(c.labels) == label]
+                for label in (*EFFECTS, "Speech", "Music", "Noise")
+            }
             backs = [c for c in pools[back] if len(c.wave) == LENGTH]
             for index in range(count):
                 pool = pools[EFFECTS[index % len(EFFECTS)] if front == "effect" else front]
-                mixed.append(mixture(pool[rng.integers(len(pool))], backs[rng.integers(len(backs))],
-                                     rng.uniform(low, high), "mixture", rng))
+                mixed.append(
+                    mixture(
+                        pool[rng.integers(len(pool))],
+                        backs[rng.integers(len(backs))],
+                        rng.uniform(low, high),
+                        "mixture",
+                        rng,
+                    )
+                )
     return mixed
 
 
@@ -406,6 +447,7 @@ def noisy_copies(clips: list[Clip], seed: int) -> list[Clip]:
 
 # ------------------------------------------------------------------ build
 
+
 def write(clips: list[Clip], output: Path) -> None:
     """Write the clips and, last and whole, the manifest."""
     shutil.rmtree(output / "clips", ignore_errors=True)
@@ -414,8 +456,7 @@ def write(clips: list[Clip], output: Path) -> None:
         path = Path("clips", clip.split, f"{number:05d}.flac")
         (output / path).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(str(output / path), np.clip(clip.wave, -1.0, 32767 / 32768), RATE, subtype="PCM_16")
-        rows.append([path.as_posix(), ";".join(clip.labels), clip.split, clip.condition,
-                     clip.source, clip.license])
+        rows.append([path.as_posix(), ";".join(clip.labels), clip.split, clip.condition, clip.source, clip.license])
     part = output / "manifest.csv.part"
     with part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -427,7 +468,7 @@ def write(clips: list[Clip], output: Path) -> None:
 def report(clips: list[Clip]) -> None:
     """Print how many clips each label has in each split."""
     print(f"{'label':14s}" + "".join(f"{split:>12s}" for split in SPLITS))
-    for label in dict.fromkeys(label for clip in clips for label in clip.labels):
+    for label in sorted({label for clip in clips for label in clip.labels}):
         counts = [sum(label in c.labels and c.split == split for c in clips) for split in SPLITS]
         print(f"{label:14s}" + "".join(f"{count:12d}" for count in counts))
     print(f"{'clips':14s}" + "".join(f"{sum(c.split == s for c in clips):12d}" for s in SPLITS))
@@ -438,7 +479,7 @@ def build(cache: Path, output: Path, seed: int) -> None:
     clips: list[Clip] = []
     for take in read_takes():
         made = real_clips(take, cache, seed)
-        print(f"{take.split:10s} {len(made):5d} {take.package} {';'.join(take.labels)}", flush=True)
+        print(f"{take.split:10s} {len(made):5d} {take.package} {';'.join(take.labels) or 'other'}", flush=True)
         clips += made
     clips += synthetic_clips(seed)
     clips += mixtures(clips, seed) + noisy_copies(clips, seed)
@@ -455,8 +496,13 @@ def main(argv: list[str] | None = None) -> int:
     two = commands.add_parser("build", help="cut, label and mix the clips (some minutes)")
     for command in (one, two):
         command.add_argument("--cache", type=Path, required=True, help="folder that keeps the packages")
-    two.add_argument("--output", type=Path, required=True, metavar="DATA",
-                     help="folder for the clips and manifest.csv; its clips folder is replaced")
+    two.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DATA",
+        help="folder for the clips and manifest.csv; its clips folder is replaced",
+    )
     two.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
     args = parser.parse_args(argv)
     try:

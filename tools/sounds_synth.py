@@ -62,6 +62,7 @@ def gate(length: int, on: float, off: float, edge: float = 0.004) -> np.ndarray:
 
 # ----------------------------------------------------------------- noise
 
+
 def coloured(rng: Rng, length: int, slope: float) -> np.ndarray:
     """Noise whose power falls with `slope` dB per octave."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
@@ -90,8 +91,7 @@ def gusts(rng: Rng, length: int) -> np.ndarray:
     """Wind: low noise whose level and colour drift slowly."""
     low = coloured(rng, length, rng.uniform(4, 8))
     high = coloured(rng, length, rng.uniform(1, 4))
-    drift = 0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(0.1, 0.8) * times(length)
-                               + rng.uniform(0, 6))
+    drift = 0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(0.1, 0.8) * times(length) + rng.uniform(0, 6))
     return low / rms(low) + high / rms(high) * drift
 
 
@@ -104,8 +104,7 @@ def crackle(rng: Rng, length: int) -> np.ndarray:
 
 def noise(rng: Rng, length: int) -> np.ndarray:
     """Noise of a random kind: coloured, band-limited, hum, wind or static."""
-    kind = rng.choice(["coloured", "band", "hum", "gusts", "crackle"],
-                      p=[0.5, 0.15, 0.1, 0.15, 0.1])
+    kind = rng.choice(["coloured", "band", "hum", "gusts", "crackle"], p=[0.5, 0.15, 0.1, 0.15, 0.1])
     if kind == "coloured":
         wave = coloured(rng, length, float(rng.choice([0.0, 3.0, 6.0, rng.uniform(-2, 7)])))
     elif kind == "band":
@@ -129,64 +128,92 @@ def silence(rng: Rng, length: int) -> np.ndarray:
 
 # ----------------------------------------------------------------- tones
 
+
 def siren_track(rng: Rng, length: int) -> np.ndarray:
     """The frequency of a siren over time: wail, yelp, hi-lo, whoop or air raid."""
     t = times(length) + rng.uniform(0, 10)
-    low = rng.uniform(350, 900)
-    high = low * rng.uniform(1.4, 2.6)
+    low = rng.uniform(300, 1100)
+    high = low * rng.uniform(1.3, 2.8)
     kind = rng.choice(["wail", "yelp", "hilo", "whoop", "raid"])
     if kind == "wail":
-        cycle = np.mod(t / rng.uniform(2.0, 6.0), 1.0)
-        rise = rng.uniform(0.3, 0.6)
+        cycle = np.mod(t / rng.uniform(2.0, 7.0), 1.0)
+        rise = rng.uniform(0.2, 0.7)
         shape = np.where(cycle < rise, cycle / rise, (1 - cycle) / (1 - rise))
         shape = np.sin(np.pi / 2 * shape) if rng.random() < 0.6 else shape
     elif kind == "yelp":
-        shape = 0.5 + 0.5 * signal.sawtooth(2 * np.pi * rng.uniform(1.5, 6) * t,
-                                            rng.uniform(0.2, 1.0))
+        shape = 0.5 + 0.5 * signal.sawtooth(2 * np.pi * rng.uniform(1.5, 7) * t, rng.uniform(0.1, 1.0))
     elif kind == "hilo":
-        high = low * rng.uniform(1.15, 1.5)
-        shape = (np.mod(t / rng.uniform(0.7, 1.6), 1.0) < 0.5).astype(np.float64)
+        high = low * rng.uniform(1.12, 1.5)
+        shape = (np.mod(t / rng.uniform(0.6, 1.8), 1.0) < 0.5).astype(np.float64)
     elif kind == "whoop":
-        shape = np.mod(t / rng.uniform(0.5, 2.0), 1.0) ** rng.uniform(0.5, 1.5)
+        low = rng.uniform(120, 900)
+        high = low * rng.uniform(1.5, 5)
+        shape = np.mod(t / rng.uniform(0.4, 2.5), 1.0) ** rng.uniform(0.4, 2.0)
     else:
-        low, high = rng.uniform(120, 350), rng.uniform(400, 900)
-        swing = np.mod(t / rng.uniform(6.0, 12.0), 1.0)
-        shape = np.sin(np.pi * swing) ** rng.uniform(0.4, 1.0)
+        low, high = rng.uniform(80, 350), rng.uniform(350, 1000)
+        swing = np.mod(t / rng.uniform(5.0, 16.0), 1.0)
+        shape = np.sin(np.pi * swing) ** rng.uniform(0.4, 1.2)
     return low + (high - low) * shape
 
 
-def siren(rng: Rng, length: int) -> np.ndarray:
-    """A siren with random timbre, and sometimes an echo from the street."""
+def one_siren(rng: Rng, length: int) -> np.ndarray:
+    """A single siren: a driven horn or a chopped air stream with many harmonics."""
     phase = sweep(siren_track(rng, length))
     if rng.random() < 0.4:
-        wave = np.tanh(rng.uniform(1, 8) * np.sin(phase))
-    else:
-        count = int(rng.integers(2, 9))
-        wave = harmonics(phase, rng.uniform(0.2, 1, count) / np.arange(1, count + 1) ** 0.7)
+        return np.tanh(rng.uniform(1, 8) * np.sin(phase))
+    count = int(rng.integers(2, 20))
+    falling = np.arange(1, count + 1) ** rng.uniform(0.3, 1.2)
+    return lowpass(harmonics(phase, rng.uniform(0.2, 1, count) / falling), rng.uniform(1500, 7500))
+
+
+def siren(rng: Rng, length: int) -> np.ndarray:
+    """One or two sirens, coming or going, with the street's echo and noise."""
+    wave = one_siren(rng, length)
+    if rng.random() < 0.2:
+        wave = wave + one_siren(rng, length) * rng.uniform(0.3, 1.0)
     if rng.random() < 0.5:
         wave = wave * np.linspace(rng.uniform(0.2, 1), rng.uniform(0.2, 1), length)
     wave = reverb(rng, wave) if rng.random() < 0.6 else wave
+    wave = tilt(rng, wave) if rng.random() < 0.3 else wave
+    if rng.random() < 0.6:
+        street = coloured(rng, length, rng.uniform(0, 6))
+        wave = wave / rms(wave) + street / rms(street) * decibels(-rng.uniform(12, 35))
     return at_peak(wave, 0.0)
 
 
+def beep_pitches(rng: Rng) -> np.ndarray:
+    """The pitches of eight or more beeps: all alike, two in turn, or each its own."""
+    first = rng.uniform(550, 4500)
+    kind = rng.random()
+    if kind < 0.6:
+        return np.full(24, first)
+    if kind < 0.8:
+        return np.tile([first, first * rng.uniform(0.6, 1.6)], 12)
+    return rng.uniform(400, 3500, 24)
+
+
 def beep(rng: Rng, length: int) -> np.ndarray:
-    """One or several short steady tones; the timbre goes from sine to buzzer."""
+    """Short steady tones, single, repeated or as in Morse code; from sine to buzzer."""
     wave = np.zeros(length)
     at = int(rng.uniform(0, 0.15) * length)
-    on = int(rng.uniform(0.05, 0.5) * RATE)
-    off = int(rng.uniform(0.04, 0.5) * RATE)
-    pitches = rng.uniform(400, 4000) * rng.choice([1.0, 1.0, rng.uniform(0.6, 1.6)], 3)
-    weights = rng.uniform(0, 1, int(rng.integers(1, 6)))
+    unit = float(np.exp(rng.uniform(np.log(0.05), np.log(0.5))))
+    morse = rng.random() < 0.2
+    off = int(rng.uniform(0.04, 0.5) * RATE) if not morse else int(unit * RATE / 2)
+    weights = rng.uniform(0, 1, int(rng.integers(1, 8)))
     weights[0] = 1.0
-    for index in range(int(rng.integers(1, 9))):
+    decay = rng.choice([0.0, 0.0, rng.uniform(1, 12)])
+    for pitch in beep_pitches(rng)[: int(rng.integers(1, 24 if unit < 0.12 else 9))]:
+        on = int(unit * RATE * (rng.choice([0.5, 1.5]) if morse else 1.0))
         stop = min(at + on, length)
         if stop - at < 200:
             break
-        tone = harmonics(sweep(np.full(stop - at, pitches[index % 3])), weights)
-        fade = np.minimum(1.0, np.minimum(np.arange(stop - at), np.arange(stop - at)[::-1]) / 48)
-        decay = np.exp(-np.arange(stop - at) / RATE * rng.choice([0.0, rng.uniform(1, 12)]))
-        wave[at:stop] += tone * fade * decay
+        index = np.arange(stop - at)
+        tone = harmonics(sweep(np.full(stop - at, pitch)), weights[: max(1, int(7800 / pitch))])
+        wave[at:stop] += tone * np.minimum(1.0, np.minimum(index, index[::-1]) / 48) * np.exp(-decay * index / RATE)
         at = stop + off
+    if rng.random() < 0.4:
+        hiss = coloured(rng, length, rng.uniform(0, 4))
+        wave = wave + hiss / rms(hiss) * rms(wave) * decibels(-rng.uniform(15, 40))
     return at_peak(wave, 0.0)
 
 
@@ -203,8 +230,9 @@ def dialling(rng: Rng, length: int) -> np.ndarray:
     at = int(rng.uniform(0, 0.2) * RATE)
     while at + on < length:
         t = times(on)
-        wave[at:at + on] = (np.sin(2 * np.pi * rng.choice(DTMF_LOW) * t)
-                            + np.sin(2 * np.pi * rng.choice(DTMF_HIGH) * t))
+        wave[at : at + on] = np.sin(2 * np.pi * rng.choice(DTMF_LOW) * t) + np.sin(
+            2 * np.pi * rng.choice(DTMF_HIGH) * t
+        )
         at += on + off
     return wave
 
@@ -226,17 +254,19 @@ def bell_ring(rng: Rng, length: int) -> np.ndarray:
     gongs = []
     for base in rng.uniform(900, 2600, 2):
         t = times(int(0.5 * RATE))
-        partials = base * np.array([1.0, rng.uniform(1.3, 1.7), rng.uniform(2.0, 2.9),
-                                    rng.uniform(3.2, 4.5), rng.uniform(4.6, 5.6)])
+        partials = base * np.array(
+            [1.0, rng.uniform(1.3, 1.7), rng.uniform(2.0, 2.9), rng.uniform(3.2, 4.5), rng.uniform(4.6, 5.6)]
+        )
         partials = partials[partials < 7800]
-        gongs.append(sum(rng.uniform(0.2, 1) * np.sin(2 * np.pi * p * t) * np.exp(-t * rng.uniform(4, 25))
-                         for p in partials))
+        gongs.append(
+            sum(rng.uniform(0.2, 1) * np.sin(2 * np.pi * p * t) * np.exp(-t * rng.uniform(4, 25)) for p in partials)
+        )
     ring = rng.uniform(0.8, 2.2)
     for index, start in enumerate(np.arange(rng.uniform(0, 0.3), length / RATE, 1 / rate)):
         if np.mod(start, ring + 1.0) < ring:
             at = int(start * RATE)
-            stroke = gongs[index % 2][:length - at]
-            wave[at:at + len(stroke)] += stroke * rng.uniform(0.7, 1.0)
+            stroke = gongs[index % 2][: length - at]
+            wave[at : at + len(stroke)] += stroke * rng.uniform(0.7, 1.0)
     return wave + 0.01 * rng.standard_normal(length) * np.abs(wave).max()
 
 
@@ -245,8 +275,7 @@ def warble(rng: Rng, length: int) -> np.ndarray:
     tones = rng.uniform(600, 2600) * np.array([1.0, rng.uniform(1.1, 1.4), rng.uniform(1.2, 1.6)])
     index = (times(length) * rng.uniform(16, 44)).astype(int) % int(rng.integers(2, 4))
     wave = harmonics(sweep(tones[index]), rng.uniform(0, 1, 4) / np.arange(1, 5) + np.eye(4)[0])
-    return wave * np.roll(gate(length, rng.uniform(0.4, 2.0), rng.uniform(0.2, 2.0)),
-                          int(rng.uniform(0, 0.3) * RATE))
+    return wave * np.roll(gate(length, rng.uniform(0.4, 2.0), rng.uniform(0.2, 2.0)), int(rng.uniform(0, 0.3) * RATE))
 
 
 def telephone(rng: Rng, length: int) -> np.ndarray:
@@ -269,20 +298,21 @@ def melody(rng: Rng, length: int) -> np.ndarray:
     weights[0] = 1.0
     for step, start in enumerate(np.arange(0, length / RATE, beat)):
         degree = int(rng.integers(0, 2 * len(scale)))
-        chord = [degree] if step % 4 else [degree, degree + 2, degree + 4][:int(rng.integers(1, 4))]
+        chord = [degree] if step % 4 else [degree, degree + 2, degree + 4][: int(rng.integers(1, 4))]
         for note in chord:
             octave, place = divmod(note, len(scale))
             pitch = 440 * 2 ** ((root + 12 * octave + scale[place] - 69) / 12)
             at = int(start * RATE)
             t = times(min(length - at, int(beat * RATE * rng.uniform(0.8, 3))))
-            tone = harmonics(2 * np.pi * pitch * t, weights[:max(1, int(7500 / pitch))])
+            tone = harmonics(2 * np.pi * pitch * t, weights[: max(1, int(7500 / pitch))])
             attack = np.minimum(1.0, t / 0.01)
             release = np.minimum(1.0, t[::-1] / 0.02)
-            wave[at:at + len(t)] += tone * np.exp(-decay * t) * attack * release
+            wave[at : at + len(t)] += tone * np.exp(-decay * t) * attack * release
     return at_peak(reverb(rng, wave), 0.0)
 
 
 # ------------------------------------------------------------ conditions
+
 
 def band(wave: np.ndarray, low: float, high: float) -> np.ndarray:
     """`wave` through a band-pass filter."""
@@ -300,7 +330,7 @@ def reverb(rng: Rng, wave: np.ndarray) -> np.ndarray:
     """`wave` in a room with a reverberation time of 0.1 to 0.6 s."""
     tail = times(int(rng.uniform(0.1, 0.6) * RATE))
     room = rng.standard_normal(len(tail)) * np.exp(-6.9 * tail / tail[-1])
-    wet = signal.fftconvolve(wave, room)[:len(wave)]
+    wet = signal.fftconvolve(wave, room)[: len(wave)]
     return wave / rms(wave) + wet / rms(wet) * rng.uniform(0.1, 0.6)
 
 
