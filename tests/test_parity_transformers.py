@@ -10,6 +10,7 @@ import transformers
 
 import ast_jax
 import torch_models
+from ast_jax.checkpoint import flatten, unflatten
 
 # Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: those of 1e-16,
 # and eps 1e-12, leave 1e-9 with room to spare.
@@ -80,12 +81,12 @@ def test_float64_outputs_equal_transformers(name, tmp_path, x64):
 
 def swap(params, path_parts, first, second, axis):
     """Return params with two slices along an axis of one leaf exchanged."""
-    flat = dict(ast_jax.checkpoint.flatten(params))
+    flat = dict(flatten(params))
     leaf = flat[path_parts].copy()
     index = np.arange(leaf.shape[axis])
     index[[first, second]] = index[[second, first]]
     flat[path_parts] = leaf.take(index, axis)
-    return ast_jax.checkpoint.unflatten(flat)
+    return unflatten(flat)
 
 
 def transposed_grid(params, config):
