@@ -172,7 +172,7 @@ class ASTFeatureExtractor:
             sampling_rate: Hz of `waveforms`; leaving it out warns, since a wrong rate cannot be seen in the samples.
             max_length: T for this call instead of the configured one.
             return_attention_mask: also return the valid frames; None means the configured choice.
-            key: seed for `dither`, where the configuration has any.
+            key: seed for `dither`, where the configuration has any; without one it differs from call to call.
 
         Returns:
             [B, T, F] float32; with `return_attention_mask` the pair of that and the valid frames [B] int32, which is
@@ -195,36 +195,36 @@ class ASTFeatureExtractor:
                 "resample first (ast_jax.read_audio does when it reads a file)"
             )
         batch = _split_batch(waveforms)
-        generator = None if key is None else np.random.default_rng(key)
+        generator = np.random.default_rng(key)
         spec = np.full((len(batch), config.max_length, config.num_mel_bins), config.padding_value, np.float32)
         lengths = np.zeros(len(batch), np.int32)
         for index, waveform in enumerate(batch):
-            frames = self._frames(waveform, config, generator, f"waveform {index}")
-            if len(frames) > config.max_length:
+            samples = _checked(waveform, f"waveform {index}")
+            frames = kaldi.num_frames(samples.size, config)
+            if frames > config.max_length:
                 warnings.warn(
-                    f"waveform {index} has {len(frames)} frames; only the first {config.max_length} "
+                    f"waveform {index} has {frames} frames; only the first {config.max_length} "
                     f"({config.max_seconds:.2f} s) are used",
                     stacklevel=2,
                 )
-            lengths[index] = min(len(frames), config.max_length)
-            spec[index, : lengths[index]] = frames[: config.max_length]
+            lengths[index] = min(frames, config.max_length)
+            noise = None
+            if config.dither:
+                noise = generator.standard_normal((lengths[index], config.window_samples)).astype(np.float32)
+            spec[index, : lengths[index]] = kaldi.log_mel(samples[: config.max_samples], config, np, noise)
         spec = normalize(spec, config).astype(np.float32)
         wants_lengths = config.return_attention_mask if return_attention_mask is None else return_attention_mask
         return (spec, lengths) if wants_lengths else spec
 
-    @staticmethod
-    def _frames(waveform: Array, config: FrontendConfig, generator: Any, name: str) -> np.ndarray:
-        """Check one waveform [S] and return its frames [T, F]."""
-        samples = np.asarray(_as_samples(waveform, np.float32))
-        if samples.size == 0:
-            raise ValueError(f"{name}: expected at least one sample, got none")
-        if bad := int(np.count_nonzero(~np.isfinite(samples))):
-            raise ValueError(f"{name}: expected finite samples, got {bad} NaN or Inf among {samples.size}")
-        noise = None
-        if config.dither:
-            shape = (kaldi.num_frames(samples.size, config), config.window_samples)
-            noise = (generator or np.random.default_rng()).standard_normal(shape).astype(np.float32)
-        return kaldi.log_mel(samples, config, np, noise)
+
+def _checked(waveform: Array, name: str) -> np.ndarray:
+    """Return one waveform [S] as float32 samples, all finite and at least one."""
+    samples = np.asarray(_as_samples(waveform, np.float32))
+    if samples.size == 0:
+        raise ValueError(f"{name}: expected at least one sample, got none")
+    if bad := int(np.count_nonzero(~np.isfinite(samples))):
+        raise ValueError(f"{name}: expected finite samples, got {bad} NaN or Inf among {samples.size}")
+    return samples
 
 
 def _split_batch(waveforms: Any) -> list[Any]:
@@ -233,12 +233,17 @@ def _split_batch(waveforms: Any) -> list[Any]:
         if len(waveforms) == 0:
             raise ValueError("waveforms: expected at least one waveform, got an empty sequence")
         if np.ndim(waveforms[0]) == 0:  # a plain list of numbers is one waveform
-            return [np.asarray(waveforms, np.float32)]
+            return [np.asarray(waveforms)]
         return [_single(np.asarray(waveform), f"waveform {index}") for index, waveform in enumerate(waveforms)]
     array = np.asarray(waveforms)
-    if array.ndim == 2:
-        return list(array)
-    return [_single(array, "waveforms")]
+    if array.ndim != 2:
+        return [_single(array, "waveforms")]
+    if array.shape[0] == 0 or array.shape[0] > array.shape[1] > 0:
+        raise ValueError(
+            f"waveforms: expected a batch of shape (b, samples) with one sound a row, got shape {array.shape}; "
+            "several channels are to be averaged, and columns transposed, first"
+        )
+    return list(array)
 
 
 def _single(array: np.ndarray, name: str) -> np.ndarray:
@@ -247,6 +252,7 @@ def _single(array: np.ndarray, name: str) -> np.ndarray:
         return array[0]
     if array.ndim != 1:
         raise ValueError(
-            f"{name}: expected mono sound of shape (samples,), (1, samples) or a batch (b, samples), got shape {array.shape}"
+            f"{name}: expected mono sound of shape (samples,), (1, samples) or a batch (b, samples), "
+            f"got shape {array.shape}"
         )
     return array

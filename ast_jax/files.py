@@ -36,7 +36,12 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         yield filled
         if path.exists():
             os.replace(path, scratch / "old")
-        os.replace(filled, path)
+        try:
+            os.replace(filled, path)
+        except BaseException:
+            if (scratch / "old").exists():
+                os.replace(scratch / "old", path)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
