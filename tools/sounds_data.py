@@ -18,43 +18,18 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-import tomllib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
-
 import sounds_synth as synth
+from sounds_cut import LENGTH, SHORTEST, SOUNDFONT, SPLITS, DataError, Take, cuts, read_takes
 from sounds_synth import RATE, Rng
 
-LENGTH = 41_200  # 256 frames every 10 ms, the last one 25 ms long
-SHORTEST = RATE // 4
-SOURCES = Path(__file__).with_name("sounds_sources.toml")
-SPLITS = ("train", "validation", "test")
 SYNTHETIC = "synthetic"
 FREE = "CC0-1.0"  # what this project puts its own synthesised sounds under
-
-
-class DataError(Exception):
-    """A problem to report to the user in one line."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Take:
-    """Some files of one package that share their labels and split."""
-
-    package: str
-    split: str
-    labels: tuple[str, ...]  # none: a sound that none of the model's labels names
-    files: tuple[str, ...]
-    clips: int
-    license: str
-    exclude: tuple[str, ...] = ()
-    join: bool = False
-    midi: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +42,6 @@ class Clip:
     condition: str
     source: str
     license: str
-
-
-def read_takes(path: Path = SOURCES) -> list[Take]:
-    """The takes listed in the table of sources."""
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
-    takes = []
-    for package, entry in table.items():
-        for take in entry["take"]:
-            fields = {**take, **{k: tuple(take[k]) for k in ("labels", "files", "exclude") if k in take}}
-            takes.append(Take(package=package, **{"split": entry.get("split"), "license": entry["license"], **fields}))
-    for take in takes:
-        if take.split not in SPLITS:
-            raise DataError(f"{path.name}: {take.package} has no split among {', '.join(SPLITS)}")
-    return takes
 
 
 def generator(seed: int, *names: str) -> Rng:
@@ -122,174 +83,6 @@ def fetch(cache: Path) -> None:
     for number, package in enumerate(packages, 1):
         print(f"[{number}/{len(packages)}] {package}", flush=True)
         fetch_package(package, cache)
-
-
-# ----------------------------------------------------------------- files
-
-SOUNDFONT = "timgm6mb-soundfont/usr/share/sounds/sf2/TimGM6mb.sf2"
-
-
-def render(midi: Path, cache: Path) -> Path:
-    """The MIDI file as sound, played by fluidsynth once and kept in the cache."""
-    wav = cache / "rendered" / f"{midi.stem}.wav"
-    if not wav.exists():
-        if shutil.which("fluidsynth") is None:
-            raise DataError("fluidsynth not found: install the package fluidsynth")
-        wav.parent.mkdir(parents=True, exist_ok=True)
-        part = wav.with_suffix(".part")
-        done = subprocess.run(
-            [
-                "fluidsynth",
-                "-ni",
-                "-q",
-                "-g",
-                "0.5",
-                "-r",
-                str(RATE),
-                "-T",
-                "wav",
-                "-F",
-                str(part),
-                str(cache / "root" / SOUNDFONT),
-                str(midi),
-            ],
-            capture_output=True,
-        )
-        if done.returncode or not part.exists():
-            raise DataError(f"fluidsynth cannot render {midi.name}")
-        part.rename(wav)
-    return wav
-
-
-def find_files(take: Take, cache: Path) -> list[Path]:
-    """The files of a take, in a fixed order."""
-    root = cache / "root" / take.package
-    if not root.is_dir():
-        raise DataError(f"{take.package} is not in the cache: run fetch first")
-    found = {path for pattern in take.files for path in root.glob(pattern)}
-    found -= {path for pattern in take.exclude for path in root.glob(pattern)}
-    files = sorted(path for path in found if path.is_file() and not path.is_symlink())
-    if not files:
-        raise DataError(f"{take.package}: no file matches {', '.join(take.files)}")
-    return [render(path, cache) for path in files] if take.midi else files
-
-
-def duration(path: Path) -> float:
-    """The duration of a sound file in seconds."""
-    return soundfile.info(str(path)).duration
-
-
-def load(path: Path, start: float = 0.0, seconds: float | None = None) -> np.ndarray:
-    """A part of a sound file as mono samples at 16 kHz, its mean removed."""
-    with soundfile.SoundFile(str(path)) as file:
-        file.seek(int(start * file.samplerate))
-        count = -1 if seconds is None else int(seconds * file.samplerate)
-        wave = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
-        rate = file.samplerate
-    if len(wave) < 32:
-        return np.zeros(SHORTEST, np.float32)
-    wave = soxr.resample(wave - wave.mean(), rate, RATE)
-    return np.clip(wave, -1.0, 1.0).astype(np.float32)
-
-
-# --------------------------------------------------------------- cutting
-
-FRAME = 320
-
-
-def active_frames(wave: np.ndarray, below: float) -> np.ndarray:
-    """For every 20 ms frame, whether it lies within `below` dB of the loudest."""
-    count = max(1, len(wave) // FRAME)
-    frames = np.resize(wave, (count, FRAME)) if len(wave) < FRAME else wave[: count * FRAME].reshape(count, FRAME)
-    level = 10 * np.log10(np.mean(np.square(frames), axis=1) + 1e-12)
-    return level > max(level.max() - below, -66.0)
-
-
-def trim(wave: np.ndarray, below: float) -> np.ndarray:
-    """`wave` without the quiet at both ends; empty if it is quiet all through."""
-    active = np.flatnonzero(active_frames(wave, below))
-    if not len(active) or np.max(np.abs(wave)) < synth.decibels(-50):
-        return wave[:0]
-    return wave[max(0, active[0] - 2) * FRAME : (active[-1] + 3) * FRAME]
-
-
-def dense_enough(wave: np.ndarray, labels: tuple[str, ...]) -> bool:
-    """Whether a window holds enough of its sound: 40 % of the frames for speech."""
-    if "Silence" in labels:
-        return synth.rms(wave) < synth.decibels(-62)
-    below, share = (30.0, 0.4) if "Speech" in labels else (40.0, 0.5) if "Music" in labels else (40.0, 0.05)
-    return bool(np.mean(active_frames(wave, below)) >= share) and synth.rms(wave) > synth.decibels(-50)
-
-
-def segments(wave: np.ndarray, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
-    """Windows of a recording that hold enough of its sound.
-
-    They start half a window apart; of percussion only the first is taken,
-    which has the stroke.
-    """
-    if "Silence" not in labels:
-        wave = trim(wave, 35.0 if "Speech" in labels else 50.0)
-    if len(wave) <= LENGTH or "Percussion" in labels:
-        if len(wave):
-            yield wave[:LENGTH]
-        return
-    for start in rng.permutation(range(0, len(wave) - LENGTH + 1, LENGTH // 2)):
-        window = wave[start : start + LENGTH]
-        if dense_enough(window, labels):
-            yield window
-
-
-def long_segments(path: Path, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
-    """Like `segments`, but reads a long file only where it is cut."""
-    slots = rng.permutation(int(duration(path) // 4))
-    for slot in slots:
-        window = load(path, 4.0 * slot + float(rng.uniform(0, 1)), LENGTH / RATE + 0.05)[:LENGTH]
-        if len(window) == LENGTH and dense_enough(window, labels):
-            yield window
-
-
-def joined(files: list[Path], rng: Rng) -> Iterator[np.ndarray]:
-    """Utterances of one folder, one after the other, until a second or so is full."""
-    parts: list[np.ndarray] = []
-    folder, wanted = None, rng.uniform(0.8, 2.2) * RATE
-    for path in files:
-        wave = trim(load(path), 35.0)
-        if parts and (path.parent != folder or sum(map(len, parts)) + len(wave) > LENGTH):
-            yield np.concatenate(parts)
-            parts, wanted = [], rng.uniform(0.8, 2.2) * RATE
-        if len(wave) < 1600:
-            continue
-        if len(wave) > LENGTH:
-            yield from segments(wave, ("Speech",), rng)
-            continue
-        folder = path.parent
-        parts += [synth.at_peak(wave, -1.0), np.zeros(int(rng.uniform(0.03, 0.25) * RATE), np.float32)]
-        if sum(map(len, parts)) >= wanted:
-            yield np.concatenate(parts)[:LENGTH]
-            parts, wanted = [], rng.uniform(0.8, 2.2) * RATE
-
-
-def cuts(take: Take, cache: Path, rng: Rng) -> Iterator[np.ndarray]:
-    """The segments of a take: one of each file in turn, until all are used up."""
-    files = find_files(take, cache)
-    if take.join:
-        folders = sorted({path.parent for path in files})
-        streams = [joined([path for path in files if path.parent == folder], rng) for folder in folders]
-    else:
-        streams = [
-            long_segments(path, take.labels, rng)
-            if duration(path) > 30 and "Silence" not in take.labels
-            else segments(load(path), take.labels, rng)
-            for path in (files[i] for i in rng.permutation(len(files))[: 2 * take.clips])
-        ]
-    while streams:
-        alive = []
-        for stream in streams:
-            segment = next(stream, None)
-            if segment is not None:
-                alive.append(stream)
-                yield segment
-        streams = alive
 
 
 # ----------------------------------------------------------- conditioning
@@ -396,8 +189,8 @@ def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Cl
 MIXTURES: tuple[tuple[str, str, tuple[float, float], tuple[int, int, int]], ...] = (
     # front, back, range of the signal-to-noise ratio, clips in train, validation and test
     ("Speech", "Music", (0.0, 15.0), (900, 60, 200)),
-    ("Speech", "Noise", (0.0, 20.0), (700, 40, 0)),
-    ("Music", "Noise", (0.0, 20.0), (600, 40, 0)),
+    ("Speech", "Noise", (0.0, 20.0), (800, 40, 0)),
+    ("Music", "Noise", (0.0, 20.0), (1000, 40, 0)),
     ("effect", "Music", (0.0, 15.0), (350, 20, 0)),
     ("effect", "Speech", (-3.0, 12.0), (300, 20, 0)),
     ("effect", "Noise", (3.0, 20.0), (900, 60, 0)),
@@ -492,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("fetch", help="download and unpack the packages (about 1.3 GB)")
-    two = commands.add_parser("build", help="cut, label and mix the clips (some minutes)")
+    one = commands.add_parser("fetch", help="download and unpack the packages (about 1.7 GB)")
+    two = commands.add_parser("build", help="cut, label and mix the clips (two or three minutes)")
     for command in (one, two):
         command.add_argument("--cache", type=Path, required=True, help="folder that keeps the packages")
     two.add_argument(

@@ -198,7 +198,7 @@ def beep(rng: Rng, length: int) -> np.ndarray:
     at = int(rng.uniform(0, 0.15) * length)
     unit = float(np.exp(rng.uniform(np.log(0.05), np.log(0.5))))
     morse = rng.random() < 0.2
-    off = int(rng.uniform(0.04, 0.5) * RATE) if not morse else int(unit * RATE / 2)
+    off = int(unit * RATE / 2) if morse else int(rng.choice([0.0, rng.uniform(0.04, 0.5)], p=[0.15, 0.85]) * RATE)
     weights = rng.uniform(0, 1, int(rng.integers(1, 8)))
     weights[0] = 1.0
     decay = rng.choice([0.0, 0.0, rng.uniform(1, 12)])
@@ -213,7 +213,7 @@ def beep(rng: Rng, length: int) -> np.ndarray:
         at = stop + off
     if rng.random() < 0.4:
         hiss = coloured(rng, length, rng.uniform(0, 4))
-        wave = wave + hiss / rms(hiss) * rms(wave) * decibels(-rng.uniform(15, 40))
+        wave = wave + hiss / rms(hiss) * rms(wave) * decibels(-rng.uniform(5, 40))
     return at_peak(wave, 0.0)
 
 
