@@ -16,8 +16,9 @@ import numpy as np
 import soundfile
 import soxr
 
-AudioSource = str | os.PathLike[str] | bytes | BinaryIO
+AudioSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 MIN_SECONDS = 0.025  # one analysis frame: with less there is nothing to analyse
+RESAMPLER_REACH = 0.05  # seconds read past a wanted beginning, since the resampler looks ahead; it needs about 10 ms
 
 
 class AudioError(ValueError):
@@ -56,7 +57,9 @@ def read_audio(source: AudioSource, sampling_rate: int = 16000) -> np.ndarray:
 def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float | None = None) -> Sound:
     """Read a sound, or its first `max_seconds`; arguments and errors otherwise as in `read_audio`."""
     name = describe(source)
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | bytearray | memoryview):
+        if len(source) == 0:
+            raise AudioError(f"{name}: there are no bytes in it")
         source = io.BytesIO(source)
     elif isinstance(source, str | os.PathLike):
         source = pathlib.Path(source)
@@ -66,17 +69,24 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
             raise FileNotFoundError(f"{name}: no such file")
         if source.stat().st_size == 0:
             raise AudioError(f"{name}: the file is empty")
+    elif not hasattr(source, "read"):
+        raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
     try:
         with soundfile.SoundFile(source) as file:
             rate, total = file.samplerate, file.frames
-            wanted = -1 if max_seconds is None else int(np.ceil(max_seconds * rate))
+            wanted = -1 if max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
             samples = file.read(wanted, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
+        if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
+            reason = "Format not recognised"
         raise AudioError(f"{name}: not a readable sound file ({reason})") from error
     complete = wanted < 0 or len(samples) < wanted
     duration = (len(samples) if complete else max(total, len(samples))) / rate  # a header's length may be wrong
-    return Sound(to_mono(samples, rate, sampling_rate, name), sampling_rate, duration)
+    mono = to_mono(samples, rate, sampling_rate, name)
+    if max_seconds is not None:
+        mono = mono[: int(np.ceil(max_seconds * sampling_rate))]
+    return Sound(mono, sampling_rate, duration)
 
 
 def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sound") -> np.ndarray:

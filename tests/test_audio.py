@@ -1,0 +1,240 @@
+"""Every way into `read_audio`: formats, rates, channels, sources; and one clear line for each file that is no sound."""
+
+import io
+import os
+import pathlib
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+
+from ast_jax import AudioError, read_audio
+from ast_jax.audio import decode, describe, to_mono
+
+RATE = 16000
+
+
+def sine(rate=RATE, seconds=1.0, frequency=1000.0, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
+
+
+def noise(count=RATE, channels=None, seed=0):
+    shape = count if channels is None else (count, channels)
+    return (0.1 * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def encode(samples, rate=RATE, kind="WAV", subtype=None):
+    """Return a sound file's bytes."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+# What each coding loses: half a step of the integer (rounding down: one), or what a lossy codec leaves of a sine.
+LOSSLESS = {("WAV", "PCM_16"): 2**-15, ("WAV", "PCM_24"): 2**-23, ("WAV", "FLOAT"): 0, ("FLAC", "PCM_16"): 2**-15,
+            ("FLAC", "PCM_24"): 2**-23, ("WAV", "PCM_U8"): 2**-7}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "subtype"), LOSSLESS, ids="-".join)
+def test_lossless_formats(kind, subtype):
+    samples = noise()
+    got = read_audio(encode(samples, kind=kind, subtype=subtype))
+    assert got.dtype == np.float32
+    assert got.shape == samples.shape
+    assert np.abs(got - samples).max() <= LOSSLESS[kind, subtype] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["MP3", "OGG"])
+def test_lossy_formats(kind):
+    samples = sine().astype(np.float32)
+    got = read_audio(encode(samples, kind=kind))
+    assert got.shape == samples.shape, "the encoder's delay and padding are cut off"
+    # the codec's own noise; a delay of one sample would make 39 %
+    assert np.std((got - samples)[800:-800]) < 0.05 * np.std(samples)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 32000, 44100, 48000, 96000])
+def test_resampling_keeps_frequency_amplitude_and_phase(rate):
+    got = read_audio(encode(sine(rate), rate, subtype="FLOAT"))
+    assert got.dtype == np.float32
+    assert len(got) == RATE
+    # soxr's high quality is good for 20 bits (1e-6); the ends, within its filter's length, see the silence around
+    assert np.abs(got - sine())[400:-400].max() < 1e-5
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_resampling_is_librosas_default(rate):
+    samples = noise(rate // 2)
+    got = read_audio(encode(samples, rate, subtype="FLOAT"))
+    np.testing.assert_allclose(got, librosa.resample(samples, orig_sr=rate, target_sr=RATE), rtol=0, atol=1e-7)
+
+
+def test_what_lies_above_the_new_nyquist_frequency_is_gone():
+    got = read_audio(encode(sine(44100, frequency=10000), 44100, subtype="FLOAT"))
+    assert np.abs(got[400:-400]).max() < 1e-5
+
+
+def test_other_target_rate():
+    got = read_audio(encode(sine(44100), 44100, subtype="FLOAT"), sampling_rate=8000)
+    assert np.abs(got - sine(8000))[400:-400].max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_channels_are_averaged(channels, rate):
+    samples = noise(rate, channels)
+    got = read_audio(encode(samples, rate, subtype="FLOAT"))
+    want = read_audio(encode(samples.mean(1), rate, subtype="FLOAT"))
+    assert got.shape == (RATE,)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)  # a float32 rounding of values below 1
+
+
+def test_loud_float_samples_are_not_clipped():
+    samples = 4 * noise()
+    assert np.abs(samples).max() > 1
+    np.testing.assert_array_equal(read_audio(encode(samples, subtype="FLOAT")), samples)
+
+
+def test_every_kind_of_source(tmp_path):
+    data = encode(noise(), kind="FLAC")
+    path = tmp_path / "sound.flac"
+    path.write_bytes(data)
+    want = read_audio(path)
+    assert len(want) == RATE
+    for source in (str(path), data, bytearray(data), memoryview(data), io.BytesIO(data)):
+        np.testing.assert_array_equal(read_audio(source), want)
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(read_audio(file), want)
+        assert not file.closed
+    relative = pathlib.Path(os.path.relpath(path))
+    np.testing.assert_array_equal(read_audio(relative), want)
+
+
+@pytest.mark.parametrize("name", ["two words.wav", "ein Hund, groß.wav", "犬の声.wav", "%41#?.wav", "no-ending"])
+def test_names(tmp_path, name):
+    (tmp_path / name).write_bytes(encode(noise()))
+    assert len(read_audio(tmp_path / name)) == RATE
+    assert len(read_audio(str(tmp_path / name))) == RATE
+
+
+def test_the_content_counts_not_the_name(tmp_path):
+    (tmp_path / "really flac.mp3").write_bytes(encode(noise(), kind="FLAC"))
+    assert len(read_audio(tmp_path / "really flac.mp3")) == RATE
+
+
+UNKNOWN = "not a readable sound file (Format not recognised)"
+BROKEN = {
+    "empty.wav": (b"", "the file is empty"),
+    "text.wav": (
+        b"This is no sound, whatever its name says.\n" * 20,
+        "not a readable sound file (Format not recognised)",
+    ),
+    "picture.flac": (b"\x89PNG\r\n\x1a\n" + bytes(300), "not a readable sound file (Format not recognised)"),
+    "zeros.wav": (bytes(1000), "not a readable sound file (Format not recognised)"),
+    "half a header.wav": (encode(noise())[:20], "not a readable sound file (Error in WAV"),
+    "header only.wav": (encode(noise())[:44], "there are no samples in it"),
+    "no samples.wav": (encode(np.zeros(0)), "there are no samples in it"),
+    "no frame.mp3": (b"\xff\xfb\x90", UNKNOWN),
+    "cut.flac": (encode(noise(), kind="FLAC")[:9000], "not a readable sound file (flac decoder lost sync)"),
+    "one sample.wav": (encode(np.zeros(1)), "only 0.1 ms long; at least 25 ms are needed"),
+    "20 ms.wav": (encode(np.zeros(320)), "only 20.0 ms long; at least 25 ms are needed"),
+    "20 ms at 44.1 kHz.wav": (encode(np.zeros(882), 44100), "only 20.0 ms long; at least 25 ms are needed"),
+    "nan.wav": (encode(np.r_[noise(), [np.nan] * 3], subtype="FLOAT"), "3 of 16003 samples are NaN or Inf"),
+    "inf.wav": (encode(np.r_[noise(), np.inf, -np.inf], subtype="FLOAT"), "2 of 16002 samples are NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_one_line_with_their_name(tmp_path, name):
+    content, message = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(AudioError) as caught:
+        read_audio(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    if content:
+        for source, called in ((content, "<bytes>"), (io.BytesIO(content), "<BytesIO>")):
+            with pytest.raises(AudioError) as caught:
+                read_audio(source)
+            assert str(caught.value).startswith(f"{called}: {message}")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.wav: no such file$"):
+        read_audio(tmp_path / "nothing.wav")
+    with pytest.raises(AudioError, match=r": expected a sound file, got a folder$"):
+        read_audio(tmp_path)
+
+
+@pytest.mark.parametrize("source", [None, 3, 1.5, ["a.wav"], np.zeros(RATE, np.float32)])
+def test_what_is_no_source_is_refused(source):
+    """A number would be taken for an open file's descriptor by libsndfile."""
+    with pytest.raises(AudioError, match=r"expected a path, the bytes of a sound file, or a binary file object$"):
+        read_audio(source)
+
+
+def test_no_bytes_are_refused():
+    with pytest.raises(AudioError, match=r"^<bytes>: there are no bytes in it$"):
+        read_audio(b"")
+
+
+def test_25_ms_is_enough():
+    for rate in (8000, 16000, 22050, 44100, 48000):
+        got = read_audio(encode(np.zeros(int(np.ceil(0.025 * rate))), rate))
+        assert len(got) >= 400, "one frame of the filter bank"
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("WAV", 0.5), ("MP3", 0.5), ("OGG", 0.75)])
+def test_cut_files_give_the_part_that_is_there(tmp_path, kind, kept):
+    """A cut FLAC file is an error (BROKEN above); these formats have no such check, and what comes is right."""
+    data = encode(noise(4 * RATE), kind=kind)
+    whole = read_audio(data)
+    path = tmp_path / f"cut.{kind.lower()}"
+    path.write_bytes(data[: int(kept * len(data))])
+    sound = decode(path)
+    assert 0.3 * len(whole) < len(sound.samples) <= (kept + 0.05) * len(whole)
+    assert sound.duration == len(sound.samples) / RATE, "not what the header says"
+    # a lossy codec's last frame overlaps with one that is missing
+    np.testing.assert_allclose(sound.samples[:-2000], whole[: len(sound.samples) - 2000], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_beginning_equals_the_whole_cut(kind, rate):
+    data = encode(noise(2 * rate), rate, kind)
+    whole = decode(data)
+    assert whole.sampling_rate == RATE
+    assert whole.duration == pytest.approx(2.0)
+    beginning = decode(data, max_seconds=0.5)
+    assert len(beginning.samples) == 8000
+    assert beginning.duration == whole.duration, "of the whole source"
+    np.testing.assert_allclose(beginning.samples, whole.samples[:8000], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_seconds", [2.0, 1.0, 0.99, 0.96])
+def test_beginning_of_a_sound_about_as_long(max_seconds):
+    sound = decode(encode(noise(), subtype="FLOAT"), max_seconds=max_seconds)
+    assert sound.duration == 1.0
+    np.testing.assert_array_equal(sound.samples, noise()[: round(max_seconds * RATE)])
+
+
+def test_to_mono_takes_samples_and_says_what_is_wrong():
+    np.testing.assert_array_equal(to_mono(noise(), RATE, RATE), noise())
+    assert to_mono(noise().astype(np.float64), 8000, RATE).dtype == np.float32
+    with pytest.raises(AudioError, match=r"^clip: 1 of 32000 samples are NaN or Inf$"):
+        to_mono(np.r_[noise(2 * RATE - 1), np.nan].reshape(-1, 2), RATE, RATE, "clip")
+    with pytest.raises(AudioError, match=r"^sound: there are no samples in it$"):
+        to_mono(np.zeros((0, 2), np.float32), RATE, RATE)
+
+
+def test_names_in_messages(tmp_path):
+    assert describe("a/b.wav") == "a/b.wav"
+    assert describe(pathlib.PurePosixPath("a/b.wav")) == "a/b.wav"
+    assert describe(b"RIFF") == "<bytes>"
+    assert describe(io.BytesIO()) == "<BytesIO>"
+    (tmp_path / "text.wav").write_text("no sound")
+    with (tmp_path / "text.wav").open("rb") as file, pytest.raises(AudioError, match=r"text\.wav: not a readable"):
+        read_audio(file)
