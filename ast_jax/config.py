@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
@@ -21,6 +22,12 @@ AUDIOSET_CLASSES = 527
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _whole(value: object, name: str, expected: str = "a whole number") -> int:
+    """Return a whole number of any kind as the int that JSON and hashes know."""
+    _require(isinstance(value, numbers.Integral), name, expected, value)
+    return int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +83,16 @@ class ASTConfig:
 
     def __post_init__(self) -> None:
         """Make the fields hashable and check their ranges."""
-        if not isinstance(self.patch_size, int):
-            _require(
-                len(self.patch_size) == 2, "patch_size", "one number or the pair (frequency, time)", self.patch_size
-            )
-            object.__setattr__(self, "patch_size", (int(self.patch_size[0]), int(self.patch_size[1])))
+        pair = isinstance(self.patch_size, tuple | list) and len(self.patch_size) == 2
+        sides = tuple(
+            _whole(side, "patch_size", "a whole number or the pair (frequency, time)")
+            for side in (self.patch_size if pair else (self.patch_size,))
+        )
+        object.__setattr__(self, "patch_size", sides if pair else sides[0])
         object.__setattr__(self, "id2label", tuple(self.id2label))
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
                      "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
+            object.__setattr__(self, name, _whole(getattr(self, name), name))
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             _require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)", getattr(self, name))
@@ -153,6 +162,8 @@ class ASTConfig:
         id2label = values.pop("id2label", None)
         values.pop("label2id", None)  # the inverse of id2label
         if id2label:
+            _require(all(str(index).isdecimal() for index in id2label), "id2label in config.json",
+                     "whole numbers as keys", list(id2label))  # fmt: skip
             names = {int(index): str(name) for index, name in id2label.items()}
             _require(sorted(names) == list(range(len(names))), "id2label in config.json",
                      f"the indices 0 to {len(names) - 1}", sorted(names))  # fmt: skip
@@ -227,6 +238,8 @@ class FrontendConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges of the fields."""
+        for name in ("num_mel_bins", "max_length"):
+            object.__setattr__(self, name, _whole(getattr(self, name), name))
         for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
             _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         _require(self.window_samples >= 2, "frame_length", "at least two samples", f"{self.frame_length} ms")
