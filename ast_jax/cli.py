@@ -264,3 +264,7 @@ def _need_train_extra() -> None:
     missing = [name for name in ("grain", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"finetune needs {' and '.join(missing)}; install it with: pip install 'ast-jax[train]'")
+
+
+if __name__ == "__main__":
+    main()

@@ -87,9 +87,7 @@ def test_parameter_tree_is_format_1():
         "classifier/layernorm/scale": (d,), "classifier/layernorm/bias": (d,),
         "classifier/dense/kernel": (d, c), "classifier/dense/bias": (c,),
     }  # fmt: skip
-    assert "layers/attention/qkv/bias" not in flatten(
-        model.param_shapes(SMALL.replace(qkv_bias=False))
-    )
+    assert "layers/attention/qkv/bias" not in flatten(model.param_shapes(SMALL.replace(qkv_bias=False)))
 
 
 def test_init_gives_arrays_of_the_declared_shapes():

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+import torch_models
 import transformers
 
 import ast_jax
-import torch_models
 from ast_jax.checkpoint import flatten, unflatten
 
 # Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: those of 1e-16,

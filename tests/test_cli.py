@@ -1,0 +1,174 @@
+"""The command line, run as users do: what is printed where, and the exit status."""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch_models
+
+import ast_jax
+
+SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
+
+
+def ast_cli(*arguments, **environment):
+    """Run the command line in a fresh process."""
+    env = {**os.environ, "XLA_FLAGS": "", **environment}
+    command = [sys.executable, "-m", "ast_jax.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_classify_prints_scores_and_what_was_heard():
+    done = ast_cli("classify", SOUNDS / "speech.flac", SOUNDS / "music.flac", "--top-k", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8
+    assert lines[0] == f"{SOUNDS / 'speech.flac'}  (first 2.58 s of 5.00 s)"
+    score, label = lines[1].split(maxsplit=1)
+    assert label == "Speech"
+    assert float(score) > 0.5
+    assert lines[5].split(maxsplit=1)[1] == "Music"
+
+
+def test_bad_files_are_a_line_each_and_the_others_print(tmp_path):
+    text = tmp_path / "notes.wav"
+    text.write_text("this is not sound")
+    done = ast_cli("classify", text, SOUNDS / "speech.flac", tmp_path / "none.wav", SOUNDS / "music.flac", "--json")
+    assert done.returncode == 1
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2
+    assert errors[0].startswith(f"ast-jax: {text}: not a readable sound file")
+    assert errors[1] == f"ast-jax: {tmp_path / 'none.wav'}: no such file"
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["file"] for result in results] == [str(SOUNDS / "speech.flac"), str(SOUNDS / "music.flac")]
+    assert results[0]["used_seconds"] == pytest.approx(2.575)
+    assert results[0]["duration_seconds"] == 5.0
+    assert results[0]["predictions"][0]["label"] == "Speech"
+    assert len(results[0]["predictions"]) == 5
+
+
+def test_more_files_than_a_batch_keep_their_order(tmp_path):
+    rng = np.random.default_rng(0)
+    names = []
+    for index in range(11):
+        names.append(tmp_path / f"{index} ü.wav")
+        soundfile.write(names[-1], 0.1 * rng.standard_normal(8000), 16000)
+    names[4].write_bytes(b"RIFF")
+    done = ast_cli("classify", *names, "--json", "-k", "1")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    files = [json.loads(line)["file"] for line in done.stdout.splitlines()]
+    assert files == [str(name) for index, name in enumerate(names) if index != 4]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["classify"],
+        ["classify", "a.wav", "--top-k", "0"],
+        ["classify", "a.wav", "--nonsense"],
+        ["nonsense"],
+        ["finetune", "data"],
+        ["finetune", "data", "--output", "run", "--mixup", "2"],
+        ["finetune", "data", "--output", "run", "--schedule", "linear"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(arguments):
+    done = ast_cli(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify", "a.wav", "--model", "no-such-model"], "no-such-model: expected a shipped model (sounds-tiny)"),
+        (["info", "no-such-model"], "no-such-model: expected a shipped model (sounds-tiny)"),
+        (["convert", "no-such-folder", "out"], "no-such-folder: expected a shipped model"),
+        (["finetune", "no-such-data", "--output", "run"], "no-such-data: no such file or folder"),
+        (["finetune", "x", "--output", "run", "--architecture", "huge"], "expected tiny, small, base or a config.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_user_errors_are_one_line(arguments, message, tmp_path):
+    done = ast_cli(*arguments, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr
+    assert not pathlib.Path("run").exists()
+
+
+def test_hub_id_without_a_network_is_one_line(tmp_path):
+    done = ast_cli("info", "MIT/ast-finetuned-audioset-10-10-0.4593", HF_HUB_OFFLINE="1", HF_HOME=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the Hugging Face Hub cannot be reached" in done.stderr
+
+
+def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
+    torch_models.saved_model(tmp_path / "hf", "stride-16-16", max_length=128, num_hidden_layers=1)
+    done = ast_cli("convert", tmp_path / "hf", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{tmp_path / 'out'}: 533,767 parameters, 7 labels"]
+    shown = ast_cli("info", tmp_path / "out")
+    assert "1 layers, width 192, 3 heads" in shown.stdout
+    assert "LABEL_0, LABEL_1" in shown.stdout
+    assert json.loads(ast_cli("info", tmp_path / "out", "--json").stdout)["config"]["problem_type"] == (
+        "single_label_classification"
+    )
+    by_folder = [
+        ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / name, "--json", "-k", "7")
+        for name in ("hf", "out")
+    ]
+    assert by_folder[0].returncode == 0, by_folder[0].stderr
+    assert by_folder[0].stdout == by_folder[1].stdout
+    scores = [entry["score"] for entry in json.loads(by_folder[0].stdout)["predictions"]]
+    assert sum(scores) == pytest.approx(1, abs=1e-5)  # single-label: softmax
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_info_of_the_shipped_model():
+    done = ast_cli("info", "sounds-tiny")
+    assert done.returncode == 0, done.stderr
+    assert "1,610,568 parameters" in done.stdout
+    assert "multi_label_classification" in done.stdout
+
+
+def cpu_seconds(*command):
+    """Return the CPU time of the quickest of three runs; the machine may be busy with others."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
+
+
+@pytest.mark.parametrize("command", [[], ["classify"], ["convert"], ["info"], ["finetune"]], ids=str)
+def test_help_says_what_there_is_and_imports_no_jax(command):
+    done = ast_cli(*command, "--help", COLUMNS="200")
+    assert done.returncode == 0
+    for word in {
+        "": (),
+        "finetune": ("--resume", "--mixup", "--init"),
+        "classify": ("--top-k", "--json", "--model"),
+    }.get(command[0] if command else "", ()):
+        assert word in done.stdout
+    code = "import sys, ast_jax.cli\nassert not {'jax', 'flax', 'numpy', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_takes_less_than_half_a_second_of_cpu():
+    """A property of what is imported, with a wide margin: 0.15 to 0.25 s was measured."""
+    plain = cpu_seconds(sys.executable, "-c", "pass")
+    assert cpu_seconds(sys.executable, "-m", "ast_jax.cli", "--help") - plain < 0.5

@@ -1,0 +1,280 @@
+"""`finetune` on generated sounds, end to end: it learns, survives a kill, and refuses what it cannot use."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+import ast_jax
+from ast_jax import data, finetune, metrics, train
+from ast_jax.checkpoint import flatten
+from ast_jax.config import FrontendConfig
+
+TINY = ast_jax.ASTConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_length=48, num_mel_bins=32,
+    frequency_stride=16, time_stride=16,
+)  # fmt: skip
+SETTINGS = train.TrainConfig(
+    batch_size=16, epochs=3, learning_rate=3e-3, mixup=0.5, time_mask=6, frequency_mask=4, noise=True, ramp_epochs=1.0
+)
+TONES = {"low": 300.0, "high": 2500.0, "hiss": 0.0}
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Three classes of 30 short sounds, a folder each."""
+    root = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    for name, frequency in TONES.items():
+        (root / name).mkdir()
+        for index in range(30):
+            time_axis = np.arange(rng.integers(4000, 9000)) / 16000
+            sound = 0.3 * rng.standard_normal(len(time_axis)) if not frequency else np.zeros(len(time_axis))
+            sound += 0.3 * np.sin(2 * np.pi * frequency * rng.uniform(0.8, 1.2) * time_axis) * bool(frequency)
+            soundfile.write(root / name / f"{index}.wav", sound, 16000)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(sounds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    said = []
+    best = finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=said.append)
+    return folder, best, said
+
+
+def test_run_folder(run):
+    folder, best, said = run
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert {"learning_rate", "accuracy", "seconds"} <= rows[0].keys()
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "metrics.csv", "run.json", "state-0003"]
+    assert best.config.labels == ("high", "hiss", "low")
+    assert best.config.problem_type == "single_label_classification"
+    accuracies = [float(row["accuracy"]) for row in rows]
+    assert best.metadata["epoch"]["accuracy"] == max(accuracies)
+    assert max(accuracies) >= 0.6  # chance is a third
+    assert any("81 training examples, 9 for validation" in line for line in said)
+    assert best.frontend.mean != FrontendConfig().mean  # measured on the data
+
+
+def test_checkpoint_classifies(run, sounds):
+    folder, best, _ = run
+    names = [str(sounds / name / "3.wav") for name in TONES]
+    predictions = ast_jax.classify(names, folder / "best", top_k=3)
+    for prediction in predictions:
+        assert abs(sum(score for _, score in prediction) - 1) < 1e-5
+    logits, labels = finetune.evaluate(best, data.read_dataset(sounds).splits["validation"], batch_size=8)
+    assert logits.shape == labels.shape == (9, 3)
+    # Device and host paths compute the same: evaluate's features come from jit, classify's from NumPy.
+    example = data.read_dataset(sounds).splits["validation"][4]
+    scores = dict(ast_jax.classify(example.path, best, top_k=3))
+    want = np.exp(logits[4] - logits[4].max())
+    np.testing.assert_allclose([scores[name] for name in best.config.labels], want / want.sum(), atol=1e-3)
+
+
+def test_same_seed_same_run(run, sounds, tmp_path):
+    _, best, _ = run
+    again = finetune.start(sounds, tmp_path / "again", SETTINGS, architecture=TINY, say=lambda _: None)
+    for path, leaf in flatten(again.params).items():
+        np.testing.assert_array_equal(leaf, flatten(best.params)[path])
+
+
+def test_resume_gives_the_uninterrupted_run(run, sounds, tmp_path):
+    folder, _, _ = run
+    stopped = tmp_path / "stopped"
+    seen = []
+
+    def stop_after_first(line):
+        seen.append(line)
+        if line.startswith("epoch 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune.start(sounds, stopped, SETTINGS, architecture=TINY, say=stop_after_first)
+    assert (stopped / "state-0001").is_dir()
+    finetune.resume(stopped, say=seen.append)
+    assert "going on after epoch 1 of 3" in seen
+    for name in ("state-0003", "best"):
+        assert (stopped / name).is_dir()
+    ours = finetune.restore_numpy(stopped / "state-0003" / "state")
+    theirs = finetune.restore_numpy(folder / "state-0003" / "state")
+    assert ours.keys() == theirs.keys()
+    for key, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[key])
+    without_time = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((which / "metrics.csv").open())]
+        for which in (stopped, folder)
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_killed_process_resumes(sounds, tmp_path):
+    """SIGKILL in the middle of an epoch: the command goes on from the last saved one."""
+    output = tmp_path / "killed"
+    architecture = tmp_path / "config.json"
+    architecture.write_text(json.dumps(TINY.to_json_dict()))
+    command = [sys.executable, "-m", "ast_jax.cli", "finetune", str(sounds), "--output", str(output)]
+    options = ["--architecture", str(architecture), "--epochs", "40", "--batch-size", "16"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    process = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.DEVNULL)
+    while not list(output.glob("state-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    settings = json.loads((output / "run.json").read_text())
+    done = int(finetune._newest_state(output).name.removeprefix("state-"))
+    assert done < 40
+    settings["training"]["epochs"] = done + 1
+    (output / "run.json").write_text(json.dumps(settings))
+    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert f"going on after epoch {done} of {done + 1}" in finished.stdout
+    assert f"checkpoint: {output / 'best'}" in finished.stdout
+
+
+def test_ctrl_c_stops_cleanly(sounds, tmp_path):
+    output = tmp_path / "stopped"
+    command = [sys.executable, "-m", "ast_jax.cli", "finetune", str(sounds), "--output", str(output)]
+    process = subprocess.Popen(
+        [*command, "--epochs", "400", "--max-length", "32", "--batch-size", "8"], env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "training examples" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "--resume" in stderr.splitlines()[-1]
+
+
+def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):
+    _, best, _ = run
+    frozen = train.TrainConfig(batch_size=16, epochs=1, learning_rate=1e-12)
+    same = finetune.start(sounds, tmp_path / "same", frozen, initial=best, say=lambda _: None)
+    np.testing.assert_allclose(
+        same.params["classifier"]["dense"]["kernel"], best.params["classifier"]["dense"]["kernel"], atol=1e-6
+    )  # a rate of 1e-12 moves nothing by more
+    two = tmp_path / "two"
+    for name in ("low", "high"):
+        shutil.copytree(sounds / name, two / name)
+    other = finetune.start(two, tmp_path / "other", frozen, initial=best, say=lambda _: None)
+    assert other.config.labels == ("high", "low")
+    assert other.params["classifier"]["dense"]["kernel"].shape == (32, 2)
+    np.testing.assert_allclose(other.params["layernorm"]["scale"], best.params["layernorm"]["scale"], atol=1e-6)
+    assert other.frontend == best.frontend
+
+
+def test_manifest_with_splits_and_several_labels(sounds, tmp_path):
+    manifest = tmp_path / "list.csv"
+    rows = [["path", "label", "split"]]
+    for name in TONES:
+        for index in range(12):
+            label = f"{name};Beep, bleep" if index % 2 else name
+            rows.append([str(sounds / name / f"{index}.wav"), label, ["train", "val", "test"][index % 3]])
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    dataset = data.read_dataset(manifest)
+    assert dataset.labels == ("Beep, bleep", "high", "hiss", "low")
+    assert {split: len(examples) for split, examples in dataset.splits.items()} == {
+        "train": 12, "validation": 12, "test": 12,
+    }  # fmt: skip
+    assert dataset.multi_label
+    best = finetune.start(
+        manifest, tmp_path / "run", train.TrainConfig(batch_size=8, epochs=1), architecture=TINY, say=lambda _: None
+    )
+    assert best.config.problem_type == "multi_label_classification"
+    assert "mAP" in best.metadata["epoch"]
+    with pytest.raises(data.DataError, match="several labels"):
+        finetune.start(
+            manifest, tmp_path / "no", SETTINGS, architecture=TINY, problem_type="single_label_classification"
+        )
+
+
+def test_batches_do_not_depend_on_threads(sounds):
+    examples = data.read_dataset(sounds).splits["train"]
+    frontend = FrontendConfig(max_length=48)
+    arguments = {"batch_size": 16, "seed": 3, "epoch": 2, "mixup": 0.7}
+    one = list(data.train_batches(examples, frontend, 3, **arguments, num_threads=1))
+    many = list(data.train_batches(examples, frontend, 3, **arguments, num_threads=6))
+    assert len(one) == len(many) == 81 // 16
+    for a, b in zip(one, many, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+    other = next(data.train_batches(examples, frontend, 3, **{**arguments, "epoch": 3}))
+    assert not np.array_equal(other["waveform"], one[0]["waveform"])
+    mixed = np.concatenate([batch["labels"] for batch in one])
+    assert 0.3 < ((mixed > 0) & (mixed < 1)).any(1).mean() < 0.7  # two thirds of 0.7 have a partner of another class
+    np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-6)
+
+
+def test_eval_batches_fill_up_the_last(sounds):
+    examples = data.read_dataset(sounds).splits["validation"]
+    found = list(data.eval_batches(examples, FrontendConfig(max_length=48), 3, batch_size=4))
+    assert [real for _, real in found] == [4, 4, 1]
+    assert all(batch["waveform"].shape[0] == 4 for batch, _ in found)
+
+
+def test_statistics_of_known_sound(tmp_path, sounds):
+    examples = data.read_dataset(sounds).splits["train"][:5]
+    frontend = FrontendConfig(max_length=48)
+    values = np.concatenate([ast_jax.fbank(data.load_example(one, frontend)) for one in examples])
+    mean, std = data.statistics(examples, frontend)
+    np.testing.assert_allclose([mean, std], [values.mean(), values.std()], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na.wav,x\n", "missing path"),
+        ("path,label\nnone.wav,x\n", "1 of 1 files are missing"),
+        ("path,label,split\na.wav,x,holdout\n", "line 2: expected split train, validation, test, got 'holdout'"),
+        ("path,label\n", "found none"),
+        ("path,label,split\na.wav,x,test\n", "no example is in the split 'train'"),
+    ],
+)
+def test_bad_manifests_are_refused(text, message, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 16000)
+    (tmp_path / "manifest.csv").write_text(text)
+    with pytest.raises(data.DataError, match=message):
+        data.read_dataset(tmp_path)
+
+
+def test_other_refusals(run, sounds, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(ValueError, match="already holds a run"):
+        finetune.start(sounds, folder, SETTINGS, architecture=TINY)
+    with pytest.raises(ValueError, match="expected a run folder"):
+        finetune.resume(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        data.read_dataset(tmp_path / "none")
+    with pytest.raises(data.DataError, match="less than one batch of 800"):
+        finetune.start(
+            sounds, tmp_path / "big", train.TrainConfig(batch_size=800), architecture=TINY, say=lambda _: None
+        )
+
+
+def test_metrics_by_hand():
+    config = TINY.replace(num_labels=2, problem_type="multi_label_classification")
+    logits = np.array([[3.0, 0.0], [2.0, 1.0], [1.0, 2.0], [0.0, 3.0]])
+    labels = np.array([[1, 0], [0, 1], [1, 0], [0, 1]])
+    # class 0: positives at ranks 1 and 3: (1 + 2/3) / 2; class 1: at ranks 1 and 3 too
+    found = metrics.evaluate_logits(logits, labels, config)
+    np.testing.assert_allclose(found["mAP"], 5 / 6)
+    np.testing.assert_allclose(found["mAUC"], 0.75)
+    single = metrics.evaluate_logits(logits, labels, config.replace(problem_type="single_label_classification"))
+    assert single == {"accuracy": 0.5}
+    assert np.isnan(metrics.average_precisions(logits, np.ones((4, 2)))).all()

@@ -1,0 +1,85 @@
+"""The package as a whole: lazy, without torch, names that do not clash, and a README that runs."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import ast_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = {path.stem for path in (ROOT / "ast_jax").glob("*.py")} - {"__init__"}
+
+
+def test_no_public_name_is_a_module():
+    assert not MODULES & set(ast_jax.__all__)
+
+
+@pytest.mark.parametrize("name", ast_jax.__all__)
+def test_public_names_exist_and_say_what_they_are(name):
+    value = getattr(ast_jax, name)
+    assert value.__doc__
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = ast_jax.nonsense
+
+
+def test_import_is_lazy():
+    code = (
+        "import sys, ast_jax\n"
+        "heavy = {'jax', 'numpy', 'flax', 'orbax', 'soundfile', 'librosa', 'torch'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "ast_jax.ASTConfig()\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_classifying_needs_neither_torch_nor_the_training_extra():
+    sound = ROOT / "ast_jax" / "sounds" / "speech.flac"
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'grain', 'sklearn', 'librosa', 'matplotlib'): sys.modules[name] = None\n"
+        f"from ast_jax.cli import app\napp(['classify', {str(sound)!r}], standalone_mode=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Speech" in done.stdout
+
+
+def test_base_install_has_no_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not [name for name in project["dependencies"] if "torch" in name]
+    assert project["requires-python"] == ">=3.11"
+    assert {"train", "gpu", "tpu", "test"} <= set(project["optional-dependencies"])
+
+
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_readme_python_runs(monkeypatch, capsys):
+    """The README's code, block by block in one namespace, from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    blocks = python_blocks("README.md")
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "Speech" in capsys.readouterr().out
+
+
+def test_ci_calls_the_readmes_test_command():
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    (command,) = re.findall(r"^.*pip install -e '\.\[test\]' && (\S*pytest)$", readme, re.MULTILINE)
+    assert f"\n{command}\n" in script
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert {name for name in MODULES if f"`{name}.py`" not in text} == set()

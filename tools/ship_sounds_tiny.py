@@ -1,0 +1,115 @@
+"""Measure a run's best checkpoint on the test split and write it as the model that ships with the package.
+
+    python tools/ship_sounds_tiny.py RUN/best DATA [--output ast_jax/models/sounds-tiny]
+
+The test split holds recordings of packages that training never touched. Its figures go to the terminal as a Markdown
+table and, with the sources and licences of the data, into the checkpoint's metadata; the parameters go to disk in half
+precision, and it is those that are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+import ast_jax
+from ast_jax import data, finetune, metrics
+
+OUTPUT = pathlib.Path(__file__).parent.parent / "ast_jax" / "models" / "sounds-tiny"
+CONDITIONS = ("clean", "noisy", "mixture")
+
+
+def read_rows(folder: pathlib.Path) -> dict[str, dict[str, str]]:
+    """Return the manifest's rows by path."""
+    with (folder / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def figures(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, object]:
+    """Return average precision and positives of each class, and the mean over the classes that have both kinds."""
+    precisions = metrics.average_precisions(logits, labels)
+    by_class = {
+        name: {"average_precision": round(float(value), 4), "positives": int(count)}
+        for name, value, count in zip(names, precisions, labels.sum(0), strict=True)
+        if np.isfinite(value)
+    }
+    return {"clips": len(labels), "mAP": round(float(np.nanmean(precisions)), 4), "classes": by_class}
+
+
+def measure(checkpoint: ast_jax.Checkpoint, folder: pathlib.Path) -> dict[str, dict[str, object]]:
+    """Return the figures for each condition of the test split."""
+    rows = read_rows(folder)
+    examples = data.read_dataset(folder).reordered(checkpoint.config.labels).splits["test"]
+    conditions = np.array([rows[example.path.relative_to(folder).as_posix()]["condition"] for example in examples])
+    logits, labels = finetune.evaluate(checkpoint, examples, batch_size=32)
+    return {
+        condition: figures(logits[conditions == condition], labels[conditions == condition], checkpoint.config.labels)
+        for condition in CONDITIONS
+    }
+
+
+def sources(folder: pathlib.Path) -> list[dict[str, object]]:
+    """Return, for each source of the data, its licences and its clips in each split."""
+    clips: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    licences: dict[str, set[str]] = collections.defaultdict(set)
+    for row in read_rows(folder).values():
+        names = row["source"].split("+")
+        for name in names:
+            clips[name][row["split"]] += 1
+        if len(set(names)) == 1:  # a mixture's licences are its parts'
+            licences[names[0]].add(row["license"])
+    return [{"package": name, "licences": sorted(licences[name]), "clips": dict(clips[name])} for name in sorted(clips)]
+
+
+def table(results: dict[str, dict[str, object]], names: tuple[str, ...]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = [
+        "| label | " + " | ".join(f"{c} ({results[c]['clips']} clips)" for c in CONDITIONS) + " |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        cells = []
+        for condition in CONDITIONS:
+            entry = results[condition]["classes"].get(name)
+            cells.append(f"{entry['average_precision']:.3f} ({entry['positives']})" if entry else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append("| **macro mAP** | " + " | ".join(f"**{results[c]['mAP']:.3f}**" for c in CONDITIONS) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=pathlib.Path, help="the run's best checkpoint")
+    parser.add_argument("data", type=pathlib.Path, help="the data set's folder, with manifest.csv")
+    parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="folder to write (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    trained = ast_jax.load(arguments.checkpoint)
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), trained.params)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(half)):
+        parser.error("a parameter is too large for half precision")
+    measured = trained.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
+    results = measure(measured, arguments.data)
+    print(table(results, trained.config.labels))
+    metadata = {
+        "name": "sounds-tiny",
+        "license": "Apache-2.0",
+        "trained_by": "ast-jax finetune, from scratch; see tools/README.md",
+        "training": trained.metadata["training"],
+        "epoch": trained.metadata["epoch"],
+        "test": results,
+        "sources": sources(arguments.data),
+    }
+    ast_jax.save(arguments.output, measured.replace(params=half, metadata_json=json.dumps(metadata)))
+    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
+    print(f"\n{arguments.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
