@@ -48,7 +48,7 @@ def remove_dc(frames: Array) -> Array:
 
 
 def preemphasize(frames: Array, coefficient: float, xp: ModuleType) -> Array:
-    """Return x[i] - c x[i-1] within each frame; the first sample's predecessor is itself (`--preemphasis-coefficient`)."""
+    """Return x[i] - c x[i-1] within each frame, x[-1] being x[0] (Kaldi `--preemphasis-coefficient`)."""
     previous = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
     return frames - coefficient * previous
 
