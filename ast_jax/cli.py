@@ -172,7 +172,7 @@ def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
 def finetune(
     data: Annotated[
         pathlib.Path,
-        typer.Argument(metavar="DATA", help="A folder with a folder per class, or a CSV: path,label[,split]."),
+        typer.Argument(metavar="DATA", help="A folder per class, or a CSV: path,label[,split]."),
     ],
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The run's folder.")],
     init: Annotated[

@@ -6,6 +6,7 @@ Batches hold waveforms, not features: those are computed on the device, inside t
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import pathlib
@@ -208,7 +209,8 @@ def train_batches(
     dataset = dataset.seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0] >> 1)).random_map(load)
     dataset = dataset.batch(batch_size, drop_remainder=True)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    yield from dataset.to_iter_dataset(options)
+    with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:  # closing ends its threads
+        yield from batches
 
 
 def eval_batches(
@@ -225,9 +227,10 @@ def eval_batches(
 
     dataset = grain.MapDataset.source(examples).map(load).batch(batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    for batch in dataset.to_iter_dataset(options):
-        real = len(batch["labels"])
-        yield {key: _fill_up(value, batch_size) for key, value in batch.items()}, real
+    with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:
+        for batch in batches:
+            real = len(batch["labels"])
+            yield {key: _fill_up(value, batch_size) for key, value in batch.items()}, real
 
 
 def _fill_up(array: np.ndarray, size: int) -> np.ndarray:

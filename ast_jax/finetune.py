@@ -18,6 +18,8 @@ import json
 import math
 import pathlib
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -176,9 +178,10 @@ def _predict(
     """Run an evaluation over whole batches and cut what filled up the last one."""
     logits, labels = [], []
     batches = data.eval_batches(examples, checkpoint.frontend, checkpoint.config.num_labels, batch_size=batch_size)
-    for batch, real in batches:
-        labels.append(batch.pop("labels")[:real])
-        logits.append(run_batch(params, batch)[:real])
+    with contextlib.closing(batches):
+        for batch, real in batches:
+            labels.append(batch.pop("labels")[:real])
+            logits.append(run_batch(params, batch)[:real])
     return np.concatenate(logits), np.concatenate(labels)
 
 
@@ -229,11 +232,15 @@ def _train(
             batch_size=training.batch_size, seed=training.seed, epoch=epoch, mixup=training.mixup, ramp=ramp,
         )  # fmt: skip
         losses = []
-        with _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch) as advance:
+        progress = _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch)
+        with contextlib.closing(batches), progress as advance, _interrupts() as interrupted:
             for batch in batches:
                 state, value = step(state, batch)
                 losses.append(value)
                 advance()
+                if interrupted():
+                    jax.block_until_ready(state)
+                    raise KeyboardInterrupt
         losses = np.array([float(value) for value in losses])
         if not np.isfinite(losses).all():
             first = epoch * steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
@@ -293,6 +300,29 @@ def _csv(history: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed, so that the loop can stop between two steps.
+
+    An exception in the middle of one could land in a callback of JAX, which swallows it, or leave XLA's threads working
+    while the process ends. A second Ctrl-C stops at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield lambda: False
+        return
+    pressed = threading.Event()
+
+    def note(*_: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextlib.contextmanager

@@ -311,11 +311,19 @@ def encode(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
 ) -> ASTOutput:
-    """Compute token features; `params` may have a head or none. Arguments as in `apply`.
+    """Compute token features; `params` may have a head or none.
 
     A single spectrogram [T, F] gives the same fields without the batch axis.
 
     Args:
+        params: as in `apply`.
+        spec: as in `apply`.
+        config: as in `apply`.
+        lengths: as in `apply`.
+        train: as in `apply`.
+        rngs: as in `apply`.
+        dtype: as in `apply`.
+        attention_implementation: as in `apply`.
         output_hidden_states: also return [L + 1, B, N, D]: the embeddings, then every block's output.
         output_attentions: also return [L, B, H, N, N]; this computes attention the plain way.
 
@@ -372,8 +380,8 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
     stored = embeddings["position_embeddings"].shape[0]
     if stored != config.num_tokens:
         raise ValueError(
-            f"params hold {stored} position embeddings, but an input of {frames} frames × {bins} mel bins in patches of "
-            f"{config.patch_shape} at strides of 10 makes {config.num_tokens} tokens; "
+            f"params hold {stored} position embeddings, but an input of {frames} frames by {bins} mel bins in patches "
+            f"of {config.patch_shape} at strides of 10 makes {config.num_tokens} tokens; "
             "pass the model's own config: apply(params, spec, config)"
         )
     return config

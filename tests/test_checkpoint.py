@@ -217,7 +217,7 @@ def test_damaged_folders_are_refused_in_one_line(damage, folder):
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ast_jax.CheckpointError, match="expected a shipped model"):
         ast_jax.load("no-such-model")
-    with pytest.raises(ast_jax.CheckpointError, match="found no config.json"):
+    with pytest.raises(ast_jax.CheckpointError, match=r"found no config\.json"):
         ast_jax.load(tmp_path)
 
 

@@ -36,7 +36,7 @@ def sounds(tmp_path_factory):
     for name, frequency in TONES.items():
         (root / name).mkdir()
         for index in range(30):
-            time_axis = np.arange(rng.integers(4000, 9000)) / 16000
+            time_axis = np.arange(rng.integers(4000, 7900)) / 16000
             sound = 0.3 * rng.standard_normal(len(time_axis)) if not frequency else np.zeros(len(time_axis))
             sound += 0.3 * np.sin(2 * np.pi * frequency * rng.uniform(0.8, 1.2) * time_axis) * bool(frequency)
             soundfile.write(root / name / f"{index}.wav", sound, 16000)
@@ -51,9 +51,14 @@ def run(sounds, tmp_path_factory):
     return folder, best, said
 
 
+def read_metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_run_folder(run):
     folder, best, said = run
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    rows = read_metrics(folder)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert {"learning_rate", "accuracy", "seconds"} <= rows[0].keys()
@@ -111,10 +116,7 @@ def test_resume_gives_the_uninterrupted_run(run, sounds, tmp_path):
     assert ours.keys() == theirs.keys()
     for key, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[key])
-    without_time = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((which / "metrics.csv").open())]
-        for which in (stopped, folder)
-    ]
+    without_time = [[{**row, "seconds": 0} for row in read_metrics(which)] for which in (stopped, folder)]
     assert without_time[0] == without_time[1]
 
 
@@ -157,8 +159,7 @@ def test_ctrl_c_stops_cleanly(sounds, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert "--resume" in stderr.splitlines()[-1]
+    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune {sounds} --output {output} --resume\n"
 
 
 def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):

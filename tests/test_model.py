@@ -72,17 +72,17 @@ def test_original_logs_count_two_unused_heads_more():
 
 def test_parameter_tree_is_format_1():
     shapes = {path: leaf.shape for path, leaf in flatten(model.param_shapes(SMALL)).items()}
-    d, l, h, m, c, n = 48, 3, 4, 96, 5, SMALL.num_tokens
+    d, layers, h, m, c, n = 48, 3, 4, 96, 5, SMALL.num_tokens
     assert shapes == {
         "embeddings/cls_token": (d,), "embeddings/distillation_token": (d,),
         "embeddings/position_embeddings": (n, d),
         "embeddings/projection/kernel": (16, 16, 1, d), "embeddings/projection/bias": (d,),
-        "layers/layernorm_before/scale": (l, d), "layers/layernorm_before/bias": (l, d),
-        "layers/layernorm_after/scale": (l, d), "layers/layernorm_after/bias": (l, d),
-        "layers/attention/qkv/kernel": (l, d, 3, h, d // h), "layers/attention/qkv/bias": (l, 3, h, d // h),
-        "layers/attention/out/kernel": (l, h, d // h, d), "layers/attention/out/bias": (l, d),
-        "layers/mlp/fc1/kernel": (l, d, m), "layers/mlp/fc1/bias": (l, m),
-        "layers/mlp/fc2/kernel": (l, m, d), "layers/mlp/fc2/bias": (l, d),
+        "layers/layernorm_before/scale": (layers, d), "layers/layernorm_before/bias": (layers, d),
+        "layers/layernorm_after/scale": (layers, d), "layers/layernorm_after/bias": (layers, d),
+        "layers/attention/qkv/kernel": (layers, d, 3, h, d // h), "layers/attention/qkv/bias": (layers, 3, h, d // h),
+        "layers/attention/out/kernel": (layers, h, d // h, d), "layers/attention/out/bias": (layers, d),
+        "layers/mlp/fc1/kernel": (layers, d, m), "layers/mlp/fc1/bias": (layers, m),
+        "layers/mlp/fc2/kernel": (layers, m, d), "layers/mlp/fc2/bias": (layers, d),
         "layernorm/scale": (d,), "layernorm/bias": (d,),
         "classifier/layernorm/scale": (d,), "classifier/layernorm/bias": (d,),
         "classifier/dense/kernel": (d, c), "classifier/dense/bias": (c,),

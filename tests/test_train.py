@@ -222,7 +222,7 @@ def test_noise_and_roll():
     spec = jnp.arange(64.0)[:, None] * jnp.ones(32) * 100
     for key in jax.random.split(jax.random.key(1), 20):
         out = np.asarray(augment.noise_and_roll(key, spec))
-        shift = int(round(out[0].mean() / 100))
+        shift = round(float(out[0].mean()) / 100)
         rolled = np.roll(np.asarray(spec), -shift, 0)
         assert min(shift, 64 - shift) <= 10
         assert (out - rolled).min() >= -1e-3  # float32 at 6,400
