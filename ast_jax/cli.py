@@ -149,8 +149,8 @@ def info(
             f"{model}: {num_params(checkpoint.params):,} parameters",
             f"  architecture  {config.num_hidden_layers} layers, width {config.hidden_size}, "
             f"{config.num_attention_heads} heads, MLP {config.intermediate_size}",
-            f"  input         {frontend.max_seconds:.2f} s at {frontend.sampling_rate} Hz: {config.max_length} frames x "
-            f"{config.num_mel_bins} mel bins",
+            f"  input         {frontend.max_seconds:.2f} s at {frontend.sampling_rate} Hz: "
+            f"{config.max_length} frames x {config.num_mel_bins} mel bins",
             f"  patches       {frequency} x {time}, strides {config.frequency_stride} and {config.time_stride}: "
             f"{rows} x {columns} grid, {config.num_tokens} tokens",
             f"  normalised    mean {frontend.mean:g}, standard deviation {frontend.std:g}",

@@ -118,7 +118,7 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-16-16", max_length=128, num_hidden_layers=1)
     done = ast_cli("convert", tmp_path / "hf", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{tmp_path / 'out'}: 533,767 parameters, 7 labels"]
+    assert done.stdout.splitlines() == [f"{tmp_path / 'out'}: 509,383 parameters, 7 labels"]
     shown = ast_cli("info", tmp_path / "out")
     assert "1 layers, width 192, 3 heads" in shown.stdout
     assert "LABEL_0, LABEL_1" in shown.stdout

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import transformers
 
-# Six and more ways in which an AST can differ; widths 192 and 768, both lengths, all stride pairs of the parity contract.
+# Ways in which an AST can differ: both widths, both lengths and all stride pairs of the parity contract among them.
 CONFIGS = {
     "stride-10-10": {"max_length": 128},
     "stride-16-16": {"frequency_stride": 16, "time_stride": 16, "max_length": 1024},
