@@ -148,12 +148,11 @@ def resume(output: str | pathlib.Path, say: Say = print) -> Checkpoint:
         raise data.DataError(f"{run.data}: its labels are no longer those that the run was started with")
     dataset = dataset.reordered(run.config.labels)
     params = model.init(jax.random.key(run.training.seed), run.config)
-    state, history = _newest_state(output), []
-    if state is None and run.metadata["trained_from"] != "scratch":
-        raise ValueError(f"{output}: stopped before its first epoch was saved; start it again in a new folder")
-    if state is not None:
-        history = json.loads((state / "history.json").read_text(encoding="utf-8"))
-        say(f"going on after epoch {len(history)} of {run.training.epochs}")
+    state = _newest_state(output)
+    if state is None:
+        raise ValueError(f"{output}: stopped before anything was saved; start it again in a new folder")
+    history = json.loads((state / "history.json").read_text(encoding="utf-8"))
+    say(f"going on after epoch {len(history)} of {run.training.epochs}")
     return _train(run, dataset, params, output, history, state, say)
 
 
@@ -210,6 +209,8 @@ def _train(
         leaves = restore_numpy(saved / "state")
         restored = [np.asarray(leaves[str(index)]) for index in range(len(leaves))]
         state = jax.tree.unflatten(jax.tree.structure(state), restored)
+    else:
+        _save_state(output, state, history)  # the start too, so that a kill in the first epoch can be resumed
     say(
         f"{len(examples)} training examples, {len(dataset.splits['validation'])} for validation, "
         f"{len(dataset.labels)} labels, {model.num_params(state.params):,} parameters, "

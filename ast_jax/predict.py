@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from . import model
-from .audio import AudioError, Sound, decode, describe, to_mono
+from .audio import RESAMPLER_REACH, AudioError, Sound, decode, describe, to_mono
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig
 from .features import ASTFeatureExtractor
@@ -132,7 +132,7 @@ def _read(source: Any, checkpoint: Checkpoint, sampling_rate: int | None) -> tup
                 f"samples: expected floating-point samples [S] in [-1, 1], got {samples.dtype} {samples.shape}"
             )
         duration = len(samples) / sampling_rate
-        beginning = samples[: int(np.ceil(frontend.max_seconds * sampling_rate))]
+        beginning = samples[: int(np.ceil((frontend.max_seconds + RESAMPLER_REACH) * sampling_rate))]
         return name, Sound(
             to_mono(beginning, sampling_rate, frontend.sampling_rate, name), frontend.sampling_rate, duration
         )
@@ -145,11 +145,10 @@ def _predict(
 ) -> Iterator[Result]:
     """Run one batch and yield its results in order."""
     _, config, frontend = checkpoint
-    # Cut to the model's input here, where the result can say so.
-    sounds = {name_at: sound for name_at, (_, sound) in enumerate(pending) if isinstance(sound, Sound)}
+    sounds = {index: sound for index, (_, sound) in enumerate(pending) if isinstance(sound, Sound)}
     scores: dict[int, np.ndarray] = {}
     if sounds:
-        waveforms = [sound.samples[: frontend.max_samples] for sound in sounds.values()]
+        waveforms = [sound.samples[: frontend.max_samples] for sound in sounds.values()]  # the result says what was cut
         spec = ASTFeatureExtractor(frontend, return_attention_mask=False)(waveforms, frontend.sampling_rate)
         if len(spec) > 1:
             spec = np.pad(spec, ((0, batch_size - len(spec)), (0, 0), (0, 0)))

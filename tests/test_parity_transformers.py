@@ -152,3 +152,15 @@ def test_headless_model(tmp_path):
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ast_jax.ASTConfig)][:15])
 def test_config_has_transformers_fields_and_defaults(field):
     assert getattr(ast_jax.ASTConfig(), field) == getattr(transformers.ASTConfig(), field)
+
+
+@pytest.mark.slow
+def test_published_size_equals_transformers(tmp_path):
+    """The model of the paper, whole: 12 layers of width 768, 1,214 tokens, 527 labels."""
+    shape = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+    model = torch_models.saved_model(tmp_path, "long", **shape, frequency_stride=10, num_labels=527)
+    checkpoint = ast_jax.load(tmp_path)
+    assert ast_jax.num_params(checkpoint.params) == 86_594_063
+    spec = torch_models.random_spec(checkpoint.config, batch=1).astype(np.float32)
+    _, want = torch_outputs(model, spec, np.float32, "sdpa")
+    assert relative(ast_jax.apply(checkpoint.params, spec, checkpoint.config), want) < TOLERANCE[np.float32]

@@ -65,13 +65,26 @@ def test_shipped_model_is_small_and_says_where_it_came_from(model):
     assert all(
         leaf.dtype == np.float32 for leaf in (model.params["layernorm"]["scale"], model.params["layernorm"]["bias"])
     )
-    for condition in ("clean", "noisy"):
-        figures = model.metadata["test"][condition]
-        assert figures["mAP"] >= 0.90
-        assert figures["classes"]["Speech"]["average_precision"] >= 0.97
-        assert figures["classes"]["Music"]["average_precision"] >= 0.97
     assert all(entry["package"] for entry in model.metadata["sources"])
     assert json.dumps(model.metadata["training"])
+
+
+def test_readme_states_the_measured_figures(model):
+    """Each row of the README's table is what the checkpoint's metadata holds."""
+    readme = (PACKAGE.parent / "README.md").read_text()
+    names = [*model.config.labels, "**macro mAP**"]
+    for name in names:
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| {name} |")]
+        cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        assert len(cells) == 2
+        for cell, condition in zip(cells, ("clean", "noisy"), strict=True):
+            figures = model.metadata["test"][condition]
+            if name == "**macro mAP**":
+                assert cell == f"{figures['mAP']:.3f}"
+            elif entry := figures["classes"].get(name):
+                assert cell == f"{entry['average_precision']:.3f} ({entry['positives']})"
+            else:
+                assert cell == ""
 
 
 def test_path_bytes_file_object_and_samples_agree(model):
