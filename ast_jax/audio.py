@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import stat
 from typing import BinaryIO
 
 import numpy as np
@@ -17,6 +18,7 @@ import soundfile
 import soxr
 
 AudioSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+UNKNOWN_FRAMES = 2**48  # libsndfile answers 2**63 - 1 where a stream does not say its length
 MIN_SECONDS = 0.025  # one analysis frame: with less there is nothing to analyse
 RESAMPLER_REACH = 0.05  # seconds read past a wanted beginning, since the resampler looks ahead; it needs about 10 ms
 
@@ -62,20 +64,18 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
             raise AudioError(f"{name}: there are no bytes in it")
         source = io.BytesIO(source)
     elif isinstance(source, str | os.PathLike):
-        source = pathlib.Path(source)
-        if source.is_dir():
-            raise AudioError(f"{name}: expected a sound file, got a folder")
-        if not source.exists():
-            raise FileNotFoundError(f"{name}: no such file")
-        if source.stat().st_size == 0:
-            raise AudioError(f"{name}: the file is empty")
+        source = _existing_file(pathlib.Path(source), name)
     elif not hasattr(source, "read"):
         raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
     try:
         with soundfile.SoundFile(source) as file:
             rate, total = file.samplerate, file.frames
             wanted = -1 if max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            if total >= UNKNOWN_FRAMES:  # a stream that never said how long it is
+                total, blocks = 0, file.blocks(rate, dtype="float32", always_2d=True, frames=max(wanted, -1))
+                samples = np.concatenate([np.zeros((0, file.channels), np.float32), *blocks])
+            else:
+                samples = file.read(wanted, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
         if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
@@ -87,6 +87,21 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
     if max_seconds is not None:
         mono = mono[: int(np.ceil(max_seconds * sampling_rate))]
     return Sound(mono, sampling_rate, duration)
+
+
+def _existing_file(path: pathlib.Path, name: str) -> pathlib.Path:
+    """Return a path that can be opened as a file with something in it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+        raise AudioError(f"{name}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise AudioError(f"{name}: expected a sound file, got a folder")
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        raise AudioError(f"{name}: the file is empty")
+    return path
 
 
 def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sound") -> np.ndarray:

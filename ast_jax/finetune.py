@@ -106,13 +106,22 @@ def start(
     output = pathlib.Path(output)
     if (output / RUN_FILE).exists():
         raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
     dataset = data.read_dataset(source, training.seed)
-    keeps_head = initial is not None and set(initial.config.labels) == set(dataset.labels)
+    has_head = initial is not None and "classifier" in initial.params
+    keeps_head = has_head and set(initial.config.labels) == set(dataset.labels)
     if keeps_head:
         dataset = dataset.reordered(initial.config.labels)
     kind = problem_type or ("multi_label_classification" if dataset.multi_label else "single_label_classification")
     if kind == "single_label_classification" and dataset.multi_label:
         raise data.DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
+    train.DataParallel().check_batch_size(training.batch_size)
+    if len(dataset.splits["train"]) < training.batch_size:
+        raise data.DataError(
+            f"{source}: {len(dataset.splits['train'])} training examples are less than one batch of "
+            f"{training.batch_size}; choose a smaller --batch-size"
+        )
     config = (initial.config if initial else architecture or ASTConfig()).replace(
         num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind
     )
@@ -199,10 +208,7 @@ def _train(
     parallel.check_batch_size(training.batch_size)
     steps_per_epoch = len(examples) // training.batch_size
     if not steps_per_epoch:
-        raise data.DataError(
-            f"{run.data}: {len(examples)} training examples are less than one batch of {training.batch_size}; "
-            "choose a smaller --batch-size"
-        )
+        raise data.DataError(f"{run.data}: its training examples have become less than one batch")
     optimizer = train.make_optimizer(training, steps_per_epoch)
     state = train.init_state(params, optimizer)
     if saved is not None:
@@ -284,14 +290,19 @@ def _save_state(output: pathlib.Path, state: train.TrainState, history: list[dic
     with whole_folder(folder) as new, ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(new / "state", {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))})
         write_text(new / "history.json", json.dumps(history))
-    for other in output.glob("state-*"):
+    for other in _states(output):
         if other != folder:
             shutil.rmtree(other)
 
 
 def _newest_state(output: pathlib.Path) -> pathlib.Path | None:
     """Return the last saved state of a run, or None."""
-    return max(output.glob("state-*"), default=None)
+    return max(_states(output), default=None)
+
+
+def _states(output: pathlib.Path) -> list[pathlib.Path]:
+    """Return the saved states of a run, and nothing that a user may have put beside them."""
+    return [path.parent for path in output.glob("state-[0-9][0-9][0-9][0-9]/history.json")]
 
 
 def _csv(history: list[dict[str, Any]]) -> str:

@@ -238,3 +238,24 @@ def test_names_in_messages(tmp_path):
     (tmp_path / "text.wav").write_text("no sound")
     with (tmp_path / "text.wav").open("rb") as file, pytest.raises(AudioError, match=r"text\.wav: not a readable"):
         read_audio(file)
+
+
+def test_flac_that_does_not_say_its_length(tmp_path):
+    """What an encoder writes into a pipe: the 36-bit total of STREAMINFO is zero."""
+    sound = np.sin(np.arange(48000) / 20).astype(np.float32) / 2
+    soundfile.write(tmp_path / "whole.flac", sound, 16000)
+    content = bytearray((tmp_path / "whole.flac").read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    (tmp_path / "stream.flac").write_bytes(content)
+    whole, stream = (decode(tmp_path / name) for name in ("whole.flac", "stream.flac"))
+    np.testing.assert_array_equal(stream.samples, whole.samples)
+    assert stream.duration == 3.0
+    beginning = decode(tmp_path / "stream.flac", max_seconds=1.0)
+    np.testing.assert_array_equal(beginning.samples, whole.samples[:16000])
+    assert beginning.duration < 3.1
+
+
+def test_a_name_that_is_too_long_is_a_clear_error():
+    with pytest.raises(AudioError, match="cannot be opened"):
+        decode("x" * 5000)

@@ -16,11 +16,11 @@ import ast_jax
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 
 
-def ast_cli(*arguments, **environment):
+def ast_cli(*arguments, cwd=None, **environment):
     """Run the command line in a fresh process."""
     env = {**os.environ, "XLA_FLAGS": "", **environment}
     command = [sys.executable, "-m", "ast_jax.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, cwd=cwd)
 
 
 def test_classify_prints_scores_and_what_was_heard():
@@ -99,11 +99,11 @@ def test_wrong_usage_is_2(arguments):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_user_errors_are_one_line(arguments, message, tmp_path):
-    done = ast_cli(*arguments, HF_HUB_OFFLINE="1")
+    done = ast_cli(*arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr
-    assert not pathlib.Path("run").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hub_id_without_a_network_is_one_line(tmp_path):

@@ -268,6 +268,16 @@ def test_other_refusals(run, sounds, tmp_path):
         )
 
 
+def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
+    with pytest.raises(data.DataError):
+        finetune.start(sounds, tmp_path / "big", train.TrainConfig(batch_size=800), architecture=TINY)
+    assert not (tmp_path / "big").exists()
+    (tmp_path / "state-of-the-art").mkdir()
+    with pytest.raises(ValueError, match="new or empty folder"):
+        finetune.start(sounds, tmp_path, SETTINGS, architecture=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-of-the-art"]
+
+
 def test_metrics_by_hand():
     config = TINY.replace(num_labels=2, problem_type="multi_label_classification")
     logits = np.array([[3.0, 0.0], [2.0, 1.0], [1.0, 2.0], [0.0, 3.0]])

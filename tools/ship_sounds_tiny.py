@@ -102,6 +102,7 @@ def main() -> None:
         "name": "sounds-tiny",
         "license": "Apache-2.0",
         "trained_by": "ast-jax finetune, from scratch; see tools/README.md",
+        "trained_from": trained.metadata["trained_from"],
         "training": trained.metadata["training"],
         "epoch": trained.metadata["epoch"],
         "test": results,
