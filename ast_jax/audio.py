@@ -71,11 +71,9 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
         with soundfile.SoundFile(source) as file:
             rate, total = file.samplerate, file.frames
             wanted = -1 if max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
-            if total >= UNKNOWN_FRAMES:  # a stream that never said how long it is
-                total, blocks = 0, file.blocks(rate, dtype="float32", always_2d=True, frames=max(wanted, -1))
-                samples = np.concatenate([np.zeros((0, file.channels), np.float32), *blocks])
-            else:
-                samples = file.read(wanted, dtype="float32", always_2d=True)
+            if total >= UNKNOWN_FRAMES:
+                raise AudioError(f"{name}: its header does not say how long it is; encode it again into a file")
+            samples = file.read(wanted, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
         if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
