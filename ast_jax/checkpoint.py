@@ -91,6 +91,8 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     with whole_folder(folder) as new:
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(new / PARAMS_FOLDER, jax.tree.map(np.asarray, dict(checkpoint.params)))
+        # A note of Orbax for object stores, which would carry the name of the scratch folder into the checkpoint.
+        (new / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)
         description = {"format": FORMAT, "metadata": checkpoint.metadata}
         for name, content in (
             (CONFIG_FILE, checkpoint.config.to_json_dict()),
