@@ -11,7 +11,8 @@ import io
 import os
 import pathlib
 import stat
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -46,7 +47,8 @@ def read_audio(source: AudioSource, sampling_rate: int = 16000) -> np.ndarray:
     """Read a whole sound as mono float32 in [-1, 1] at `sampling_rate`: [S].
 
     Args:
-        source: path, encoded bytes (a whole WAV, FLAC, OGG or MP3 file), or a binary file object.
+        source: path, encoded bytes (a whole WAV, FLAC, OGG or MP3 file), or a binary file object; pipes are read to
+            their end first.
         sampling_rate: Hz of the result; other rates are resampled. Several channels are averaged.
 
     Raises:
@@ -65,7 +67,9 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
         source = io.BytesIO(source)
     elif isinstance(source, str | os.PathLike):
         source = _existing_file(pathlib.Path(source), name)
-    elif not hasattr(source, "read"):
+    elif hasattr(source, "read"):
+        source = _seekable(source, name)
+    else:
         raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
     try:
         with soundfile.SoundFile(source) as file:
@@ -87,8 +91,8 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
     return Sound(mono, sampling_rate, duration)
 
 
-def _existing_file(path: pathlib.Path, name: str) -> pathlib.Path:
-    """Return a path that can be opened as a file with something in it."""
+def _existing_file(path: pathlib.Path, name: str) -> str | bytes | io.BytesIO:
+    """Return what libsndfile can open: the path of a file with something in it, or all that a named pipe gives."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -99,7 +103,32 @@ def _existing_file(path: pathlib.Path, name: str) -> pathlib.Path:
         raise AudioError(f"{name}: expected a sound file, got a folder")
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise AudioError(f"{name}: the file is empty")
-    return path
+    if stat.S_ISFIFO(status.st_mode):
+        return _all_bytes(path.read_bytes, name)
+    return str(path) if os.name == "nt" else os.fsencode(path)  # bytes, as a name need not be UTF-8
+
+
+def _seekable(source: Any, name: str) -> Any:
+    """Return a file object that can be read from anywhere, which libsndfile needs: a pipe is read to its end."""
+    try:
+        nothing = source.read(0)
+        seekable = source.seekable() if hasattr(source, "seekable") else hasattr(source, "seek")
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(nothing, bytes):
+        raise AudioError(f"{name}: expected a binary file object, got one that reads {type(nothing).__name__}")
+    return source if seekable else _all_bytes(source.read, name)
+
+
+def _all_bytes(read: Callable[[], bytes], name: str) -> io.BytesIO:
+    """Return all that there is to read, in memory."""
+    try:
+        content = read()
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not content:
+        raise AudioError(f"{name}: there are no bytes in it")
+    return io.BytesIO(content)
 
 
 def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sound") -> np.ndarray:
@@ -123,4 +152,5 @@ def describe(source: object) -> str:
     """Return a name for messages: the path, or what kind of thing it is."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    return str(getattr(source, "name", None) or f"<{type(source).__name__}>")
+    name = getattr(source, "name", None)  # of a pipe it is a number
+    return name if name and isinstance(name, str) else f"<{type(source).__name__}>"

@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import threading
 
 import librosa
 import numpy as np
@@ -256,3 +257,39 @@ def test_flac_that_does_not_say_its_length(tmp_path):
 def test_a_name_that_is_too_long_is_a_clear_error():
     with pytest.raises(AudioError, match="cannot be opened"):
         decode("x" * 5000)
+
+
+def test_pipes_and_unseekable_file_objects_are_read_to_their_end(tmp_path):
+    data = encode(noise(4 * RATE))  # more than a pipe holds
+    want = read_audio(data)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[data])
+    writer.start()
+    np.testing.assert_array_equal(read_audio(tmp_path / "pipe"), want)
+    writer.join()
+
+    class Response(io.BytesIO):
+        def seekable(self):
+            return False
+
+    np.testing.assert_array_equal(read_audio(Response(data)), want)
+
+
+def test_file_objects_that_cannot_be_read_are_one_line(tmp_path):
+    ends = os.pipe()
+    os.close(ends[1])
+    with open(ends[0], "rb") as pipe, pytest.raises(AudioError, match=r"^<BufferedReader>: there are no bytes in it$"):
+        read_audio(pipe)
+    with pytest.raises(AudioError, match=r"^<BufferedReader>: cannot be read \(.*closed file"):
+        read_audio(pipe)
+    with pytest.raises(AudioError, match=r"^<StringIO>: expected a binary file object, got one that reads str$"):
+        read_audio(io.StringIO("text"))
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav")
+    pathlib.Path(path).write_bytes(encode(noise()))
+    np.testing.assert_array_equal(read_audio(path), read_audio(encode(noise())))
+    pathlib.Path(path).write_bytes(b"no sound")
+    with pytest.raises(AudioError, match="not a readable sound file"):
+        read_audio(path)
