@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
 LABEL_SEPARATOR = ";"  # AudioSet's own names contain commas
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"})
-HELD_OUT = 10  # one example in so many becomes validation where the data set names no split
+HELD_OUT = 10  # one example in so many of each label becomes validation where the data set names no split
 
 Batch = dict[str, np.ndarray]
 
@@ -67,11 +67,11 @@ def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
     """Read a folder with one folder per class, a CSV manifest, or a folder that holds a `manifest.csv`.
 
     A manifest has the columns `path` (relative to the manifest) and `label` (several joined by ";"), and may have
-    `split` (train, validation or test). Where there is no split, one example in ten of every class, drawn by `seed`,
-    becomes validation.
+    `split` (train, validation or test). Where there is no split, about a tenth of the examples of every label, drawn by
+    `seed`, becomes validation: at least one where there are two or more, none of a single one.
 
     Raises:
-        DataError: nothing to train on, missing columns or files, or an unknown split.
+        DataError: nothing to train on, missing columns or files, a row unlike the header, or an unknown split.
         FileNotFoundError: `source` does not exist.
     """
     source = pathlib.Path(source)
@@ -109,38 +109,59 @@ def _read_manifest(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[st
     """Yield (path, labels, split) of a CSV file."""
     try:
         with source.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = {"path", "label"} - set(reader.fieldnames or ())
+            reader = csv.reader(file)
+            header = next(reader, [])
+            missing = {"path", "label"} - set(header)
             if missing:
                 raise DataError(
                     f"{source}: expected the columns path,label[,split], missing {', '.join(sorted(missing))}"
                 )
-            for row in reader:
-                split = (row.get("split") or "").strip().lower()
+            for values in filter(None, reader):  # blank lines are skipped
+                where = f"{source}, line {reader.line_num}"
+                if len(values) != len(header):
+                    raise DataError(f"{where}: expected {len(header)} fields as in the header, got {len(values)}")
+                row = dict(zip(header, values, strict=True))
+                if not row["path"].strip():
+                    raise DataError(f"{where}: expected a path, got nothing")
+                split = row.get("split", "").strip().lower()
                 split = SPLIT_ALIASES.get(split, split)
                 if split and split not in SPLITS:
-                    raise DataError(
-                        f"{source}, line {reader.line_num}: expected split {', '.join(SPLITS)}, got {row['split']!r}"
-                    )
-                names = [name.strip() for name in (row["label"] or "").split(LABEL_SEPARATOR)]
+                    raise DataError(f"{where}: expected split {', '.join(SPLITS)}, got {row['split']!r}")
+                names = [name.strip() for name in row["label"].split(LABEL_SEPARATOR)]
                 yield source.parent / row["path"], [name for name in names if name], split
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: expected a CSV manifest in UTF-8 or a folder, got something else") from error
+    except csv.Error as error:
+        raise DataError(f"{source}, line {reader.line_num}: expected CSV ({error})") from error
 
 
 def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """Split off every tenth example of each class, in an order drawn by `seed`."""
-    by_class = collections.defaultdict(list)
-    for example in examples:
-        by_class[example.targets].append(example)
-    kept, held = [], []
-    for targets in sorted(by_class):
-        members = by_class[targets]
-        order = np.random.default_rng([seed, *targets]).permutation(len(members))
-        cut = len(members) // HELD_OUT
-        held += [members[i] for i in sorted(order[:cut])]
-        kept += [members[i] for i in sorted(order[cut:])]
-    return kept, held
+    """Split off about a tenth of the examples of each label, in an order drawn by `seed`.
+
+    Labels take their turn from the rarest to the most common, as in iterative stratification (Sechidis, Tsoumakas,
+    Vlahavas 2011). Each holds a tenth of its examples, at least one of two or more; those that earlier labels held
+    count. Examples whose other labels have their tenth already come last, and none that is a label's last one in
+    training is held. Examples without any label count as a label of their own.
+    """
+    keys = [[(target,) for target in example.targets] or [()] for example in examples]
+    members = collections.defaultdict(list)
+    for number, own in enumerate(keys):
+        for key in own:
+            members[key].append(number)
+    wanted = {key: max(len(numbers) // HELD_OUT, min(len(numbers) - 1, 1)) for key, numbers in members.items()}
+    count: collections.Counter[tuple[int, ...]] = collections.Counter()
+    held: set[int] = set()
+    for key in sorted(members, key=lambda key: (len(members[key]), key)):
+        order = np.random.default_rng([seed, *key]).permutation(len(members[key]))
+        drawn = [members[key][index] for index in order]
+        for number in sorted(drawn, key=lambda number: sum(count[other] >= wanted[other] for other in keys[number])):
+            if count[key] >= wanted[key]:
+                break
+            if number not in held and all(count[other] + 1 < len(members[other]) for other in keys[number]):
+                held.add(number)
+                count.update(keys[number])
+    kept = [example for number, example in enumerate(examples) if number not in held]
+    return kept, [examples[number] for number in sorted(held)]
 
 
 def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
@@ -247,5 +268,5 @@ def statistics(
     for index in chosen:
         values = kaldi.log_mel(load_example(examples[index], frontend), frontend).astype(np.float64)
         count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
-    mean = total / count
+    mean = float(total / count)
     return mean, float(np.sqrt(squares / count - mean**2))
