@@ -6,12 +6,15 @@ import contextlib
 import enum
 import json
 import pathlib
+import re
+import shlex
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
 
 app = typer.Typer(
@@ -43,6 +46,8 @@ class ProblemType(enum.StrEnum):
 
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and a non-zero exit."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     app()
 
 
@@ -61,7 +66,29 @@ def _user_errors() -> Iterator[None]:
 
 def _complain(message: str) -> None:
     """Print one line on stderr."""
-    print(f"ast-jax: {message}", file=sys.stderr, flush=True)
+    print(f"ast-jax: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _wrong_usage(message: str) -> NoReturn:
+    """Print one line on stderr and exit with status 2."""
+    _complain(message)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _one_line(text: str) -> str:
+    """Return a text with its control characters, line ends among them, and undecodable bytes escaped."""
+    special = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(special, lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _as_json(content: Any, indent: int | None = None) -> str:
+    """Return JSON text that stdout can take: other characters than ASCII as they are where it has them."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(content, indent=indent)
+    return text
 
 
 @app.command()
@@ -87,11 +114,11 @@ def classify(
                 failed = True
                 _complain(result.error)
             elif as_json:
-                print(json.dumps(_result_json(result), ensure_ascii=False), flush=True)
+                print(_as_json(_result_json(result)), flush=True)
             else:
                 heard = f"  (first {result.used:.2f} s of {result.duration:.2f} s)" if result.cut else ""
                 lines = [f"  {score:6.3f}  {label}" for label, score in result.predictions]
-                print(f"{result.source}{heard}", *lines, sep="\n", flush=True)
+                print(f"{_one_line(result.source)}{heard}", *lines, sep="\n", flush=True)
     if failed:
         raise typer.Exit(1)
 
@@ -141,7 +168,7 @@ def info(
                 "frontend": frontend.to_json_dict(),
                 "metadata": checkpoint.metadata,
             }
-            print(json.dumps(content, indent=2, ensure_ascii=False))
+            print(_as_json(content, indent=2))
             return
         rows, columns = config.grid
         frequency, time = config.patch_shape
@@ -170,17 +197,23 @@ def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
 
 @app.command()
 def finetune(
-    data: Annotated[
-        pathlib.Path,
-        typer.Argument(metavar="DATA", help="A folder per class, or a CSV: path,label[,split]."),
-    ],
+    context: typer.Context,
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The run's folder.")],
+    data: Annotated[
+        pathlib.Path | None,
+        typer.Argument(
+            metavar="DATA",
+            show_default=False,
+            help="A folder per class, or a CSV: path,label[,split]. With --resume: where it lies now, if it was moved.",
+        ),
+    ] = None,
     init: Annotated[
         str | None, typer.Option("--init", help="Model to start from (as --model of classify); default: from scratch.")
     ] = None,
     architecture: Annotated[
-        str, typer.Option("--architecture", help="From scratch: tiny, small, base, or a config.json.")
-    ] = "tiny",
+        str | None,
+        typer.Option("--architecture", help="From scratch: tiny (default), small, base, or a config.json."),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=16, help="From scratch: input length in frames of 10 ms.")
     ] = None,
@@ -212,9 +245,23 @@ def finetune(
 ) -> None:
     """Train on your own sounds; needs the extra `train`.
 
-    Every epoch is saved: after a kill or Ctrl-C, the same command with --resume goes on after the last saved epoch with
-    the settings that the run was started with. OUTPUT/best is the checkpoint of the best epoch on the validation split.
+    Every epoch is saved: after a kill or Ctrl-C, --output RUN --resume goes on after the last saved epoch with the
+    settings that the run was started with. RUN/best is the checkpoint of the best epoch on the validation split.
     """
+    settings = {
+        "batch_size": batch_size, "epochs": epochs, "learning_rate": learning_rate, "schedule": schedule.value,
+        "warmup_steps": warmup_steps, "decay_start": decay_start, "decay_step": decay_step,
+        "decay_factor": decay_factor, "weight_decay": weight_decay, "mixup": mixup, "frequency_mask": frequency_mask,
+        "time_mask": time_mask, "noise": noise, "ramp_epochs": ramp_epochs, "seed": seed,
+    }  # fmt: skip
+    start = {
+        "init": init, "architecture": architecture, "max_length": max_length,
+        "problem_type": problem_type.value if problem_type else None,
+    }  # fmt: skip
+    if data is None and not resume:
+        _wrong_usage("finetune: expected DATA, a folder per class or a CSV, got none")
+    if init and (architecture or max_length):
+        _wrong_usage("--init: brings its own architecture and length; leave out --architecture and --max-length")
     with _user_errors():
         _need_train_extra()
         from . import finetune as loop
@@ -222,38 +269,69 @@ def finetune(
         from .train import TrainConfig
 
         try:
+            training = TrainConfig(**settings)
+        except ValueError as error:
+            _wrong_usage(_option(*str(error).split(":", 1)))
+        try:
             if resume:
-                best = loop.resume(output)
+                given = {name for name in settings if context.get_parameter_source(name).name == "COMMANDLINE"}
+                asked = {**{name: settings[name] for name in given}, **start}
+                _refuse_contradictions(output, loop.read_run(output), asked)
+                best = loop.resume(output, data)
             else:
-                training = TrainConfig(
-                    batch_size=batch_size, epochs=epochs, learning_rate=learning_rate, schedule=schedule.value,
-                    warmup_steps=warmup_steps, decay_start=decay_start, decay_step=decay_step,
-                    decay_factor=decay_factor, weight_decay=weight_decay, mixup=mixup, frequency_mask=frequency_mask,
-                    time_mask=time_mask, noise=noise, ramp_epochs=ramp_epochs, seed=seed,
-                )  # fmt: skip
                 best = loop.start(
                     data, output, training,
+                    architecture=_architecture(architecture or "tiny", max_length),
                     initial=load(init) if init else None,
-                    architecture=_architecture(architecture, max_length),
-                    problem_type=problem_type.value if problem_type else None,
+                    problem_type=start["problem_type"],
                 )  # fmt: skip
         except KeyboardInterrupt:
-            _complain(f"stopped; go on with: ast-jax finetune {data} --output {output} --resume")
+            command = shlex.join(["ast-jax", "finetune", "--output", str(output), "--resume"])
+            _complain(f"stopped; go on with: {command}" if loop.can_resume(output) else "stopped")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         print(f"best epoch: {json.dumps(best.metadata['epoch'])}")
         print(f"checkpoint: {output / 'best'}")
 
 
+def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]) -> None:
+    """Say which of the options given together with --resume (None: not given) the run was not started with."""
+    has = {**vars(run.training), "max_length": run.config.max_length, "problem_type": run.config.problem_type}
+    if asked["architecture"]:
+        own = {name: getattr(run.config, name) for name in ("num_labels", "id2label", "problem_type")}
+        same = _architecture(asked["architecture"], run.config.max_length).replace(**own) == run.config
+        has["architecture"] = asked["architecture"] if same else None
+    if asked["init"]:
+        from .checkpoint import load
+
+        has["init"] = asked["init"] if load(asked["init"]).metadata == run.metadata.get("trained_from") else None
+    wrong = sorted(_option(name) for name, value in asked.items() if value is not None and value != has[name])
+    if wrong:
+        _wrong_usage(
+            f"--resume: goes on with the settings that the run in {output} was started with, which are other than "
+            f"these; leave out {', '.join(wrong)}"
+        )
+
+
+def _option(name: str, *message: str) -> str:
+    """Return a setting's name as the command line has it, and what is said of it."""
+    return ":".join([f"--{name.replace('_', '-')}", *message])
+
+
 def _architecture(name: str, max_length: int | None) -> Any:
     """Return the `ASTConfig` of a preset or of a `config.json`."""
+    from .checkpoint import read_json
     from .config import PRESETS, ASTConfig
 
     if name in PRESETS:
         config = PRESETS[name]()
     elif pathlib.Path(name).is_file():
-        config = ASTConfig.from_json_dict(json.loads(pathlib.Path(name).read_text(encoding="utf-8")))
+        content = read_json(pathlib.Path(name))
+        try:
+            config = ASTConfig.from_json_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     else:
-        raise ValueError(f"--architecture: expected {', '.join(PRESETS)} or a config.json, got {name!r}")
+        _wrong_usage(f"--architecture: expected {', '.join(PRESETS)} or a config.json, got {name!r}")
     return config.replace(max_length=max_length) if max_length else config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +45,25 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_scratch(folder: str | pathlib.Path, pattern: str) -> None:
+    """Remove what writers that were killed left beside the files and folders whose whole name matches `pattern`.
+
+    Only what looks as `write_text` and `whole_folder` leave it goes: a file, or a folder with nothing but "new" and
+    "old". An old folder that had been moved away for a new one that never came is put back.
+    """
+    folder = pathlib.Path(folder)
+    for path in folder.iterdir():
+        match = re.fullmatch(rf"\.({pattern})\.[a-z0-9_]{{8}}", path.name)  # tempfile's eight characters
+        if not match or path.is_symlink():
+            continue
+        if path.is_file():
+            path.unlink()
+        elif path.is_dir() and {entry.name for entry in path.iterdir()} <= {"new", "old"}:
+            if (path / "old").exists() and not (folder / match[1]).exists():
+                os.replace(path / "old", folder / match[1])
+            shutil.rmtree(path)
 
 
 def _umask() -> int:

@@ -5,6 +5,9 @@ RUN/
   metrics.csv     a row an epoch
   best/           the checkpoint of the best epoch on the validation split
   state-NNNN/     parameters, optimizer state and history after NNNN epochs, for resuming; only the newest is kept
+
+An epoch is done when its state folder stands. `best/` and `metrics.csv` follow from it: where a kill came between,
+`resume` makes them from the state. What comes before the state is lost with a kill, and done again in the same way.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import data, model, train
 from .checkpoint import Checkpoint, load, restore_numpy, save
 from .config import ASTConfig, FrontendConfig
-from .files import whole_folder, write_text
+from .files import remove_scratch, whole_folder, write_text
 from .metrics import evaluate_logits
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
+OURS = r"run\.json|metrics\.csv|best|state-\d{4}"  # the names in a run folder that a killed run may leave scratch of
 Say = Callable[[str], None]
 
 
@@ -63,8 +67,10 @@ class Run:
 
     @classmethod
     def from_json(cls, text: str) -> Run:
-        """Invert `to_json`."""
+        """Invert `to_json`; a text that is none of its own raises KeyError, TypeError, AttributeError or ValueError."""
         content = json.loads(text)
+        if not isinstance(content["data"], str) or not isinstance(content["metadata"], dict):
+            raise TypeError("data or metadata have another type")
         return cls(
             content["data"],
             ASTConfig.from_json_dict(content["config"]),
@@ -106,8 +112,10 @@ def start(
     output = pathlib.Path(output)
     if (output / RUN_FILE).exists():
         raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
+    if output.exists():
+        remove_scratch(output, OURS)
+        if any(output.iterdir()):
+            raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
     dataset = data.read_dataset(source, training.seed)
     has_head = initial is not None and "classifier" in initial.params
     keeps_head = has_head and set(initial.config.labels) == set(dataset.labels)
@@ -138,31 +146,59 @@ def start(
     metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name}
     run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / RUN_FILE, run.to_json())
     return _train(run, dataset, params, output, [], None, say)
 
 
-def resume(output: str | pathlib.Path, say: Say = print) -> Checkpoint:
+def resume(output: str | pathlib.Path, source: str | pathlib.Path | None = None, *, say: Say = print) -> Checkpoint:
     """Go on with a run after its last saved epoch, with the settings it was started with.
 
+    Args:
+        output: run folder.
+        source: where the data set lies now, if it was moved; the run folder keeps it.
+        say: where progress is told.
+
+    Returns:
+        The best epoch's checkpoint.
+
     Raises:
-        ValueError: `output` holds no run.
+        DataError: the data set is no longer the one that the run was started with.
+        ValueError: `output` holds no run, or a damaged one.
     """
     output = pathlib.Path(output)
-    if not (output / RUN_FILE).exists():
-        raise ValueError(f"{output}: expected a run folder to resume, found no {RUN_FILE} in it")
-    run = Run.from_json((output / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_run(output)
+    state = _newest_state(output)
+    if state is None:
+        raise ValueError(f"{output}: stopped before anything was saved; start it again in a new folder")
+    history = _read_history(state)
+    if source is not None:
+        run = dataclasses.replace(run, data=str(pathlib.Path(source).absolute()))
     dataset = data.read_dataset(run.data, run.training.seed)
     if set(dataset.labels) != set(run.config.labels):
         raise data.DataError(f"{run.data}: its labels are no longer those that the run was started with")
     dataset = dataset.reordered(run.config.labels)
     params = model.init(jax.random.key(run.training.seed), run.config)
-    state = _newest_state(output)
-    if state is None:
-        raise ValueError(f"{output}: stopped before anything was saved; start it again in a new folder")
-    history = json.loads((state / "history.json").read_text(encoding="utf-8"))
+    remove_scratch(output, OURS)
     say(f"going on after epoch {len(history)} of {run.training.epochs}")
     return _train(run, dataset, params, output, history, state, say)
+
+
+def read_run(output: str | pathlib.Path) -> Run:
+    """Read what a run was started with.
+
+    Raises:
+        ValueError: `output` holds no run, or its `run.json` is damaged.
+    """
+    path = pathlib.Path(output) / RUN_FILE
+    if not path.exists():
+        raise ValueError(f"{output}: expected a run folder to resume, found no {RUN_FILE} in it")
+    with _damage(path):
+        return Run.from_json(path.read_text(encoding="utf-8"))
+
+
+def can_resume(output: str | pathlib.Path) -> bool:
+    """Whether a folder holds a run with a saved state."""
+    output = pathlib.Path(output)
+    return (output / RUN_FILE).exists() and _newest_state(output) is not None
 
 
 def evaluate(
@@ -182,12 +218,14 @@ def _predict(
     examples: Sequence[data.Example],
     checkpoint: Checkpoint,
     batch_size: int,
+    stop_here: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run an evaluation over whole batches and cut what filled up the last one."""
+    """Run an evaluation over whole batches and cut what filled up the last one; call `stop_here` before each."""
     logits, labels = [], []
     batches = data.eval_batches(examples, checkpoint.frontend, checkpoint.config.num_labels, batch_size=batch_size)
     with contextlib.closing(batches):
         for batch, real in batches:
+            stop_here()
             labels.append(batch.pop("labels")[:real])
             logits.append(run_batch(params, batch)[:real])
     return np.concatenate(logits), np.concatenate(labels)
@@ -212,16 +250,12 @@ def _train(
     optimizer = train.make_optimizer(training, steps_per_epoch)
     state = train.init_state(params, optimizer)
     if saved is not None:
-        leaves = restore_numpy(saved / "state")
-        restored = [np.asarray(leaves[str(index)]) for index in range(len(leaves))]
-        state = jax.tree.unflatten(jax.tree.structure(state), restored)
-    else:
-        _save_state(output, state, history)  # the start too, so that a kill in the first epoch can be resumed
-    say(
-        f"{len(examples)} training examples, {len(dataset.splits['validation'])} for validation, "
-        f"{len(dataset.labels)} labels, {model.num_params(state.params):,} parameters, "
-        f"{len(parallel.devices)} {parallel.devices[0].platform} device(s)"
-    )
+        state = _restore_state(saved, state)
+        if int(state.step) != len(history) * steps_per_epoch:
+            raise data.DataError(
+                f"{run.data}: {len(examples)} training examples make {steps_per_epoch} steps an epoch, but the run "
+                f"took {int(state.step)} in {len(history)} epochs; give it the data it was started with"
+            )
     settings = {"config": run.config, "frontend": run.frontend}
     step = parallel.wrap_train(
         functools.partial(
@@ -230,48 +264,80 @@ def _train(
     )
     run_eval = parallel.wrap_eval(functools.partial(train.eval_step, **settings))
     rate = train.learning_rate_schedule(training, steps_per_epoch)
-    state = parallel.replicate(state)
-    for epoch in range(len(history), training.epochs):
-        began = time.monotonic()
-        ramp = tuple(min(1.0, at / training.ramp_epochs) if training.ramp_epochs else 1.0 for at in (epoch, epoch + 1))
-        batches = data.train_batches(
-            examples, run.frontend, len(dataset.labels),
-            batch_size=training.batch_size, seed=training.seed, epoch=epoch, mixup=training.mixup, ramp=ramp,
-        )  # fmt: skip
-        losses = []
-        progress = _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch)
-        with contextlib.closing(batches), progress as advance, _interrupts() as interrupted:
-            for batch in batches:
-                state, value = step(state, batch)
-                losses.append(value)
-                advance()
-                if interrupted():
-                    jax.block_until_ready(state)
-                    raise KeyboardInterrupt
-        losses = np.array([float(value) for value in losses])
-        if not np.isfinite(losses).all():
-            first = epoch * steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
-            raise FloatingPointError(f"the loss is not finite at step {first} (epoch {epoch + 1}); try a lower rate")
-        now = Checkpoint(None, run.config, run.frontend)
-        row = {"epoch": epoch + 1, "learning_rate": float(rate((epoch + 1) * steps_per_epoch - 1))}
-        row["train_loss"] = float(losses.mean())
-        if dataset.splits["validation"]:
-            results = _predict(run_eval, state.params, dataset.splits["validation"], now, training.batch_size)
-            row |= evaluate_logits(*results, run.config)
-        row["seconds"] = round(time.monotonic() - began, 1)
-        history.append(row)
-        single = parallel.unreplicate(state)
-        if _is_best(history):
-            metadata = {**run.metadata, "training": dataclasses.asdict(training), "epoch": row}
-            save(output / "best", Checkpoint(single.params, run.config, run.frontend, json.dumps(metadata)))
-        _save_state(output, single, history)
-        write_text(output / METRICS_FILE, _csv(history))
+    with _interrupts() as stop_here:
+        write_text(output / RUN_FILE, run.to_json())
+        if saved is None:
+            _save_state(output, state, history)  # the start too, so that a kill in the first epoch can be resumed
+        else:
+            _publish(run, output, state.params, history)
         say(
-            ", ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
+            f"{len(examples)} training examples, {len(dataset.splits['validation'])} for validation, "
+            f"{len(dataset.labels)} labels, {model.num_params(state.params):,} parameters, "
+            f"{len(parallel.devices)} {parallel.devices[0].platform} device(s)"
         )
+        if not dataset.splits["validation"]:
+            say("no validation examples: the best epoch will be the one with the lowest training loss")
+        state = parallel.replicate(state)
+        for epoch in range(len(history), training.epochs):
+            stop_here(state)
+            began = time.monotonic()
+            at = (epoch, epoch + 1)
+            ramp = tuple(min(1.0, end / training.ramp_epochs) if training.ramp_epochs else 1.0 for end in at)
+            batches = data.train_batches(
+                examples, run.frontend, len(dataset.labels),
+                batch_size=training.batch_size, seed=training.seed, epoch=epoch, mixup=training.mixup, ramp=ramp,
+            )  # fmt: skip
+            losses = []
+            progress = _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch)
+            with contextlib.closing(batches), progress as advance:
+                for batch in batches:
+                    state, value = step(state, batch)
+                    losses.append(value)
+                    advance()
+                    stop_here(state)
+            losses = np.array([float(value) for value in losses])
+            if not np.isfinite(losses).all():
+                first = epoch * steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
+                raise FloatingPointError(
+                    f"the loss is not finite at step {first} (epoch {epoch + 1}); try a lower rate"
+                )
+            now = Checkpoint(None, run.config, run.frontend)
+            row = {"epoch": epoch + 1, "learning_rate": float(rate((epoch + 1) * steps_per_epoch - 1))}
+            row["train_loss"] = float(losses.mean())
+            if dataset.splits["validation"]:
+                results = _predict(
+                    run_eval, state.params, dataset.splits["validation"], now, training.batch_size, stop_here
+                )
+                row |= evaluate_logits(*results, run.config)
+            row["seconds"] = round(time.monotonic() - began, 1)
+            history.append(row)
+            single = parallel.unreplicate(state)
+            _save_state(output, single, history)
+            _publish(run, output, single.params, history)
+            say(
+                ", ".join(
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                )
+            )
     return load(output / "best")
+
+
+def _publish(run: Run, output: pathlib.Path, params: Any, history: list[dict[str, Any]]) -> None:
+    """Bring the rest of a run folder up to the newest state, and remove older ones; done twice, it changes nothing.
+
+    `best/` can be made from the state's own parameters: it changes only where the last epoch is the best.
+    """
+    if not history:
+        return
+    if _is_best(history):
+        metadata = {**run.metadata, "training": dataclasses.asdict(run.training), "epoch": history[-1]}
+        save(output / "best", Checkpoint(params, run.config, run.frontend, json.dumps(metadata)))
+    write_text(output / METRICS_FILE, _csv(history))
+    newest = _newest_state(output)
+    for other in _states(output):
+        if other != newest:
+            shutil.rmtree(other / "state", ignore_errors=True)  # first, as what has a history is known as a state
+            shutil.rmtree(other)
 
 
 def _is_best(history: list[dict[str, Any]]) -> bool:
@@ -283,16 +349,47 @@ def _is_best(history: list[dict[str, Any]]) -> bool:
 
 
 def _save_state(output: pathlib.Path, state: train.TrainState, history: list[dict[str, Any]]) -> None:
-    """Save what resuming needs; older states go only when the new one stands."""
+    """Save what resuming needs, beside the older states."""
     import orbax.checkpoint as ocp
 
     folder = output / f"state-{len(history):04d}"
     with whole_folder(folder) as new, ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(new / "state", {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))})
         write_text(new / "history.json", json.dumps(history))
-    for other in _states(output):
-        if other != folder:
-            shutil.rmtree(other)
+
+
+def _restore_state(folder: pathlib.Path, like: train.TrainState) -> train.TrainState:
+    """Invert `_save_state`."""
+    leaves, expected = restore_numpy(folder / "state"), jax.tree.leaves(like)
+    restored = [np.asarray(leaves[name]) for name in sorted(leaves, key=int)]
+    if [leaf.shape for leaf in restored] != [np.shape(leaf) for leaf in expected]:
+        raise ValueError(f"{folder}: expected what {RUN_FILE} describes, got arrays of other shapes; undo the change")
+    return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _read_history(state: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the rows of the epochs before a saved state."""
+    path = state / "history.json"
+    with _damage(path):
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if state.name != f"state-{len(history):04d}":
+            raise ValueError(f"got {len(history)} epochs")
+        if history:
+            _is_best(history), _csv(history)  # what will be made of it
+        return history
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: expected the file as finetune wrote it, got a damaged one ({reason}); "
+            "put it back, or start again in a new folder"
+        ) from error
 
 
 def _newest_state(output: pathlib.Path) -> pathlib.Path | None:
@@ -315,14 +412,15 @@ def _csv(history: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed, so that the loop can stop between two steps.
+def _interrupts() -> Iterator[Callable[..., None]]:
+    """Hold Ctrl-C back; yield a function that raises it, to be called where stopping is safe.
 
-    An exception in the middle of one could land in a callback of JAX, which swallows it, or leave XLA's threads working
-    while the process ends. A second Ctrl-C stops at once.
+    Its arguments are arrays to wait for. An exception in the middle of a step could land in a callback of JAX, which
+    swallows it, or leave XLA's threads working while the process ends; in the middle of saving, it would lose the
+    epoch. A second Ctrl-C stops at once.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield lambda: False
+        yield lambda *_: None
         return
     pressed = threading.Event()
 
@@ -330,9 +428,14 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         pressed.set()
         signal.signal(signal.SIGINT, previous)
 
+    def stop_here(*pending: Any) -> None:
+        if pressed.is_set():
+            jax.block_until_ready(pending)
+            raise KeyboardInterrupt
+
     previous = signal.signal(signal.SIGINT, note)
     try:
-        yield pressed.is_set
+        yield stop_here
     finally:
         signal.signal(signal.SIGINT, previous)
 

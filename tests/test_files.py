@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from ast_jax.files import whole_folder, write_text
+from ast_jax.files import remove_scratch, whole_folder, write_text
 
 
 class Interrupted(BaseException):
@@ -130,3 +130,26 @@ def test_whole_folder_puts_the_old_one_back_when_the_new_one_cannot_be_moved(tmp
         fill(folder, "new")
     assert (path / "inner" / "params").read_text() == "old"
     assert names(tmp_path) == ["best"]
+
+
+def test_scratch_of_killed_writers_goes_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # what a kill leaves: nothing is cleaned up
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+    with pytest.raises(Interrupted):
+        fill_half(tmp_path / "best", Interrupted)
+    with whole_folder(tmp_path / "best") as folder:
+        fill(folder, "old")
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(Interrupted):
+        write_text(tmp_path / "run.json", "half")
+    monkeypatch.undo()
+    (tmp_path / ".best.moved_0x").mkdir()
+    replace(tmp_path / "best", tmp_path / ".best.moved_0x" / "old")
+    others = [".best.abcd1234", ".best.12", ".notes.abcd1234", "best.abcd1234"]
+    for name in others:
+        (tmp_path / name / "mine").mkdir(parents=True)
+    assert len(names(tmp_path)) == 4 + len(others)
+    remove_scratch(tmp_path, r"best|run\.json")
+    assert names(tmp_path) == sorted(["best", *others])
+    assert (tmp_path / "best" / "inner" / "params").read_text() == "old"

@@ -95,30 +95,170 @@ def test_same_seed_same_run(run, sounds, tmp_path):
         np.testing.assert_array_equal(leaf, flatten(best.params)[path])
 
 
-def test_resume_gives_the_uninterrupted_run(run, sounds, tmp_path):
+class Killed(BaseException):
+    """Stands for a kill: nothing after it runs."""
+
+
+def raise_killed(*_):
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def killed_once(sounds, tmp_path_factory):
+    """A run killed after the state of its first epoch was saved, before anything else, with scratch beside it."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finetune, "save", raise_killed)
+        with pytest.raises(Killed):
+            finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
+    assert {path.name for path in folder.iterdir()} == {"run.json", "state-0000", "state-0001"}
+    for name in (".best.abcdefgh", ".state-0002.01234567"):
+        (folder / name / "new").mkdir(parents=True)
+    (folder / ".metrics.csv.abcdefgh").touch()
+    return folder
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    return shutil.copytree(killed_once, tmp_path / "killed")
+
+
+@pytest.fixture
+def no_compiling(monkeypatch):
+    """Steps that change nothing, where only what happens around them counts."""
+    monkeypatch.setattr(train.DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(1)))
+    monkeypatch.setattr(train.DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :3])
+
+
+def test_resume_gives_the_uninterrupted_run(run, killed):
     folder, _, _ = run
-    stopped = tmp_path / "stopped"
     seen = []
 
-    def stop_after_first(line):
+    def stop_at_once(line):
         seen.append(line)
-        if line.startswith("epoch 1"):
-            raise KeyboardInterrupt
+        if "training examples" in line:
+            raise Killed
 
-    with pytest.raises(KeyboardInterrupt):
-        finetune.start(sounds, stopped, SETTINGS, architecture=TINY, say=stop_after_first)
-    assert (stopped / "state-0001").is_dir()
-    finetune.resume(stopped, say=seen.append)
-    assert "going on after epoch 1 of 3" in seen
-    for name in ("state-0003", "best"):
-        assert (stopped / name).is_dir()
-    ours = finetune.restore_numpy(stopped / "state-0003" / "state")
+    with pytest.raises(Killed):
+        finetune.resume(killed, say=stop_at_once)
+    assert seen[0] == "going on after epoch 1 of 3"
+    assert sorted(path.name for path in killed.iterdir()) == ["best", "metrics.csv", "run.json", "state-0001"]
+    assert [row["epoch"] for row in read_metrics(killed)] == ["1"]
+    assert ast_jax.load(killed / "best").metadata["epoch"]["epoch"] == 1
+    finetune.resume(killed, say=seen.append)
+    assert sorted(path.name for path in killed.iterdir()) == ["best", "metrics.csv", "run.json", "state-0003"]
+    ours = finetune.restore_numpy(killed / "state-0003" / "state")
     theirs = finetune.restore_numpy(folder / "state-0003" / "state")
     assert ours.keys() == theirs.keys()
     for key, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[key])
-    without_time = [[{**row, "seconds": 0} for row in read_metrics(which)] for which in (stopped, folder)]
+    without_time = [[{**row, "seconds": 0} for row in read_metrics(which)] for which in (killed, folder)]
     assert without_time[0] == without_time[1]
+    best = [ast_jax.load(which / "best").metadata["epoch"]["epoch"] for which in (killed, folder)]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ((data, "eval_batches"), "state-0000"),
+        ((finetune, "_save_state"), "state-0001"),
+        ((finetune, "save"), "state-0001"),
+    ],
+    ids=["validation", "state", "best"],
+)
+def test_ctrl_c_is_held_back_to_where_stopping_is_safe(
+    where, kept, presses, sounds, tmp_path, monkeypatch, no_compiling
+):
+    """Whatever is under way when it comes: the first lets it finish, the second does not."""
+    module, name = where
+    original, finished = getattr(module, name), []
+
+    def press_and_go_on(*arguments, **settings):
+        if name != "_save_state" or arguments[2]:  # not at the start
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            finished.append(name)
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(module, name, press_and_go_on)
+    settings = train.TrainConfig(batch_size=40, epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.start(sounds, tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
+    assert finished == [name] * (presses == 1)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    if presses == 1:
+        assert names == {"run.json", kept} | ({"best", "metrics.csv"} if kept == "state-0001" else set())
+    else:
+        assert names <= {"run.json", "state-0000", "state-0001"}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert finetune.can_resume(tmp_path / "run")
+
+
+def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch):
+    settings = json.loads((killed / "run.json").read_text())
+    (killed / "run.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
+    with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
+        finetune.resume(killed)
+    shutil.copytree(sounds / "low", tmp_path / "one" / "low")
+    with pytest.raises(data.DataError, match="labels are no longer"):
+        finetune.resume(killed, tmp_path / "one")
+    shutil.copytree(sounds, tmp_path / "fewer", ignore=lambda folder, names: [n for n in names if n[0] == "1"])
+    with pytest.raises(data.DataError, match="give it the data it was started with"):
+        finetune.resume(killed, tmp_path / "fewer")
+    assert json.loads((killed / "run.json").read_text())["data"] == str(tmp_path / "gone")
+    monkeypatch.chdir(sounds.parent)
+    monkeypatch.setattr(finetune, "_publish", raise_killed)
+    with pytest.raises(Killed):
+        finetune.resume(killed, sounds.name)
+    assert json.loads((killed / "run.json").read_text()) == {**settings, "data": str(sounds)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", "{"),
+        ("run.json", "[]"),
+        ("run.json", '{"data": "x"}'),
+        ("run.json", '{"data": 3, "metadata": {}}'),
+        ("state-0003/history.json", ""),
+        ("state-0003/history.json", "3"),
+        ("state-0003/history.json", "[]"),
+        ("state-0003/history.json", '[{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]'),
+        ("state-0003/history.json", '[{"train_loss": "x"}, {"train_loss": 1}, {"train_loss": 2}]'),
+    ],
+)
+def test_damaged_run_folders_are_one_line(name, text, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    (copy / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected the file as finetune wrote it, got a damaged one \(."
+    ) as found:
+        finetune.resume(copy)
+    assert "\n" not in str(found.value)
+
+
+def test_a_state_that_does_not_fit_is_one_line(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    text = (copy / "run.json").read_text()
+    (copy / "run.json").write_text(text.replace('"intermediate_size": 64', '"intermediate_size": 96'))
+    with pytest.raises(ValueError, match=r"state-0003: expected what run\.json describes"):
+        finetune.resume(copy)
+
+
+def test_without_validation_it_says_what_chooses_the_best(sounds, tmp_path, no_compiling):
+    manifest = tmp_path / "list.csv"
+    rows = [[str(sounds / name / f"{index}.wav"), name, "train"] for name in TONES for index in range(6)]
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "split"], *rows])
+    said = []
+    settings = train.TrainConfig(batch_size=8, epochs=1)
+    best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
+    assert "no validation examples: the best epoch will be the one with the lowest training loss" in said
+    assert set(best.metadata["epoch"]) == {"epoch", "learning_rate", "train_loss", "seconds"}
 
 
 def test_killed_process_resumes(sounds, tmp_path):
@@ -140,14 +280,16 @@ def test_killed_process_resumes(sounds, tmp_path):
     assert done < 40
     settings["training"]["epochs"] = done + 1
     (output / "run.json").write_text(json.dumps(settings))
-    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    finished = subprocess.run(
+        [*command, "--batch-size", "16", "--resume"], env=environment, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     assert f"going on after epoch {done} of {done + 1}" in finished.stdout
     assert f"checkpoint: {output / 'best'}" in finished.stdout
 
 
 def test_ctrl_c_stops_cleanly(sounds, tmp_path):
-    output = tmp_path / "stopped"
+    output = tmp_path / "stopped here"
     command = [sys.executable, "-m", "ast_jax.cli", "finetune", str(sounds), "--output", str(output)]
     process = subprocess.Popen(
         [*command, "--epochs", "400", "--max-length", "32", "--batch-size", "8"], env={**os.environ, "XLA_FLAGS": ""},
@@ -160,7 +302,7 @@ def test_ctrl_c_stops_cleanly(sounds, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune {sounds} --output {output} --resume\n"
+    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune --output '{output}' --resume\n"
 
 
 def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):
@@ -318,6 +460,10 @@ def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
     with pytest.raises(ValueError, match="new or empty folder"):
         finetune.start(sounds, tmp_path, SETTINGS, architecture=TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["state-of-the-art"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".run.json.abcdefgh").touch()  # of a start that was killed
+    with pytest.raises(data.DataError):
+        finetune.start(sounds, tmp_path / "new", train.TrainConfig(batch_size=800), architecture=TINY)
 
 
 def test_metrics_by_hand():
