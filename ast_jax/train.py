@@ -113,22 +113,28 @@ class TrainState:
 
 
 def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step."""
-    peak = config.learning_rate
-    total = max(config.epochs * steps_per_epoch, 1)
+    """Return the learning rate as a function of the step, counted from 0 at the start of training.
+
+    Warm-up and decay are factors side by side: an epoch at whose end the rate falls counts during warm-up too. The
+    cosine alone begins where warm-up ends.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(total - config.warmup_steps, 1))
+        cosine = optax.cosine_decay_schedule(peak, max(config.epochs * steps_per_epoch - warmup, 1))
+
+        def decayed(step: Any) -> Any:
+            return cosine(jnp.maximum(step - warmup, 0))
+
     elif config.schedule == "step":
         epochs = range(config.decay_start, config.epochs, config.decay_step)
-        # join_schedules restarts the count after warm-up, so the boundaries move by it
-        bounds = {max(epoch * steps_per_epoch - config.warmup_steps, 0): config.decay_factor for epoch in epochs}
-        after = optax.piecewise_constant_schedule(peak, bounds)
+        decayed = optax.piecewise_constant_schedule(
+            peak, {epoch * steps_per_epoch: config.decay_factor for epoch in epochs}
+        )
     else:
-        after = optax.constant_schedule(peak)
-    if not config.warmup_steps:
-        return after
-    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+        decayed = optax.constant_schedule(peak)
+    if not warmup:
+        return decayed
+    return lambda step: decayed(step) * jnp.minimum((step + 1) / warmup, 1.0)
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -261,7 +267,8 @@ class DataParallel:
         def run(state: TrainState, batch: dict[str, np.ndarray]) -> tuple[TrainState, jax.Array]:
             position = np.arange(len(batch["labels"]), dtype=np.int32)
             state, value = mapped(state, self.split({**batch, "position": position}))
-            return state, value[0]
+            # The first device's own copy: value[0] would be a program over all devices at every step.
+            return state, value.addressable_shards[0].data.reshape(())
 
         return run
 
