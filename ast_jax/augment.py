@@ -33,6 +33,19 @@ def mask_spec(
     return mask_band(time_key, mask_band(frequency_key, spec, frequency_mask, 1), time_mask, 0)
 
 
+def shift_spec(key: jax.Array, spec: jax.Array, frequency_shift: int, time_shift: int) -> jax.Array:
+    """Move `spec` [T, F] by up to `frequency_shift` mel bins and `time_shift` frames, either way.
+
+    Along frequency the outermost bin is repeated, which sounds like another pitch; along time the end comes round to
+    the beginning.
+    """
+    frequency_key, time_key = jax.random.split(key)
+    bins = jax.random.randint(frequency_key, (), -frequency_shift, frequency_shift + 1)
+    frames = jax.random.randint(time_key, (), -time_shift, time_shift + 1)
+    source = jnp.clip(jnp.arange(spec.shape[1]) - bins, 0, spec.shape[1] - 1)
+    return jnp.roll(spec[:, source], frames, axis=0)
+
+
 def noise_and_roll(key: jax.Array, spec: jax.Array) -> jax.Array:
     """Add uniform noise of a random level up to 0.1 to a normalised `spec` [T, F], and roll it by up to 10 frames."""
     noise_key, level_key, roll_key = jax.random.split(key, 3)

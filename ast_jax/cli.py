@@ -237,9 +237,14 @@ def finetune(
     mixup: Annotated[float, typer.Option(min=0, max=1, help="Share of examples mixed with another.")] = 0.0,
     frequency_mask: Annotated[int, typer.Option(min=0, help="SpecAugment: upper bound in mel bins.")] = 0,
     time_mask: Annotated[int, typer.Option(min=0, help="SpecAugment: upper bound in frames.")] = 0,
+    frequency_shift: Annotated[int, typer.Option(min=0, help="Move spectra by up to this many mel bins.")] = 0,
+    time_shift: Annotated[int, typer.Option(min=0, help="Move sounds by up to this many frames, end to start.")] = 0,
     noise: Annotated[bool, typer.Option("--noise", help="Add noise and roll in time.")] = False,
     ramp_epochs: Annotated[
         float, typer.Option(min=0, help="Epochs over which mixup and masks grow to full strength.")
+    ] = 0.0,
+    ema: Annotated[
+        float, typer.Option(help="Decay a step of the parameters' moving average, which then is kept; 0: none.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -252,7 +257,8 @@ def finetune(
         "batch_size": batch_size, "epochs": epochs, "learning_rate": learning_rate, "schedule": schedule.value,
         "warmup_steps": warmup_steps, "decay_start": decay_start, "decay_step": decay_step,
         "decay_factor": decay_factor, "weight_decay": weight_decay, "mixup": mixup, "frequency_mask": frequency_mask,
-        "time_mask": time_mask, "noise": noise, "ramp_epochs": ramp_epochs, "seed": seed,
+        "time_mask": time_mask, "frequency_shift": frequency_shift, "time_shift": time_shift, "noise": noise,
+        "ramp_epochs": ramp_epochs, "ema": ema, "seed": seed,
     }  # fmt: skip
     start = {
         "init": init, "architecture": architecture, "max_length": max_length,

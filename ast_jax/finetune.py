@@ -248,7 +248,7 @@ def _train(
     if not steps_per_epoch:
         raise data.DataError(f"{run.data}: its training examples have become less than one batch")
     optimizer = train.make_optimizer(training, steps_per_epoch)
-    state = train.init_state(params, optimizer)
+    state = train.init_state(params, optimizer, training)
     if saved is not None:
         state = _restore_state(saved, state)
         if int(state.step) != len(history) * steps_per_epoch:
@@ -269,7 +269,7 @@ def _train(
         if saved is None:
             _save_state(output, state, history)  # the start too, so that a kill in the first epoch can be resumed
         else:
-            _publish(run, output, state.params, history)
+            _publish(run, output, state.kept, history)
         say(
             f"{len(examples)} training examples, {len(dataset.splits['validation'])} for validation, "
             f"{len(dataset.labels)} labels, {model.num_params(state.params):,} parameters, "
@@ -306,14 +306,14 @@ def _train(
             row["train_loss"] = float(losses.mean())
             if dataset.splits["validation"]:
                 results = _predict(
-                    run_eval, state.params, dataset.splits["validation"], now, training.batch_size, stop_here
+                    run_eval, state.kept, dataset.splits["validation"], now, training.batch_size, stop_here
                 )
                 row |= evaluate_logits(*results, run.config)
             row["seconds"] = round(time.monotonic() - began, 1)
             history.append(row)
             single = parallel.unreplicate(state)
             _save_state(output, single, history)
-            _publish(run, output, single.params, history)
+            _publish(run, output, single.kept, history)
             say(
                 ", ".join(
                     f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()

@@ -46,8 +46,12 @@ class TrainConfig:
         mixup: probability that an example is mixed with another.
         frequency_mask: upper bound of the masked mel bins.
         time_mask: upper bound of the masked frames.
-        noise: whether to add noise and roll in time.
+        frequency_shift: upper bound of the mel bins that a spectrogram is moved by, either way.
+        time_shift: the same in frames, the end coming round to the beginning.
+        noise: whether to add noise and roll in time by up to 10 frames.
         ramp_epochs: epochs over which mixup and masks grow to full strength; 0 starts at full strength.
+        ema: decay at each step of an exponential moving average of the parameters, which then is what is evaluated and
+            kept; 0 evaluates and keeps the parameters themselves.
         seed: of everything random.
 
     Raises:
@@ -68,8 +72,11 @@ class TrainConfig:
     mixup: float = 0.0
     frequency_mask: int = 0
     time_mask: int = 0
+    frequency_shift: int = 0
+    time_shift: int = 0
     noise: bool = False
     ramp_epochs: float = 0.0
+    ema: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,7 +87,9 @@ class TrainConfig:
             "decay_step": self.decay_step >= 1, "decay_factor": 0 < self.decay_factor <= 1,
             "weight_decay": self.weight_decay >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
             "mixup": 0 <= self.mixup <= 1, "frequency_mask": self.frequency_mask >= 0, "time_mask": self.time_mask >= 0,
-            "ramp_epochs": self.ramp_epochs >= 0, "schedule": self.schedule in SCHEDULES, "seed": self.seed >= 0,
+            "frequency_shift": self.frequency_shift >= 0, "time_shift": self.time_shift >= 0,
+            "ramp_epochs": self.ramp_epochs >= 0, "ema": 0 <= self.ema < 1,
+            "schedule": self.schedule in SCHEDULES, "seed": self.seed >= 0,
         }  # fmt: skip
         for name, good in checks.items():
             if not good:
@@ -92,10 +101,20 @@ class TrainConfig:
 _RANGES = {
     **dict.fromkeys(("batch_size", "epochs", "decay_step"), "expected 1 or more"),
     **dict.fromkeys(
-        ("warmup_steps", "decay_start", "weight_decay", "frequency_mask", "time_mask", "ramp_epochs", "seed"),
+        (
+            "warmup_steps",
+            "decay_start",
+            "weight_decay",
+            "frequency_mask",
+            "time_mask",
+            "frequency_shift",
+            "time_shift",
+            "ramp_epochs",
+            "seed",
+        ),
         "expected 0 or more",
     ),
-    **dict.fromkeys(("beta1", "beta2"), "expected a number in [0, 1)"),
+    **dict.fromkeys(("beta1", "beta2", "ema"), "expected a number in [0, 1)"),
     "learning_rate": "expected more than 0",
     "decay_factor": "expected a number in (0, 1]",
     "mixup": "expected a probability in [0, 1]",
@@ -105,11 +124,17 @@ _RANGES = {
 
 @struct.dataclass
 class TrainState:
-    """What a step changes: step count, parameters, optimizer state."""
+    """What a step changes: step count, parameters, optimizer state and, where asked for, the parameters' average."""
 
     step: jax.Array
     params: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def kept(self) -> Any:
+        """The parameters to evaluate and to keep: the average where there is one."""
+        return self.params if self.average is None else self.average
 
 
 def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
@@ -146,9 +171,10 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
     )
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainState:
     """Return the state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    average = jax.tree.map(jnp.array, params) if config.ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def prepare(
@@ -167,6 +193,12 @@ def prepare(
         [B, T, F].
     """
     spec = features(batch, frontend, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys))
+    if config.frequency_shift or config.time_shift:
+        shift_keys = jax.vmap(lambda key: jax.random.fold_in(key, 4))(keys)
+        shift = functools.partial(
+            augment.shift_spec, frequency_shift=config.frequency_shift, time_shift=config.time_shift
+        )
+        spec = jax.vmap(shift)(shift_keys, spec)
     if config.frequency_mask or config.time_mask:
         mask_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         bounds = config.frequency_mask * strength, config.time_mask * strength
@@ -233,7 +265,12 @@ def train_step(
         value, gradients = jax.lax.pmean((value, gradients), axis)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), value
+    average = state.average
+    if training.ema:  # the first steps weigh more: the start is no good average
+        count = state.step.astype(float)
+        decay = jnp.minimum(training.ema, (count + 1) / (count + 10))
+        average = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), average, params)
+    return TrainState(state.step + 1, params, opt_state, average), value
 
 
 def eval_step(params: Any, batch: dict[str, jax.Array], *, config: ASTConfig, frontend: FrontendConfig) -> jax.Array:

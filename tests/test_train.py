@@ -21,7 +21,7 @@ CONFIG = ast_jax.ASTConfig(
 FRONTEND = FrontendConfig(max_length=32, num_mel_bins=32)
 AUGMENTED = train.TrainConfig(
     batch_size=16, learning_rate=1e-3, weight_decay=1e-6, frequency_mask=8, time_mask=8, noise=True, warmup_steps=3,
-    ramp_epochs=1.0, schedule="cosine", epochs=2,
+    frequency_shift=3, time_shift=5, ema=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2,
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def make_step(optimizer, config=CONFIG, training=AUGMENTED):
 
 def start(optimizer, config=CONFIG, dtype=np.float64):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), ast_jax.init(jax.random.key(0), config))
-    return train.init_state(params, optimizer)
+    return train.init_state(params, optimizer, AUGMENTED)
 
 
 def run(devices, config=CONFIG, steps=10):
@@ -144,7 +144,7 @@ def test_train_step_lowers_for_accelerators(platform):
             steps_per_epoch=100,
         )
     )  # fmt: skip
-    state = jax.eval_shape(lambda: train.init_state(ast_jax.init(jax.random.key(0), CONFIG), optimizer))
+    state = jax.eval_shape(lambda: train.init_state(ast_jax.init(jax.random.key(0), CONFIG), optimizer, AUGMENTED))
     batch = {**next(batches(1)), "position": np.arange(16, dtype=np.int32)}
     lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
     text = lowered.as_text()
@@ -250,6 +250,52 @@ def test_masks_are_bands_of_at_most_the_asked_width():
     assert abs(bins.sum(1).mean() - 3.5) < 0.5  # floor of uniform [0, 8): mean 3.5, 300 draws
     none = augment.mask_spec(keys[0], spec, 0.0, 0.0)
     np.testing.assert_array_equal(none, spec)
+
+
+def test_shift_repeats_the_edge_bin_and_turns_time_round():
+    spec = jnp.arange(20.0)[:, None] * 100 + jnp.arange(16.0)  # a value says where it came from
+    shifts = set()
+    for key in jax.random.split(jax.random.key(2), 300):
+        out = np.asarray(augment.shift_spec(key, spec, 3, 2))
+        frames, bins = (out // 100).astype(int), (out % 100).astype(int)
+        time, pitch = int(-frames[0, 0] % 20), 8 - int(bins[0, 8])
+        np.testing.assert_array_equal(frames[:, 0], np.roll(np.arange(20), time))
+        np.testing.assert_array_equal(bins[0], np.clip(np.arange(16) - pitch, 0, 15))
+        assert (frames == frames[:, :1]).all()
+        assert (bins == bins[:1]).all()
+        shifts.add((time if time < 10 else time - 20, pitch))
+    assert shifts == {(time, pitch) for time in range(-2, 3) for pitch in range(-3, 4)}  # 35 pairs, 300 draws
+    np.testing.assert_array_equal(augment.shift_spec(key, spec, 0, 0), spec)
+
+
+@pytest.mark.parametrize("field", ["frequency_shift", "time_shift", "frequency_mask", "noise"])
+def test_every_augmentation_changes_the_features(field):
+    batch = next(batches(1))
+    keys = jax.random.split(jax.random.key(0), 16)
+    plain, changed = (
+        train.prepare(keys, batch, FRONTEND, train.TrainConfig(**settings), jnp.ones(()))
+        for settings in ({}, {field: AUGMENTED.frequency_shift if field != "noise" else True})
+    )
+    assert plain.shape == changed.shape
+    assert np.abs(changed - plain).max() > 1e-3
+
+
+def test_moving_average_of_the_parameters(x64):
+    """Against the definition, in float64: rounding only."""
+    optimizer = train.make_optimizer(AUGMENTED, steps_per_epoch=5)
+    step = jax.jit(make_step(optimizer))
+    state = start(optimizer)
+    want = state.params
+    for number, batch in enumerate(batches(8, dtype=np.float64)):
+        state, _ = step(state, {**batch, "position": np.arange(16, dtype=np.int32)})
+        decay = min(0.9, (number + 1) / (number + 10))
+        want = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * new, want, state.params)
+    assert state.kept is state.average
+    assert_same_state(state.kept, want)
+    moved = jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), state.kept, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    none = train.init_state(state.params, optimizer, train.TrainConfig())
+    assert none.kept is none.params
 
 
 def test_noise_and_roll():
