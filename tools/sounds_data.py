@@ -157,7 +157,7 @@ MAKERS: dict[str, tuple[Callable[[Rng, int], np.ndarray], tuple[int, int, int]]]
     "Noise": (synth.noise, (500, 40, 60)),
     "Silence": (synth.silence, (300, 30, 40)),
     "Siren": (synth.siren, (1200, 25, 15)),
-    "Beep, bleep": (synth.beep, (1100, 25, 15)),
+    "Beep, bleep": (synth.beep, (1400, 25, 15)),
     "Telephone": (synth.telephone, (1000, 25, 15)),
     "Music": (synth.melody, (250, 10, 10)),
 }
@@ -184,9 +184,13 @@ def fit(wave: np.ndarray, length: int, rng: Rng) -> np.ndarray:
     return np.roll(np.resize(wave, length), int(rng.integers(length)))
 
 
+FAINT = 12.0  # dB: many an old recording has a hiss so far below its sound, and nobody would tag it as Noise
+
+
 def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Clip:
-    """`front` over `back`, `snr` dB apart, with the labels of both."""
+    """`front` over `back`, `snr` dB apart, with the labels of both; noise that is faint beside the front gives none."""
     wave = front.wave
+    heard = () if back.labels == ("Noise",) and snr > FAINT else back.labels
     if len(wave) < LENGTH and condition == "mixture":
         padded = np.zeros(LENGTH, np.float32)
         start = int(rng.integers(0, LENGTH - len(wave) + 1))
@@ -198,7 +202,7 @@ def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Cl
         mixed = synth.at_peak(mixed, rng.uniform(-18, 0))
     return Clip(
         mixed,
-        tuple(dict.fromkeys(front.labels + back.labels)),
+        tuple(dict.fromkeys(front.labels + heard)),
         front.split,
         condition,
         "+".join(dict.fromkeys((front.source, back.source))),
@@ -213,7 +217,7 @@ MIXTURES: tuple[tuple[str, str, tuple[float, float], tuple[int, int, int]], ...]
     ("Music", "Noise", (0.0, 20.0), (1700, 40, 0)),
     ("effect", "Music", (0.0, 15.0), (350, 20, 0)),
     ("effect", "Speech", (-3.0, 12.0), (300, 20, 0)),
-    ("effect", "Noise", (0.0, 20.0), (1800, 60, 0)),
+    ("effect", "Noise", (0.0, 20.0), (2300, 60, 0)),
 )
 OTHER = ""  # stands for clips without any of the labels
 EFFECTS = ("Percussion", "Siren", "Beep, bleep", "Telephone", OTHER)

@@ -183,17 +183,17 @@ def siren(rng: Rng, length: int) -> np.ndarray:
 
 def beep_pitches(rng: Rng) -> np.ndarray:
     """The pitches of eight or more beeps: all alike, two in turn, or each its own."""
-    first = rng.uniform(550, 4500)
+    first = float(np.exp(rng.uniform(np.log(250), np.log(4500))))
     kind = rng.random()
     if kind < 0.6:
         return np.full(24, first)
     if kind < 0.8:
         return np.tile([first, first * rng.uniform(0.6, 1.6)], 12)
-    return rng.uniform(400, 3500, 24)
+    return np.exp(rng.uniform(np.log(300), np.log(3500), 24))
 
 
 def beep(rng: Rng, length: int) -> np.ndarray:
-    """Short steady tones, single, repeated or as in Morse code; from sine to buzzer."""
+    """Short steady tones, single, repeated or as in Morse code; from sine to buzzer and chord, dry or in a room."""
     wave = np.zeros(length)
     at = int(rng.uniform(0, 0.15) * length)
     unit = float(np.exp(rng.uniform(np.log(0.05), np.log(0.5))))
@@ -202,6 +202,7 @@ def beep(rng: Rng, length: int) -> np.ndarray:
     weights = rng.uniform(0, 1, int(rng.integers(1, 8)))
     weights[0] = 1.0
     decay = rng.choice([0.0, 0.0, rng.uniform(1, 12)])
+    second = rng.uniform(1.1, 2.7) if rng.random() < 0.25 else 0.0  # a tone beside the first, as a share of its pitch
     for pitch in beep_pitches(rng)[: int(rng.integers(1, 24 if unit < 0.12 else 9))]:
         on = int(unit * RATE * (rng.choice([0.5, 1.5]) if morse else 1.0))
         stop = min(at + on, length)
@@ -209,8 +210,12 @@ def beep(rng: Rng, length: int) -> np.ndarray:
             break
         index = np.arange(stop - at)
         tone = harmonics(sweep(np.full(stop - at, pitch)), weights[: max(1, int(7800 / pitch))])
+        if second:
+            tone = tone + rng.uniform(0.2, 1.0) * np.sin(sweep(np.full(stop - at, min(pitch * second, 7500.0))))
         wave[at:stop] += tone * np.minimum(1.0, np.minimum(index, index[::-1]) / 48) * np.exp(-decay * index / RATE)
         at = stop + off
+    wave = reverb(rng, wave) if rng.random() < 0.3 else wave
+    wave = tilt(rng, wave) if rng.random() < 0.3 else wave
     if rng.random() < 0.4:
         hiss = coloured(rng, length, rng.uniform(0, 4))
         wave = wave + hiss / rms(hiss) * rms(wave) * decibels(-rng.uniform(5, 40))
