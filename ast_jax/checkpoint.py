@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,9 @@ FORMAT_FILE = "ast_jax.json"
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
 SHIPPED = pathlib.Path(__file__).parent / "models"
+
+
+_Config = TypeVar("_Config", ASTConfig, FrontendConfig)
 
 
 class CheckpointError(ValueError):
@@ -79,7 +82,8 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a checkpoint folder, whole or not at all; a checkpoint already there is replaced.
 
     Raises:
-        ValueError: the params do not fit the config, or `folder` holds something that is not a checkpoint.
+        ValueError: the params or the frontend do not fit the config, or `folder` holds something else than a
+            checkpoint.
         OSError: the folder cannot be written.
     """
     import orbax.checkpoint as ocp
@@ -87,6 +91,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     folder = pathlib.Path(folder)
     if folder.exists() and not (folder / FORMAT_FILE).is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder}: expected a new folder or a checkpoint to replace, got something else")
+    check_frontend(checkpoint.frontend, checkpoint.config, str(folder))
     check_params(checkpoint.params, checkpoint.config, str(folder))
     with whole_folder(folder) as new:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -119,8 +124,9 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     description = read_json(folder / FORMAT_FILE)
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: expected checkpoint format {FORMAT}, got {description.get('format')!r}")
-    config = ASTConfig.from_json_dict(read_json(folder / CONFIG_FILE))
-    frontend = FrontendConfig.from_json_dict(read_json(folder / PREPROCESSOR_FILE))
+    config = read_config(ASTConfig, folder / CONFIG_FILE)
+    frontend = read_config(FrontendConfig, folder / PREPROCESSOR_FILE)
+    check_frontend(frontend, config, str(folder))
     params = jax.tree.map(widen, restore_numpy(folder / PARAMS_FOLDER))
     check_params(params, config, str(folder))
     return Checkpoint(params, config, frontend, json.dumps(description.get("metadata", {})))
@@ -186,6 +192,21 @@ def check_params(params: Mapping[str, Any], config: ASTConfig, name: str) -> Non
     )
 
 
+def check_frontend(frontend: FrontendConfig, config: ASTConfig, name: str) -> None:
+    """Compare the features' size with the model's input.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for field in ("max_length", "num_mel_bins"):
+        wanted, got = getattr(config, field), getattr(frontend, field)
+        if wanted != got:
+            raise CheckpointError(
+                f"{name}: the features do not fit the model: {CONFIG_FILE} has {field} {wanted}, "
+                f"{PREPROCESSOR_FILE} {got}; set both to the model's own"
+            )
+
+
 def raise_differences(name: str, missing: Any, unexpected: Any, misshaped: Mapping[str, tuple[Any, Any]]) -> None:
     """Raise one error with titled, sorted lists, or return where all of them are empty."""
     lists = []
@@ -229,6 +250,19 @@ def widen(array: Any) -> np.ndarray:
     """Return float32 for half precision, anything else as it is."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+
+
+def read_config(kind: type[_Config], path: pathlib.Path) -> _Config:
+    """Read `config.json` or `preprocessor_config.json`.
+
+    Raises:
+        CheckpointError: missing, not a JSON object, or a value of the wrong type or out of its range.
+    """
+    content = read_json(path)
+    try:
+        return kind.from_json_dict(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

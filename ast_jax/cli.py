@@ -325,17 +325,13 @@ def _option(name: str, *message: str) -> str:
 
 def _architecture(name: str, max_length: int | None) -> Any:
     """Return the `ASTConfig` of a preset or of a `config.json`."""
-    from .checkpoint import read_json
+    from .checkpoint import read_config
     from .config import PRESETS, ASTConfig
 
     if name in PRESETS:
         config = PRESETS[name]()
     elif pathlib.Path(name).is_file():
-        content = read_json(pathlib.Path(name))
-        try:
-            config = ASTConfig.from_json_dict(content)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        config = read_config(ASTConfig, pathlib.Path(name))
     else:
         _wrong_usage(f"--architecture: expected {', '.join(PRESETS)} or a config.json, got {name!r}")
     return config.replace(max_length=max_length) if max_length else config

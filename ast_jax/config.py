@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
@@ -26,8 +27,31 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 
 def _whole(value: object, name: str, expected: str = "a whole number") -> int:
     """Return a whole number of any kind as the int that JSON and hashes know."""
-    _require(isinstance(value, numbers.Integral), name, expected, value)
+    _require(isinstance(value, numbers.Integral) and not isinstance(value, bool), name, expected, value)
     return int(value)
+
+
+_OTHER_TYPES = {  # annotation: what a value must be an instance of, and its name in messages
+    "bool": (bool, "true or false"),
+    "str": (str, "a text"),
+    "str | None": ((str, type(None)), "a text or None"),
+    "tuple[str, ...]": ((tuple, list), "a tuple of names"),
+}
+
+
+def _check_types(config: object) -> None:
+    """Check every field of a dataclass against its annotation, and make its numbers plain ones for JSON and hashes."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if field.type == "int":
+            object.__setattr__(config, name, _whole(value, name))
+        elif field.type in ("float", "float | None"):
+            if field.type == "float" or value is not None:
+                _require(isinstance(value, numbers.Real) and not isinstance(value, bool), name, "a number", value)
+                object.__setattr__(config, name, float(value))
+        elif field.type in _OTHER_TYPES:
+            kinds, expected = _OTHER_TYPES[field.type]
+            _require(isinstance(value, kinds), name, expected, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +106,8 @@ class ASTConfig:
     unknown_keys: str = "{}"
 
     def __post_init__(self) -> None:
-        """Make the fields hashable and check their ranges."""
+        """Make the fields hashable and check their types and ranges."""
+        _check_types(self)
         pair = isinstance(self.patch_size, tuple | list) and len(self.patch_size) == 2
         sides = tuple(
             _whole(side, "patch_size", "a whole number or the pair (frequency, time)")
@@ -90,9 +115,10 @@ class ASTConfig:
         )
         object.__setattr__(self, "patch_size", sides if pair else sides[0])
         object.__setattr__(self, "id2label", tuple(self.id2label))
+        for label in self.id2label:
+            _require(isinstance(label, str), "id2label", "names as text", label)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
                      "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
-            object.__setattr__(self, name, _whole(getattr(self, name), name))
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             _require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)", getattr(self, name))
@@ -161,6 +187,8 @@ class ASTConfig:
         _require(kind == MODEL_TYPE, "model_type in config.json", repr(MODEL_TYPE), kind)
         id2label = values.pop("id2label", None)
         values.pop("label2id", None)  # the inverse of id2label
+        _require(id2label is None or isinstance(id2label, Mapping), "id2label in config.json",
+                 "an object with a name for each index", id2label)  # fmt: skip
         if id2label:
             _require(all(str(index).isdecimal() for index in id2label), "id2label in config.json",
                      "whole numbers as keys", list(id2label))  # fmt: skip
@@ -237,9 +265,10 @@ class FrontendConfig:
     unknown_keys: str = "{}"
 
     def __post_init__(self) -> None:
-        """Check the ranges of the fields."""
-        for name in ("num_mel_bins", "max_length"):
-            object.__setattr__(self, name, _whole(getattr(self, name), name))
+        """Check the types and the ranges of the fields."""
+        _check_types(self)
+        for name in ("mean", "padding_value"):
+            _require(math.isfinite(getattr(self, name)), name, "a finite number", getattr(self, name))
         for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
             _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         _require(self.window_samples >= 2, "frame_length", "at least two samples", f"{self.frame_length} ms")

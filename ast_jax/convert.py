@@ -14,15 +14,17 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .checkpoint import (
     CONFIG_FILE,
     Checkpoint,
     CheckpointError,
+    check_frontend,
     flatten,
     raise_differences,
-    read_json,
+    read_config,
     unflatten,
     widen,
 )
@@ -30,6 +32,7 @@ from .config import ASTConfig, FrontendConfig
 from .features import PREPROCESSOR_FILE
 
 WEIGHTS_FILE = "model.safetensors"
+SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 BODY_PREFIX = "audio_spectrogram_transformer."
 
 Array = np.ndarray
@@ -144,9 +147,10 @@ def from_torch(source: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{folder}: expected a Hugging Face folder, found no {CONFIG_FILE} in it")
     if not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{folder}: expected {WEIGHTS_FILE}, found none; re-save the model with safetensors")
-    config = ASTConfig.from_json_dict(read_json(folder / CONFIG_FILE))
+    config = read_config(ASTConfig, folder / CONFIG_FILE)
     if (folder / PREPROCESSOR_FILE).is_file():
-        frontend = FrontendConfig.from_json_dict(read_json(folder / PREPROCESSOR_FILE))
+        frontend = read_config(FrontendConfig, folder / PREPROCESSOR_FILE)
+        check_frontend(frontend, config, str(folder))
     else:
         frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
     params = params_from_state_dict(_read_safetensors(folder / WEIGHTS_FILE), config, str(folder))
@@ -175,9 +179,10 @@ def params_from_state_dict(state: Mapping[str, Array], config: ASTConfig, name: 
             misshaped[source] = (expected, state[source].shape)
             continue
         tensor = widen(state[source])
-        target = filled.setdefault(row.target, np.empty(shapes[row.target].shape, tensor.dtype))
+        if row.target not in filled:
+            filled[row.target] = np.empty(shapes[row.target].shape, tensor.dtype)
         where = () if layer is None else (layer,) if row.part is None else _part(row, layer)
-        target[where] = row.turn(tensor, config)
+        filled[row.target][where] = row.turn(tensor, config)
     raise_differences(name, places.keys() - state.keys(), state.keys() - places.keys(), misshaped)
     return unflatten(filled)
 
@@ -217,15 +222,22 @@ def _torch_shape(row: Row, shape: tuple[int, ...], config: ASTConfig) -> tuple[i
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Array]:
-    """Read all tensors of a safetensors file, bfloat16 included.
+    """Read all tensors of a safetensors file as they are, bfloat16 included; nothing goes to a device.
 
     Raises:
-        CheckpointError: damaged or truncated.
+        CheckpointError: damaged or truncated, or a tensor of another kind of number.
     """
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file  # safetensors.numpy refuses bfloat16
+    from safetensors import SafetensorError, deserialize  # safetensors.numpy refuses bfloat16
 
     try:
-        return {name: np.asarray(tensor) for name, tensor in load_file(path).items()}
+        entries = deserialize(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    for name, entry in entries:
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            expected = ", ".join(SAFETENSORS_DTYPES)
+            raise CheckpointError(f"{path}: {name}: expected one of {expected}, got {entry['dtype']}")
+    return {
+        name: np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries
+    }

@@ -146,9 +146,14 @@ class ASTFeatureExtractor:
 
     @classmethod
     def from_pretrained(cls, folder: str | pathlib.Path) -> Self:
-        """Read `preprocessor_config.json` from a folder."""
-        text = (pathlib.Path(folder) / PREPROCESSOR_FILE).read_text(encoding="utf-8")
-        return cls(FrontendConfig.from_json_dict(json.loads(text)))
+        """Read `preprocessor_config.json` from a folder.
+
+        Raises:
+            CheckpointError: missing, not a JSON object, or a value of the wrong type or out of its range.
+        """
+        from .checkpoint import read_config
+
+        return cls(read_config(FrontendConfig, pathlib.Path(folder) / PREPROCESSOR_FILE))
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:
         """Write `preprocessor_config.json` into a folder, which is made where it is missing."""

@@ -47,6 +47,33 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def sole_use(folder: str | pathlib.Path) -> Iterator[None]:
+    """Hold a folder against other processes that ask for the same; a killed process lets go.
+
+    Where the system or the file system has no such locks, nothing is held.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is at work in it; wait for it or stop it") from error
+        except OSError:  # a network file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_scratch(folder: str | pathlib.Path, pattern: str) -> None:
     """Remove what writers that were killed left beside the files and folders whose whole name matches `pattern`.
 

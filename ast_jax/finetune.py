@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import data, model, train
 from .checkpoint import Checkpoint, load, restore_numpy, save
 from .config import ASTConfig, FrontendConfig
-from .files import remove_scratch, whole_folder, write_text
+from .files import remove_scratch, sole_use, whole_folder, write_text
 from .metrics import evaluate_logits
 
 RUN_FILE = "run.json"
@@ -106,7 +106,7 @@ def start(
 
     Raises:
         DataError: the data set cannot be used.
-        ValueError: a setting is out of range, or `output` already holds a run.
+        ValueError: a setting is out of range, or `output` already holds a run or is another process's.
         FloatingPointError: the loss is not finite; the message names the step.
     """
     output = pathlib.Path(output)
@@ -146,7 +146,8 @@ def start(
     metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name}
     run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata)
     output.mkdir(parents=True, exist_ok=True)
-    return _train(run, dataset, params, output, [], None, say)
+    with sole_use(output):
+        return _train(run, dataset, params, output, [], None, say)
 
 
 def resume(output: str | pathlib.Path, source: str | pathlib.Path | None = None, *, say: Say = print) -> Checkpoint:
@@ -162,9 +163,16 @@ def resume(output: str | pathlib.Path, source: str | pathlib.Path | None = None,
 
     Raises:
         DataError: the data set is no longer the one that the run was started with.
-        ValueError: `output` holds no run, or a damaged one.
+        ValueError: `output` holds no run, or a damaged one, or another process is training into it.
     """
     output = pathlib.Path(output)
+    read_run(output)
+    with sole_use(output):
+        return _resume(output, source, say)
+
+
+def _resume(output: pathlib.Path, source: str | pathlib.Path | None, say: Say) -> Checkpoint:
+    """Do what `resume` says, in a folder that no other process is at work in."""
     run = read_run(output)
     state = _newest_state(output)
     if state is None:
@@ -281,34 +289,20 @@ def _train(
         for epoch in range(len(history), training.epochs):
             stop_here(state)
             began = time.monotonic()
-            at = (epoch, epoch + 1)
-            ramp = tuple(min(1.0, end / training.ramp_epochs) if training.ramp_epochs else 1.0 for end in at)
-            batches = data.train_batches(
-                examples, run.frontend, len(dataset.labels),
-                batch_size=training.batch_size, seed=training.seed, epoch=epoch, mixup=training.mixup, ramp=ramp,
-            )  # fmt: skip
-            losses = []
-            progress = _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch)
-            with contextlib.closing(batches), progress as advance:
-                for batch in batches:
-                    state, value = step(state, batch)
-                    losses.append(value)
-                    advance()
-                    stop_here(state)
-            losses = np.array([float(value) for value in losses])
-            if not np.isfinite(losses).all():
-                first = epoch * steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
-                raise FloatingPointError(
-                    f"the loss is not finite at step {first} (epoch {epoch + 1}); try a lower rate"
-                )
-            now = Checkpoint(None, run.config, run.frontend)
+            state, train_loss = _train_epoch(run, examples, step, state, epoch, stop_here)
             row = {"epoch": epoch + 1, "learning_rate": float(rate((epoch + 1) * steps_per_epoch - 1))}
-            row["train_loss"] = float(losses.mean())
+            row["train_loss"] = train_loss
             if dataset.splits["validation"]:
+                now = Checkpoint(None, run.config, run.frontend)
                 results = _predict(
                     run_eval, state.kept, dataset.splits["validation"], now, training.batch_size, stop_here
                 )
                 row |= evaluate_logits(*results, run.config)
+                if not history and math.isnan(row.get("mAP", 0.0)):
+                    say(
+                        "no label has both positives and negatives among the validation examples: "
+                        "the best epoch will be the one with the lowest training loss"
+                    )
             row["seconds"] = round(time.monotonic() - began, 1)
             history.append(row)
             single = parallel.unreplicate(state)
@@ -320,6 +314,38 @@ def _train(
                 )
             )
     return load(output / "best")
+
+
+def _train_epoch(
+    run: Run,
+    examples: Sequence[data.Example],
+    step: Callable[..., tuple[train.TrainState, jax.Array]],
+    state: train.TrainState,
+    epoch: int,
+    stop_here: Callable[..., None],
+) -> tuple[train.TrainState, float]:
+    """Take one epoch's steps from a replicated state; return the state after it and the mean loss."""
+    training = run.training
+    steps_per_epoch = len(examples) // training.batch_size
+    at = (epoch, epoch + 1)
+    ramp = tuple(min(1.0, end / training.ramp_epochs) if training.ramp_epochs else 1.0 for end in at)
+    batches = data.train_batches(
+        examples, run.frontend, run.config.num_labels,
+        batch_size=training.batch_size, seed=training.seed, epoch=epoch, mixup=training.mixup, ramp=ramp,
+    )  # fmt: skip
+    losses = []
+    progress = _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch)
+    with contextlib.closing(batches), progress as advance:
+        for batch in batches:
+            state, value = step(state, batch)
+            losses.append(value)
+            advance()
+            stop_here(state)
+    values = np.array([float(value) for value in losses])
+    if not np.isfinite(values).all():
+        first = epoch * steps_per_epoch + int(np.flatnonzero(~np.isfinite(values))[0])
+        raise FloatingPointError(f"the loss is not finite at step {first} (epoch {epoch + 1}); try a lower rate")
+    return state, float(values.mean())
 
 
 def _publish(run: Run, output: pathlib.Path, params: Any, history: list[dict[str, Any]]) -> None:
@@ -341,10 +367,10 @@ def _publish(run: Run, output: pathlib.Path, params: Any, history: list[dict[str
 
 
 def _is_best(history: list[dict[str, Any]]) -> bool:
-    """Whether the last epoch is the best so far: by the first metric, else by the training loss."""
-    metric = next((key for key in ("mAP", "accuracy", "negative_mse") if key in history[-1]), None)
+    """Whether the last epoch is the best so far: by the first metric that is a number, else by the training loss."""
+    metrics = (key for key in ("mAP", "accuracy", "negative_mse") if not math.isnan(history[-1].get(key, math.nan)))
+    metric = next(metrics, None)
     scores = [row[metric] if metric else -row["train_loss"] for row in history]
-    scores = [-math.inf if math.isnan(score) else score for score in scores]
     return len(scores) == 1 or scores[-1] > max(scores[:-1])
 
 

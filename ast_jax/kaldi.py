@@ -80,11 +80,6 @@ def hz_to_mel(frequency: Array) -> Array:
     return 1127.0 * np.log1p(np.asarray(frequency) / 700.0)
 
 
-def mel_to_hz(mel: Array) -> Array:
-    """Invert `hz_to_mel`."""
-    return 700.0 * np.expm1(np.asarray(mel) / 1127.0)
-
-
 @functools.lru_cache(maxsize=16)
 def mel_bank(num_mel_bins: int, fft_size: int, sampling_rate: int, low_freq: float, high_freq: float) -> np.ndarray:
     """Return the triangular filters [1 + fft_size / 2, F] in float64, linear in mel, of peak 1 and no area norm.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from .attention import IMPLEMENTATIONS, dot_product_attention
+from .attention import IMPLEMENTATIONS, dot_product_attention, full_precision
 from .config import ASTConfig
 
 Params = Mapping[str, Any]
@@ -237,7 +237,10 @@ class Head(nn.Module):
         """Map [B, D] to [B, C]."""
         normed = _layer_norm(self.config.head_eps, self.dtype, "layernorm")(pooled)
         kernel_init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(self.config.num_labels, dtype=self.dtype, kernel_init=kernel_init, name="dense")(normed)
+        return nn.Dense(
+            self.config.num_labels, dtype=self.dtype, kernel_init=kernel_init,
+            precision=full_precision(self.dtype), name="dense",
+        )(normed)  # fmt: skip
 
 
 def valid_tokens(lengths: jax.Array, config: ASTConfig) -> jax.Array:
@@ -281,6 +284,9 @@ def apply(
         train: switches dropout on; needs `rngs={"dropout": key}` where the configuration has any.
         rngs: random keys by name.
         dtype: dtype of the computation, for instance `jnp.bfloat16`; None is the parameters' own, at least float32.
+            In float32 the attention and the head take their products in full; the dense layers take the backend's
+            default, which on TPU rounds to bfloat16 first, and on newer GPUs to TensorFloat-32: run under
+            `jax.default_matmul_precision("highest")` for a reference's digits there.
         attention_implementation: "auto", "plain" or "heads".
 
     Returns:

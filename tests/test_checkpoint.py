@@ -164,6 +164,56 @@ def test_misfits_are_listed_and_nothing_is_written(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("field", "value"), [("max_length", 128), ("num_mel_bins", 64)])
+def test_features_that_do_not_fit_the_model_are_refused(field, value, folder, checkpoint, tmp_path):
+    message = f"the features do not fit the model: config.json has {field} {getattr(CONFIG, field)}, .*json {value};"
+    with pytest.raises(ast_jax.CheckpointError, match=message):
+        ast_jax.save(tmp_path / "bad", checkpoint.replace(frontend=FRONTEND.replace(**{field: value})))
+    assert not (tmp_path / "bad").exists()
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ast_jax.CheckpointError, match=message):
+        ast_jax.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "expected"),
+    [
+        ("config.json", "hidden_size", None, "a whole number, got None"),
+        ("config.json", "num_hidden_layers", True, "a whole number, got True"),
+        ("config.json", "intermediate_size", [3], r"a whole number, got \[3\]"),
+        ("config.json", "hidden_act", 3, "a text, got 3"),
+        ("config.json", "problem_type", {}, "a text or None, got {}"),
+        ("config.json", "layer_norm_eps", "1e-6", "a number, got '1e-6'"),
+        ("config.json", "head_layer_norm_eps", [], r"a number, got \[\]"),
+        ("config.json", "hidden_dropout_prob", None, "a number, got None"),
+        ("config.json", "qkv_bias", "yes", "true or false, got 'yes'"),
+        ("config.json", "patch_size", [16, 16, 3], r"a whole number or the pair .*, got \[16, 16, 3\]"),
+        ("config.json", "id2label", ["Speech", "Music", "Beep"], r"an object with a name for each index, got \["),
+        ("config.json", "id2label", 3, "an object with a name for each index, got 3"),
+        ("preprocessor_config.json", "max_length", "64", "a whole number, got '64'"),
+        ("preprocessor_config.json", "sampling_rate", 16000.5, "a whole number, got 16000.5"),
+        ("preprocessor_config.json", "mean", None, "a number, got None"),
+        ("preprocessor_config.json", "std", True, "a number, got True"),
+        ("preprocessor_config.json", "mean", float("inf"), "a finite number, got inf"),
+        ("preprocessor_config.json", "do_normalize", 1, "true or false, got 1"),
+        ("preprocessor_config.json", "window_type", ["hanning"], r"a text, got \['hanning'\]"),
+    ],
+)
+def test_values_of_a_wrong_type_name_file_and_field(name, field, value, expected, folder):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ast_jax.CheckpointError, match=f"{name}: {field}( in {name})?: expected {expected}"):
+        ast_jax.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "ast_jax.json"])
+def test_files_that_are_no_object_are_refused(name, folder):
+    (folder / name).write_text("[1, 2]")
+    with pytest.raises(ast_jax.CheckpointError, match=f"{name}: expected a JSON object, got list"):
+        ast_jax.load(folder)
+
+
 def test_save_replaces_a_checkpoint_but_nothing_else(folder, checkpoint, tmp_path):
     other = checkpoint.replace(params=jax.tree.map(lambda leaf: leaf + 1, checkpoint.params))
     ast_jax.save(folder, other)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -18,13 +19,24 @@ import ast_jax
 from ast_jax import data, finetune, metrics, train
 from ast_jax.checkpoint import flatten
 from ast_jax.config import FrontendConfig
+from ast_jax.files import sole_use
 
 TINY = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_length=48, num_mel_bins=32,
     frequency_stride=16, time_stride=16,
 )  # fmt: skip
 SETTINGS = train.TrainConfig(
-    batch_size=16, epochs=3, learning_rate=3e-3, mixup=0.5, time_mask=6, frequency_mask=4, noise=True, ramp_epochs=1.0
+    batch_size=16,
+    epochs=3,
+    learning_rate=3e-3,
+    mixup=0.5,
+    time_mask=6,
+    frequency_mask=4,
+    frequency_shift=2,
+    time_shift=4,
+    noise=True,
+    ramp_epochs=1.0,
+    ema=0.8,
 )
 TONES = {"low": 300.0, "high": 2500.0, "hiss": 0.0}
 
@@ -259,6 +271,56 @@ def test_without_validation_it_says_what_chooses_the_best(sounds, tmp_path, no_c
     best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
     assert "no validation examples: the best epoch will be the one with the lowest training loss" in said
     assert set(best.metadata["epoch"]) == {"epoch", "learning_rate", "train_loss", "seconds"}
+
+
+def test_the_kept_parameters_are_the_moving_average(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    like = train.init_state(run[1].params, train.make_optimizer(SETTINGS, 1), SETTINGS)
+    state = finetune._restore_state(folder / "state-0003", like)
+    stored = finetune.read_run(folder)
+    rows = [{"epoch": 1, "train_loss": 1.0}]  # as if it were the first, which is the best so far
+    finetune._publish(stored, folder, state.kept, rows)
+    saved = flatten(ast_jax.load(folder / "best").params)
+    average, last = flatten(state.average), flatten(state.params)
+    for name, leaf in saved.items():
+        np.testing.assert_array_equal(leaf, average[name])
+    assert any((saved[name] != last[name]).any() for name in saved)
+
+
+def test_a_validation_split_that_measures_nothing_says_what_chooses_the_best(sounds, tmp_path, no_compiling):
+    """Every validation example has every label, so no average precision is defined: the lowest loss is the best."""
+    names = list(TONES)
+    rows = [[str(sounds / name / f"{index}.wav"), name, "train"] for name in names for index in range(6)]
+    rows += [[str(sounds / names[0] / "6.wav"), ";".join(names), "validation"]]
+    manifest = tmp_path / "list.csv"
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "split"], *rows])
+    said = []
+    settings = train.TrainConfig(batch_size=8, epochs=2)
+    best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
+    assert sum("the best epoch will be the one with the lowest training loss" in line for line in said) == 1
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert best.metadata["epoch"]["train_loss"] == min(losses)
+    falling = [{"epoch": n, "train_loss": 1 / n, "mAP": math.nan, "mAUC": math.nan} for n in (1, 2)]
+    assert finetune._is_best(falling)
+    assert not finetune._is_best(falling[::-1])
+
+
+def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
+    """A lock belongs to an open file, so that a second one in the same process is refused like another process's."""
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    with (
+        sole_use(copy),
+        pytest.raises(ValueError, match="run: another process is at work in it; wait for it or stop it"),
+    ):
+        finetune.resume(copy, say=lambda _: None)
+    assert finetune.resume(copy, say=lambda _: None).metadata == finetune.load(copy / "best").metadata
+    (tmp_path / "new").mkdir()
+    with sole_use(tmp_path / "new"), pytest.raises(ValueError, match="new: another process is at work in it"):
+        finetune.start(sounds, tmp_path / "new", train.TrainConfig(batch_size=8), architecture=TINY)
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_killed_process_resumes(sounds, tmp_path):

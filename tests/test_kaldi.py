@@ -234,12 +234,11 @@ def test_mel_bin_3_is_always_the_floor(path):
 
 @pytest.mark.parametrize("num_mel_bins", [40, 64, 80, 128])
 def test_mel_bank_equals_torchaudio(num_mel_bins, float64):
-    want, centers = torchaudio_kaldi.get_mel_banks(num_mel_bins, 512, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
+    want, _ = torchaudio_kaldi.get_mel_banks(num_mel_bins, 512, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
     got = kaldi.mel_bank(num_mel_bins, 512, 16000, 20.0, 8000.0)
     # float64 roundings of mel values up to 2840 are 5e-13, divided by filters at least 22 mel wide
     np.testing.assert_allclose(got[:-1], want.numpy().T, rtol=0, atol=1e-12)
     assert (got[-1] == 0).all(), "the Nyquist bin belongs to no filter"
-    np.testing.assert_allclose(kaldi.mel_to_hz(kaldi.hz_to_mel(centers)), centers, rtol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("fetch", help="download and unpack the packages (about 2.5 GB)")
+    one = commands.add_parser("fetch", help="download and unpack the packages (3 GB, 7.5 GB on disk)")
     two = commands.add_parser("build", help="cut, label and mix the clips (two or three minutes)")
     for command in (one, two):
         command.add_argument("--cache", type=Path, required=True, help="folder that keeps the packages")
