@@ -19,7 +19,6 @@ SOUNDS = PACKAGE / "sounds"
 HEARD = {
     "speech.flac": {"Speech"},
     "music.flac": {"Music"},
-    "siren.flac": {"Siren"},
     "speech_over_music.flac": {"Speech", "Music"},
     "telephone.flac": {"Telephone"},
 }
