@@ -246,6 +246,11 @@ def finetune(
     ema: Annotated[
         float, typer.Option(help="Decay a step of the parameters' moving average, which then is kept; 0: none.")
     ] = 0.0,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Model, or jax.export program (*.stablehlo), whose scores soften the labels."),
+    ] = None,
+    teacher_weight: Annotated[float, typer.Option(min=0, max=1, help="Share of the teacher's scores.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train on your own sounds; needs the extra `train`.
@@ -258,11 +263,11 @@ def finetune(
         "warmup_steps": warmup_steps, "decay_start": decay_start, "decay_step": decay_step,
         "decay_factor": decay_factor, "weight_decay": weight_decay, "mixup": mixup, "frequency_mask": frequency_mask,
         "time_mask": time_mask, "frequency_shift": frequency_shift, "time_shift": time_shift, "noise": noise,
-        "ramp_epochs": ramp_epochs, "ema": ema, "seed": seed,
+        "ramp_epochs": ramp_epochs, "ema": ema, "teacher_weight": teacher_weight, "seed": seed,
     }  # fmt: skip
     start = {
         "init": init, "architecture": architecture, "max_length": max_length,
-        "problem_type": problem_type.value if problem_type else None,
+        "problem_type": problem_type.value if problem_type else None, "teacher": teacher,
     }  # fmt: skip
     if data is None and not resume:
         _wrong_usage("finetune: expected DATA, a folder per class or a CSV, got none")
@@ -290,6 +295,7 @@ def finetune(
                     architecture=_architecture(architecture or "tiny", max_length),
                     initial=load(init) if init else None,
                     problem_type=start["problem_type"],
+                    teacher=teacher,
                 )  # fmt: skip
         except KeyboardInterrupt:
             command = shlex.join(["ast-jax", "finetune", "--output", str(output), "--resume"])
@@ -302,6 +308,9 @@ def finetune(
 def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]) -> None:
     """Say which of the options given together with --resume (None: not given) the run was not started with."""
     has = {**vars(run.training), "max_length": run.config.max_length, "problem_type": run.config.problem_type}
+    if asked["teacher"]:
+        names = asked["teacher"], str(pathlib.Path(asked["teacher"]).absolute())
+        has["teacher"] = asked["teacher"] if run.teacher in names else None
     if asked["architecture"]:
         own = {name: getattr(run.config, name) for name in ("num_labels", "id2label", "problem_type")}
         same = _architecture(asked["architecture"], run.config.max_length).replace(**own) == run.config

@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import data, model, train
+from . import data, distill, model, train
 from .checkpoint import Checkpoint, load, restore_numpy, save
 from .config import ASTConfig, FrontendConfig
 from .files import remove_scratch, sole_use, whole_folder, write_text
@@ -53,6 +53,7 @@ class Run:
     frontend: FrontendConfig
     training: train.TrainConfig
     metadata: dict[str, Any]
+    teacher: str | None = None
 
     def to_json(self) -> str:
         """Return the text of `run.json`."""
@@ -62,6 +63,7 @@ class Run:
             "frontend": self.frontend.to_json_dict(),
             "training": dataclasses.asdict(self.training),
             "metadata": self.metadata,
+            "teacher": self.teacher,
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -69,14 +71,18 @@ class Run:
     def from_json(cls, text: str) -> Run:
         """Invert `to_json`; a text that is none of its own raises KeyError, TypeError, AttributeError or ValueError."""
         content = json.loads(text)
-        if not isinstance(content["data"], str) or not isinstance(content["metadata"], dict):
+        teacher = content.get("teacher")  # runs of older versions have none
+        if not (isinstance(content["data"], str) and isinstance(content["metadata"], dict)):
             raise TypeError("data or metadata have another type")
+        if not isinstance(teacher, str | None):
+            raise TypeError("teacher has another type")
         return cls(
             content["data"],
             ASTConfig.from_json_dict(content["config"]),
             FrontendConfig.from_json_dict(content["frontend"]),
             train.TrainConfig(**content["training"]),
             content["metadata"],
+            teacher,
         )
 
 
@@ -88,6 +94,7 @@ def start(
     initial: Checkpoint | None = None,
     architecture: ASTConfig | None = None,
     problem_type: str | None = None,
+    teacher: str | pathlib.Path | None = None,
     say: Say = print,
 ) -> Checkpoint:
     """Train a model on a data set, from `initial` or from scratch, into a new run folder.
@@ -99,6 +106,7 @@ def start(
         initial: a checkpoint to start from; its classifier is kept where it has the data set's labels, else drawn anew.
         architecture: the model to draw where there is no `initial`.
         problem_type: None chooses multi-label where any example has several labels or none.
+        teacher: a model or an exported program whose scores soften the labels, see `distill.load_teacher`.
         say: where progress is told.
 
     Returns:
@@ -106,7 +114,8 @@ def start(
 
     Raises:
         DataError: the data set cannot be used.
-        ValueError: a setting is out of range, or `output` already holds a run or is another process's.
+        ValueError: a setting is out of range, the teacher does not fit, or `output` already holds a run or is another
+            process's.
         FloatingPointError: the loss is not finite; the message names the step.
     """
     output = pathlib.Path(output)
@@ -144,7 +153,11 @@ def start(
     if initial:
         params = {**initial.params} if keeps_head else {**initial.params, "classifier": params["classifier"]}
     metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name}
-    run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata)
+    if teacher is not None:
+        teacher = str(pathlib.Path(teacher).absolute() if pathlib.Path(teacher).exists() else teacher)
+        distill.load_teacher(teacher, config, frontend)  # before anything is written
+        metadata |= {"teacher": pathlib.Path(teacher).name, "teacher_weight": training.teacher_weight}
+    run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata, teacher)
     output.mkdir(parents=True, exist_ok=True)
     with sole_use(output):
         return _train(run, dataset, params, output, [], None, say)
@@ -272,6 +285,7 @@ def _train(
     )
     run_eval = parallel.wrap_eval(functools.partial(train.eval_step, **settings))
     rate = train.learning_rate_schedule(training, steps_per_epoch)
+    soften = _softener(run, parallel)
     with _interrupts() as stop_here:
         write_text(output / RUN_FILE, run.to_json())
         if saved is None:
@@ -289,7 +303,7 @@ def _train(
         for epoch in range(len(history), training.epochs):
             stop_here(state)
             began = time.monotonic()
-            state, train_loss = _train_epoch(run, examples, step, state, epoch, stop_here)
+            state, train_loss = _train_epoch(run, examples, step, soften, state, epoch, stop_here)
             row = {"epoch": epoch + 1, "learning_rate": float(rate((epoch + 1) * steps_per_epoch - 1))}
             row["train_loss"] = train_loss
             if dataset.splits["validation"]:
@@ -316,10 +330,26 @@ def _train(
     return load(output / "best")
 
 
+def _softener(run: Run, parallel: train.DataParallel) -> Callable[[data.Batch], data.Batch]:
+    """Return what a teacher, if there is one, makes of a batch's labels."""
+    if run.teacher is None:
+        return lambda batch: batch
+    teacher = distill.load_teacher(run.teacher, run.config, run.frontend)
+    logits, params = parallel.wrap_eval(teacher.logits), parallel.replicate(teacher.params)
+
+    def soften(batch: data.Batch) -> data.Batch:
+        heard = {name: batch[name] for name in ("waveform", "num_samples")}
+        weight = run.training.teacher_weight
+        return {**batch, "labels": distill.soften(batch["labels"], logits(params, heard), weight, run.config)}
+
+    return soften
+
+
 def _train_epoch(
     run: Run,
     examples: Sequence[data.Example],
     step: Callable[..., tuple[train.TrainState, jax.Array]],
+    soften: Callable[[data.Batch], data.Batch],
     state: train.TrainState,
     epoch: int,
     stop_here: Callable[..., None],
@@ -337,7 +367,7 @@ def _train_epoch(
     progress = _progress(f"epoch {epoch + 1}/{training.epochs}", steps_per_epoch)
     with contextlib.closing(batches), progress as advance:
         for batch in batches:
-            state, value = step(state, batch)
+            state, value = step(state, soften(batch))
             losses.append(value)
             advance()
             stop_here(state)

@@ -52,6 +52,7 @@ class TrainConfig:
         ramp_epochs: epochs over which mixup and masks grow to full strength; 0 starts at full strength.
         ema: decay at each step of an exponential moving average of the parameters, which then is what is evaluated and
             kept; 0 evaluates and keeps the parameters themselves.
+        teacher_weight: share of a teacher's scores in the targets, where there is a teacher.
         seed: of everything random.
 
     Raises:
@@ -77,6 +78,7 @@ class TrainConfig:
     noise: bool = False
     ramp_epochs: float = 0.0
     ema: float = 0.0
+    teacher_weight: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +91,7 @@ class TrainConfig:
             "mixup": 0 <= self.mixup <= 1, "frequency_mask": self.frequency_mask >= 0, "time_mask": self.time_mask >= 0,
             "frequency_shift": self.frequency_shift >= 0, "time_shift": self.time_shift >= 0,
             "ramp_epochs": self.ramp_epochs >= 0, "ema": 0 <= self.ema < 1,
+            "teacher_weight": 0 <= self.teacher_weight <= 1,
             "schedule": self.schedule in SCHEDULES, "seed": self.seed >= 0,
         }  # fmt: skip
         for name, good in checks.items():
@@ -118,6 +121,7 @@ _RANGES = {
     "learning_rate": "expected more than 0",
     "decay_factor": "expected a number in (0, 1]",
     "mixup": "expected a probability in [0, 1]",
+    "teacher_weight": "expected a number in [0, 1]",
     "schedule": f"expected one of {', '.join(SCHEDULES)}",
 }
 

@@ -1,0 +1,122 @@
+"""Distillation: a teacher hears what the student hears, and its scores soften the labels (Hinton et al. 2015).
+
+A teacher is a model of this package, or any function of a waveform that `jax.export` wrote to a file: a convolutional
+teacher is what Gong et al. 2022 (CMKD) found best for a small spectrogram transformer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import train
+from .checkpoint import Checkpoint, load
+from .config import ASTConfig, FrontendConfig
+
+EXPORTED = ".stablehlo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model that marks the student's examples.
+
+    Attributes:
+        params: what `logits` takes first; empty for an exported program.
+        logits: (params, batch) -> [b, C], in the order of the student's labels; the batch as `train_step` takes it.
+    """
+
+    params: Any
+    logits: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
+
+
+def load_teacher(source: str | os.PathLike[str], student: ASTConfig, frontend: FrontendConfig) -> Teacher:
+    """Load a teacher whose labels contain the student's; the others of its labels are left aside.
+
+    Args:
+        source: a model as `load` takes it, or a file `*.stablehlo` in which `jax.export` wrote a function of
+            (waveform [b, S] float32 at the student's rate, zero-padded; num_samples [b] int32) -> {label: logits [b]}
+            with a symbolic or a fitting b and the student's S.
+        student: whose labels decide the columns.
+        frontend: of the student.
+
+    Raises:
+        ValueError: it does not know all the labels, works at another rate, or the file holds no such program.
+    """
+    if pathlib.Path(source).suffix == EXPORTED:
+        return _exported(pathlib.Path(source), student.labels)
+    checkpoint = load(source)
+    if checkpoint.frontend.sampling_rate != frontend.sampling_rate:
+        raise ValueError(
+            f"{source}: expected a teacher for {frontend.sampling_rate} Hz, got one for "
+            f"{checkpoint.frontend.sampling_rate} Hz"
+        )
+    return _checkpoint(checkpoint, _columns(source, checkpoint.config.labels, student.labels))
+
+
+def soften(labels: np.ndarray, logits: np.ndarray, weight: float, config: ASTConfig) -> np.ndarray:
+    """Return (1 - weight) * labels + weight * the teacher's scores, both [B, C].
+
+    Scores are a sigmoid or a softmax as `problem_type` says, and the logits themselves for regression. All three losses
+    are linear in their targets (mean squared error up to a constant), so that this is the weighted mean of two losses.
+    """
+    kind = config.resolved_problem_type
+    scores = logits.astype(np.float64)
+    if kind == "multi_label_classification":
+        scores = np.exp(-np.logaddexp(0.0, -scores))
+    elif kind == "single_label_classification":
+        scores = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
+    return ((1 - weight) * labels + weight * scores).astype(labels.dtype)
+
+
+def _checkpoint(checkpoint: Checkpoint, columns: np.ndarray) -> Teacher:
+    """Return a model of this package as a teacher; it hears the beginning of what is longer than its input."""
+    size = checkpoint.frontend.max_samples
+
+    def logits(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        waveform = batch["waveform"][:, :size]
+        waveform = jnp.pad(waveform, ((0, 0), (0, size - waveform.shape[1])))
+        heard = {"waveform": waveform, "num_samples": jnp.minimum(batch["num_samples"], size)}
+        own = train.eval_step(params, heard, config=checkpoint.config, frontend=checkpoint.frontend)
+        return own[:, columns]
+
+    return Teacher(checkpoint.params, logits)
+
+
+def _exported(path: pathlib.Path, labels: Sequence[str]) -> Teacher:
+    """Return an exported program as a teacher."""
+    from jax import export
+
+    try:
+        program = export.deserialize(bytearray(path.read_bytes()))
+    except OSError:
+        raise
+    except Exception as error:  # flatbuffers and XLA raise whatever they meet
+        raise ValueError(f"{path}: not a program that jax.export of this version can read ({error})") from error
+    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+    if not isinstance(outputs, dict) or len(program.in_avals) != 2:
+        raise ValueError(
+            f"{path}: expected a function of (waveform, num_samples) that returns a dict of label to logits, got "
+            f"{len(program.in_avals)} inputs and a {type(outputs).__name__}"
+        )
+    _columns(path, tuple(outputs), labels)
+
+    def logits(_: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        named = program.call(batch["waveform"], batch["num_samples"])
+        return jnp.stack([named[label] for label in labels], axis=-1)
+
+    return Teacher({}, logits)
+
+
+def _columns(source: Any, has: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """Return where the wanted labels stand among those that the teacher has."""
+    missing = [label for label in wanted if label not in has]
+    if missing:
+        raise ValueError(f"{source}: a teacher must know all labels of the data; it lacks {', '.join(missing)}")
+    return np.array([list(has).index(label) for label in wanted])

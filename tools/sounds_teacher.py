@@ -1,0 +1,133 @@
+"""Train the teacher of `sounds-tiny`: a small convolutional network, written as a program for `finetune --teacher`.
+
+Convolutions share what they learn over time and pitch, which a transformer must learn from data: on a data set of this
+size they do better, and a transformer that learns from their scores does better than one that has the labels alone
+(Gong et al. 2022, CMKD). Nothing of the test split is read.
+
+    python tools/sounds_teacher.py DATA TEACHER.stablehlo --epochs 14
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import export
+
+from ast_jax import augment, data, metrics, train
+from ast_jax.config import FrontendConfig
+from ast_jax.features import normalize, padded_log_mel
+
+CHANNELS = (24, 48, 96, 128)
+AUGMENTATION = train.TrainConfig(batch_size=64, mixup=0.4, frequency_shift=4, time_shift=20)
+FREQUENCY_MASK, TIME_MASK = 24, 48  # upper bounds; the mean is written, so that nothing stands out
+FLOOR = -15.9  # log-mel of digital silence: what follows a short sound
+BANDS = (0, 32, 64, 96, 127)  # mel bins at which the random equaliser is drawn
+
+
+class Network(nn.Module):
+    """Four strided convolutions on the halved spectrogram, then mean and maximum over time."""
+
+    num_labels: int
+
+    @nn.compact
+    def __call__(self, spec: jax.Array) -> jax.Array:
+        """Return logits [B, C] of normalised features [B, T, F]."""
+        hidden = nn.avg_pool(spec[..., None], (2, 2), (2, 2))  # [B, T/2, F/2, 1]
+        for channels in CHANNELS:
+            hidden = nn.Conv(channels, (3, 3), (2, 2), kernel_init=nn.initializers.he_normal(), use_bias=False)(hidden)
+            hidden = nn.relu(nn.GroupNorm(num_groups=None, group_size=1)(hidden))  # each example and channel by itself
+        hidden = hidden.mean(2)  # [B, T/32, 128]
+        return nn.Dense(self.num_labels)(jnp.concatenate([hidden.mean(1), hidden.max(1)], -1))
+
+
+def disturb(key: jax.Array, spec: jax.Array) -> jax.Array:
+    """Mask normalised features [B, T, F], and add white noise and a smooth random equaliser."""
+    noise_key, band_key, mask_key = jax.random.split(key, 3)
+    mask = functools.partial(augment.mask_spec, frequency_mask=FREQUENCY_MASK, time_mask=TIME_MASK)
+    spec = jax.vmap(mask)(jax.random.split(mask_key, len(spec)), spec)
+    gains = 0.15 * jax.random.normal(band_key, (len(spec), len(BANDS)))
+    curve = jax.vmap(lambda gain: jnp.interp(jnp.arange(spec.shape[-1]), jnp.array(BANDS), gain))(gains)  # [B, F]
+    return spec + curve[:, None] + 0.25 * jax.random.normal(noise_key, spec.shape)
+
+
+def main() -> None:
+    """Train, say the validation's mAP after every epoch, and write the last epoch's program."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=pathlib.Path, help="folder that sounds_data.py built")
+    parser.add_argument("output", type=pathlib.Path, help="the program, *.stablehlo")
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    dataset = data.read_dataset(options.data, options.seed)
+    examples, labels, size = dataset.splits["train"], dataset.labels, AUGMENTATION.batch_size
+    frontend = FrontendConfig(max_length=256, padding_value=FLOOR)
+    mean, std = data.statistics(examples, frontend)
+    frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
+    network = Network(len(labels))
+    root = jax.random.key(options.seed)
+    params = network.init(root, jnp.zeros((1, frontend.max_length, frontend.num_mel_bins)))
+    steps = len(examples) // size
+    optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps * options.epochs, 3e-3), weight_decay=1e-3)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, batch, number):
+        key = jax.random.fold_in(root, number)
+        keys = jax.random.split(key, size)
+        spec = disturb(key, train.prepare(keys, batch, frontend, AUGMENTATION, jnp.ones(())))
+
+        def loss(params):
+            return optax.sigmoid_binary_cross_entropy(network.apply(params, spec), batch["labels"]).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    def scores(params, waveform, num_samples):
+        spec = normalize(padded_log_mel(waveform, num_samples, frontend), frontend)
+        return network.apply(params, spec)
+
+    evaluate = jax.jit(scores)
+    for epoch in range(options.epochs):
+        began, losses = time.monotonic(), []
+        batches = data.train_batches(
+            examples, frontend, len(labels), batch_size=size, seed=options.seed, epoch=epoch, mixup=AUGMENTATION.mixup
+        )
+        for number, batch in enumerate(batches):
+            params, state, value = step(params, state, batch, epoch * steps + number)
+            losses.append(value)
+        results = [
+            (np.asarray(evaluate(params, batch["waveform"], batch["num_samples"]))[:real], batch["labels"][:real])
+            for batch, real in data.eval_batches(dataset.splits["validation"], frontend, len(labels), batch_size=size)
+        ]
+        precisions = metrics.average_precisions(*map(np.concatenate, zip(*results, strict=True)))
+        print(
+            f"epoch {epoch + 1}: loss {np.mean(losses):.4f}, validation mAP {np.nanmean(precisions):.4f}, "
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+    def program(waveform, num_samples):
+        logits = scores(params, waveform, num_samples)
+        return {label: logits[:, index] for index, label in enumerate(labels)}
+
+    count = export.symbolic_shape("b")
+    shapes = (
+        jax.ShapeDtypeStruct((*count, frontend.max_samples), jnp.float32),
+        jax.ShapeDtypeStruct(count, jnp.int32),
+    )
+    exported = export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    options.output.write_bytes(exported.serialize())
+    print(f"{options.output}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+
+
+if __name__ == "__main__":
+    main()
