@@ -321,15 +321,22 @@ def test_apply_lowers_for_accelerators(platform):
     assert "1214" in exported.mlir_module()  # the tokens of the default grid are in the program
 
 
-@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, 3), (jnp.bfloat16, 1)])
-def test_scores_and_head_are_not_rounded_on_accelerators(dtype, full):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scores_and_head_are_not_rounded_on_accelerators(dtype):
     """In float32: q k, weights times v, and the head; in bfloat16 the head alone. In the program, not in numbers."""
     function = jax.jit(functools.partial(ast_jax.apply, config=SMALL, dtype=dtype))
     spec = jax.ShapeDtypeStruct((2, SMALL.max_length, SMALL.num_mel_bins), jnp.float32)
     program = jax.export.export(function, platforms=["tpu"])(model.param_shapes(SMALL), spec).mlir_module()
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) == 7  # a block's six, qkv, q k, weights times v, out, fc1 and fc2, and the head
-    assert sum("precision = [HIGHEST, HIGHEST]" in line for line in products) == full
+    full = [line for line in products if "precision = [HIGHEST, HIGHEST]" in line]
+    attention = [line for line in products if "batching_dims" in line]
+    if dtype == jnp.float32:
+        assert len(products) - len(full) == 4  # qkv, out, fc1 and fc2 of the one block that is scanned
+        assert len(attention) >= 2  # older versions of JAX write the rest of a map out, even an empty one
+        assert set(attention) < set(full)
+        full = [line for line in full if line not in attention]
+    (head,) = full
+    assert f"tensor<2x{SMALL.num_labels}xf32>" in head
 
 
 @pytest.mark.parametrize("name", list(model.ACTIVATIONS))
