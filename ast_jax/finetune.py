@@ -501,6 +501,9 @@ def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
     """Yield a function that advances a progress bar on stderr, shown on a terminal only."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:  # and not `disable=True`: rich before 15 ends a disabled bar with an empty line
+        yield lambda: None
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
