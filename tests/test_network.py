@@ -1,5 +1,8 @@
 """Checkpoints of the Hugging Face Hub against their published logits; `pytest -m network` runs these."""
 
+import json
+import urllib.request
+
 import numpy as np
 import pytest
 
@@ -17,6 +20,9 @@ PUBLISHED = {
     "MIT/ast-finetuned-audioset-14-14-0.443": (-0.3826, -7.0336, -8.2413),
     "MIT/ast-finetuned-audioset-16-16-0.442": (-1.2113, -6.9101, -8.3470),
 }
+# The same of the first clip of Speech Commands v0.02's validation split, which the Hub's data set viewer hands out.
+SPEECH_COMMANDS = ("MIT/ast-finetuned-speech-commands-v2", (6.1589, -8.0566, -8.7984))
+FIRST_ROWS = "https://datasets-server.huggingface.co/first-rows?dataset={}&config={}&split={}"
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +34,27 @@ def sample():
     )
 
 
+def logits_of(sound, params, config, frontend):
+    waveform = ast_jax.read_audio(sound, frontend.sampling_rate)[: frontend.max_samples]
+    spec = ast_jax.ASTFeatureExtractor(frontend)(waveform, sampling_rate=frontend.sampling_rate)
+    return ast_jax.apply(params, spec, config)[0]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_logits(name, sample):
     params, config, frontend = ast_jax.load(name)
-    waveform = ast_jax.read_audio(sample, frontend.sampling_rate)[: frontend.max_samples]
-    spec = ast_jax.ASTFeatureExtractor(frontend)(waveform, sampling_rate=frontend.sampling_rate)
-    logits = ast_jax.apply(params, spec, config)
     assert config.num_labels == 527
-    np.testing.assert_allclose(logits[0, :3], PUBLISHED[name], atol=1e-4)  # four decimals were published
+    logits = logits_of(sample, params, config, frontend)
+    np.testing.assert_allclose(logits[:3], PUBLISHED[name], atol=1e-4)  # four decimals were published
 
 
-def test_speech_commands_loads():
-    _, config, frontend = ast_jax.load("MIT/ast-finetuned-speech-commands-v2")
+def test_published_logits_of_speech_commands():
+    name, published = SPEECH_COMMANDS
+    params, config, frontend = ast_jax.load(name)
     assert (config.num_labels, config.max_length, frontend.max_length) == (35, 128, 128)
     assert config.resolved_problem_type == "single_label_classification"
+    with urllib.request.urlopen(FIRST_ROWS.format("google%2Fspeech_commands", "v0.02", "validation")) as response:
+        (audio,) = json.load(response)["rows"][0]["row"]["audio"]
+    with urllib.request.urlopen(audio["src"]) as response:
+        logits = logits_of(response.read(), params, config, frontend)
+    np.testing.assert_allclose(logits[:3], published, atol=1e-4)  # four decimals were published
