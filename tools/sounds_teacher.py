@@ -1,4 +1,4 @@
-"""Train the teacher of `sounds-tiny`: a small convolutional network, written as a program for `finetune --teacher`.
+"""Train the teacher of `sounds-tiny`: small convolutional networks, written as one program for `finetune --teacher`.
 
 Convolutions share what they learn over time and pitch, which a transformer must learn from data: on a data set of this
 size they do better, and a transformer that learns from their scores does better than one that has the labels alone
@@ -28,6 +28,7 @@ from ast_jax.features import normalize, padded_log_mel
 CHANNELS = (24, 48, 96, 128)
 AUGMENTATION = train.TrainConfig(batch_size=64, mixup=0.4, frequency_shift=4, time_shift=20)
 FREQUENCY_MASK, TIME_MASK = 24, 48  # upper bounds; the mean is written, so that nothing stands out
+MIXED = 0.95  # the target of a label that mixup brings in, whatever its share
 FLOOR = -15.9  # log-mel of digital silence: what follows a short sound
 BANDS = (0, 32, 64, 96, 127)  # mel bins at which the random equaliser is drawn
 
@@ -41,29 +42,32 @@ class Network(nn.Module):
     def __call__(self, spec: jax.Array) -> jax.Array:
         """Return logits [B, C] of normalised features [B, T, F]."""
         hidden = nn.avg_pool(spec[..., None], (2, 2), (2, 2))  # [B, T/2, F/2, 1]
-        for channels in CHANNELS:
-            hidden = nn.Conv(channels, (3, 3), (2, 2), kernel_init=nn.initializers.he_normal(), use_bias=False)(hidden)
-            hidden = nn.relu(nn.GroupNorm(num_groups=None, group_size=1)(hidden))  # each example and channel by itself
+        for number, channels in enumerate(CHANNELS):
+            hidden = nn.Conv(channels, (3, 3), (2, 2), kernel_init=nn.initializers.he_normal())(hidden)
+            if number:  # the first layer sees the level, and each example is by itself
+                hidden = nn.GroupNorm(num_groups=1)(hidden)
+            hidden = nn.relu(hidden)
         hidden = hidden.mean(2)  # [B, T/32, 128]
         return nn.Dense(self.num_labels)(jnp.concatenate([hidden.mean(1), hidden.max(1)], -1))
 
 
 def disturb(key: jax.Array, spec: jax.Array) -> jax.Array:
-    """Mask normalised features [B, T, F], and add white noise and a smooth random equaliser."""
-    noise_key, band_key, mask_key = jax.random.split(key, 3)
+    """Mask normalised features [B, T, F], and change their level and, smoothly over the bins, their colour."""
+    level_key, band_key, mask_key = jax.random.split(key, 3)
     mask = functools.partial(augment.mask_spec, frequency_mask=FREQUENCY_MASK, time_mask=TIME_MASK)
     spec = jax.vmap(mask)(jax.random.split(mask_key, len(spec)), spec)
     gains = 0.15 * jax.random.normal(band_key, (len(spec), len(BANDS)))
     curve = jax.vmap(lambda gain: jnp.interp(jnp.arange(spec.shape[-1]), jnp.array(BANDS), gain))(gains)  # [B, F]
-    return spec + curve[:, None] + 0.25 * jax.random.normal(noise_key, spec.shape)
+    return spec + curve[:, None] + 0.25 * jax.random.normal(level_key, (len(spec), 1, 1))
 
 
 def main() -> None:
-    """Train, say the validation's mAP after every epoch, and write the last epoch's program."""
+    """Train, say the validation's mAP after every epoch, and write the mean of the networks as a program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=pathlib.Path, help="folder that sounds_data.py built")
     parser.add_argument("output", type=pathlib.Path, help="the program, *.stablehlo")
     parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--networks", type=int, default=2, help="how many, each from its own start")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     dataset = data.read_dataset(options.data, options.seed)
@@ -73,7 +77,8 @@ def main() -> None:
     frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
     network = Network(len(labels))
     root = jax.random.key(options.seed)
-    params = network.init(root, jnp.zeros((1, frontend.max_length, frontend.num_mel_bins)))
+    blank = jnp.zeros((1, frontend.max_length, frontend.num_mel_bins))
+    params = [network.init(key, blank) for key in jax.random.split(root, options.networks)]
     steps = len(examples) // size
     optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps * options.epochs, 3e-3), weight_decay=1e-3)
     state = optimizer.init(params)
@@ -82,18 +87,21 @@ def main() -> None:
     def step(params, state, batch, number):
         key = jax.random.fold_in(root, number)
         keys = jax.random.split(key, size)
-        spec = disturb(key, train.prepare(keys, batch, frontend, AUGMENTATION, jnp.ones(())))
+        spec = train.prepare(keys, batch, frontend, AUGMENTATION, jnp.ones(()))
+        specs = [disturb(jax.random.fold_in(key, member), spec) for member in range(len(params))]
+        targets = jnp.where(batch["labels"] % 1 > 0, MIXED, batch["labels"])  # what is mixed in is there
 
         def loss(params):
-            return optax.sigmoid_binary_cross_entropy(network.apply(params, spec), batch["labels"]).mean()
+            logits = jnp.stack(list(map(network.apply, params, specs)))  # [networks, B, C]
+            return optax.sigmoid_binary_cross_entropy(logits, targets).mean((1, 2)).sum()  # each trains by itself
 
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value / len(params)
 
     def scores(params, waveform, num_samples):
         spec = normalize(padded_log_mel(waveform, num_samples, frontend), frontend)
-        return network.apply(params, spec)
+        return sum(network.apply(member, spec) for member in params) / len(params)
 
     evaluate = jax.jit(scores)
     for epoch in range(options.epochs):
