@@ -105,6 +105,7 @@ def _existing_file(path: pathlib.Path, name: str) -> str | bytes | io.BytesIO:
         raise AudioError(f"{name}: the file is empty")
     if stat.S_ISFIFO(status.st_mode):
         return _all_bytes(path.read_bytes, name)
+    path = path.absolute()  # libsndfile takes "-" for the standard input
     return str(path) if os.name == "nt" else os.fsencode(path)  # bytes, as a name need not be UTF-8
 
 

@@ -124,6 +124,8 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     description = read_json(folder / FORMAT_FILE)
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: expected checkpoint format {FORMAT}, got {description.get('format')!r}")
+    if not isinstance(description.get("metadata", {}), dict):
+        raise CheckpointError(f"{folder / FORMAT_FILE}: expected an object under metadata")
     config = read_config(ASTConfig, folder / CONFIG_FILE)
     frontend = read_config(FrontendConfig, folder / PREPROCESSOR_FILE)
     check_frontend(frontend, config, str(folder))

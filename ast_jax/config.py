@@ -48,6 +48,7 @@ def _check_types(config: object) -> None:
         elif field.type in ("float", "float | None"):
             if field.type == "float" or value is not None:
                 _require(isinstance(value, numbers.Real) and not isinstance(value, bool), name, "a number", value)
+                _require(math.isfinite(value), name, "a finite number", value)
                 object.__setattr__(config, name, float(value))
         elif field.type in _OTHER_TYPES:
             kinds, expected = _OTHER_TYPES[field.type]
@@ -120,6 +121,8 @@ class ASTConfig:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
                      "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("layer_norm_eps", "head_layer_norm_eps"):
+            _require((getattr(self, name) or 0) >= 0, name, "0 or more", getattr(self, name))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             _require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)", getattr(self, name))
         _require(self.hidden_size % self.num_attention_heads == 0, "num_attention_heads",
@@ -267,8 +270,6 @@ class FrontendConfig:
     def __post_init__(self) -> None:
         """Check the types and the ranges of the fields."""
         _check_types(self)
-        for name in ("mean", "padding_value"):
-            _require(math.isfinite(getattr(self, name)), name, "a finite number", getattr(self, name))
         for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
             _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         _require(self.window_samples >= 2, "frame_length", "at least two samples", f"{self.frame_length} ms")

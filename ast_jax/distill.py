@@ -36,7 +36,9 @@ class Teacher:
     logits: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
 
 
-def load_teacher(source: str | os.PathLike[str], student: ASTConfig, frontend: FrontendConfig) -> Teacher:
+def load_teacher(
+    source: str | os.PathLike[str], student: ASTConfig, frontend: FrontendConfig, batch_size: int = 1
+) -> Teacher:
     """Load a teacher whose labels contain the student's; the others of its labels are left aside.
 
     Args:
@@ -45,12 +47,13 @@ def load_teacher(source: str | os.PathLike[str], student: ASTConfig, frontend: F
             with a symbolic or a fitting b and the student's S.
         student: whose labels decide the columns.
         frontend: of the student.
+        batch_size: of one device, which an exported program must take.
 
     Raises:
         ValueError: it does not know all the labels, works at another rate, or the file holds no such program.
     """
     if pathlib.Path(source).suffix == EXPORTED:
-        return _exported(pathlib.Path(source), student.labels)
+        return _exported(pathlib.Path(source), student.labels, frontend, batch_size)
     checkpoint = load(source)
     if checkpoint.frontend.sampling_rate != frontend.sampling_rate:
         raise ValueError(
@@ -89,7 +92,7 @@ def _checkpoint(checkpoint: Checkpoint, columns: np.ndarray) -> Teacher:
     return Teacher(checkpoint.params, logits)
 
 
-def _exported(path: pathlib.Path, labels: Sequence[str]) -> Teacher:
+def _exported(path: pathlib.Path, labels: Sequence[str], frontend: FrontendConfig, batch_size: int) -> Teacher:
     """Return an exported program as a teacher."""
     from jax import export
 
@@ -100,12 +103,33 @@ def _exported(path: pathlib.Path, labels: Sequence[str]) -> Teacher:
     except Exception as error:  # flatbuffers and XLA raise whatever they meet
         raise ValueError(f"{path}: not a program that jax.export of this version can read ({error})") from error
     outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
-    if not isinstance(outputs, dict) or len(program.in_avals) != 2:
+    if not isinstance(outputs, dict) or len(outputs) != len(program.out_avals) or len(program.in_avals) != 2:
         raise ValueError(
             f"{path}: expected a function of (waveform, num_samples) that returns a dict of label to logits, got "
             f"{len(program.in_avals)} inputs and a {type(outputs).__name__}"
         )
     _columns(path, tuple(outputs), labels)
+    platform = jax.default_backend()
+    if {"gpu": "cuda"}.get(platform, platform) not in program.platforms:
+        raise ValueError(
+            f"{path}: exported for {', '.join(program.platforms)}, but this machine computes on {platform}"
+        )
+    try:
+        marks = jax.eval_shape(
+            program.call,
+            jax.ShapeDtypeStruct((batch_size, frontend.max_samples), jnp.float32),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        )
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: does not take waveform [{batch_size}, {frontend.max_samples}] float32 and num_samples "
+            f"[{batch_size}] int32 ({reason[:200]})"
+        ) from error
+    for label in labels:
+        mark = marks[label]
+        if getattr(mark, "shape", None) != (batch_size,) or not jnp.issubdtype(mark.dtype, jnp.floating):
+            raise ValueError(f"{path}: expected floating-point logits [{batch_size}] for {label}, got {mark}")
 
     def logits(_: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         named = program.call(batch["waveform"], batch["num_samples"])

@@ -155,7 +155,8 @@ def start(
     metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name}
     if teacher is not None:
         teacher = str(pathlib.Path(teacher).absolute() if pathlib.Path(teacher).exists() else teacher)
-        distill.load_teacher(teacher, config, frontend)  # before anything is written
+        per_device = training.batch_size // len(train.DataParallel().devices)
+        distill.load_teacher(teacher, config, frontend, per_device)  # before anything is written
         metadata |= {"teacher": pathlib.Path(teacher).name, "teacher_weight": training.teacher_weight}
     run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata, teacher)
     output.mkdir(parents=True, exist_ok=True)
@@ -304,6 +305,11 @@ def _train(
             stop_here(state)
             began = time.monotonic()
             state, train_loss = _train_epoch(run, examples, step, soften, state, epoch, stop_here)
+            single = parallel.unreplicate(state)
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(single.params)):
+                raise FloatingPointError(
+                    f"the parameters are not finite at the end of epoch {epoch + 1}; try a lower rate"
+                )
             row = {"epoch": epoch + 1, "learning_rate": float(rate((epoch + 1) * steps_per_epoch - 1))}
             row["train_loss"] = train_loss
             if dataset.splits["validation"]:
@@ -319,7 +325,6 @@ def _train(
                     )
             row["seconds"] = round(time.monotonic() - began, 1)
             history.append(row)
-            single = parallel.unreplicate(state)
             _save_state(output, single, history)
             _publish(run, output, single.kept, history)
             say(
@@ -327,14 +332,15 @@ def _train(
                     f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
                 )
             )
-    return load(output / "best")
+    return load((output / "best").absolute())
 
 
 def _softener(run: Run, parallel: train.DataParallel) -> Callable[[data.Batch], data.Batch]:
     """Return what a teacher, if there is one, makes of a batch's labels."""
     if run.teacher is None:
         return lambda batch: batch
-    teacher = distill.load_teacher(run.teacher, run.config, run.frontend)
+    per_device = run.training.batch_size // len(parallel.devices)
+    teacher = distill.load_teacher(run.teacher, run.config, run.frontend, per_device)
     logits, params = parallel.wrap_eval(teacher.logits), parallel.replicate(teacher.params)
 
     def soften(batch: data.Batch) -> data.Batch:

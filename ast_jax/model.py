@@ -402,14 +402,42 @@ def _batched(spec: jax.Array, lengths: Any, config: ASTConfig) -> tuple[jax.Arra
             f"spec: expected [B, {expected[0]}, {expected[1]}] or [{expected[0]}, {expected[1]}] (frames, mel bins), "
             f"got {jnp.shape(spec)}"
         )
+    spec = jnp.asarray(spec)
     if not jnp.issubdtype(spec.dtype, jnp.floating):
         raise ValueError(f"spec: expected floating-point features, got {spec.dtype}")
     batch = spec[None] if single else spec
+    if not len(batch):
+        raise ValueError("spec: expected one spectrogram or more, got an empty batch")
     if lengths is not None:
         lengths = jnp.atleast_1d(jnp.asarray(lengths))
         if lengths.shape != batch.shape[:1]:
             raise ValueError(f"lengths: expected {batch.shape[:1]}, one for each spectrogram, got {lengths.shape}")
-    return jnp.asarray(batch), lengths, single
+    return batch, lengths, single
+
+
+@functools.lru_cache
+def _expected_shapes(config: ASTConfig) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape} of the whole parameter tree."""
+    return _shapes(param_shapes(config))
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
+
+
+def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
+    """Compare the shapes of params and config: Flax passes over what it does not know."""
+    expected, got = _expected_shapes(config), _shapes(params)
+    if not with_head:
+        expected, got = (
+            {path: shape for path, shape in shapes.items() if not path.startswith("classifier/")}
+            for shapes in (expected, got)
+        )
+    if expected != got:
+        different = sorted(path for path in expected.keys() | got.keys() if expected.get(path) != got.get(path))
+        listed = [f"{path} (expected {expected.get(path)}, got {got.get(path)})" for path in different]
+        raise ValueError(f"params do not fit config: {', '.join(listed)}")
 
 
 def _module(
@@ -426,6 +454,7 @@ def _module(
     expected, got = config.num_tokens, params["embeddings"]["position_embeddings"].shape[0]
     if expected != got:
         raise ValueError(f"params hold {got} position embeddings, but config makes {expected} tokens")
+    _check_shapes(params, config, with_head=cls is not ASTModel)
     if dtype is None:
         dtype = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)}, jnp.float32)
     return cls(config, dtype, implementation)

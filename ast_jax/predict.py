@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -103,8 +105,8 @@ def classify_each(
 
     Sounds go through the model `batch_size` at a time (a single one alone), so that few shapes are compiled.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k: expected 1 or more, got {top_k}")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")
     params = jax.device_put(checkpoint.params)
     pending: list[tuple[str, Sound | str]] = []
     for source in sources:
@@ -124,6 +126,8 @@ def _read(source: Any, checkpoint: Checkpoint, sampling_rate: int | None) -> tup
             return name, decode(source, frontend.sampling_rate, max_seconds=frontend.max_seconds)
         if sampling_rate is None:
             raise ValueError("samples: expected sampling_rate=… beside an array, got none")
+        if not isinstance(sampling_rate, numbers.Real) or not 0 < sampling_rate < math.inf:
+            raise ValueError(f"sampling_rate: expected a positive number of Hz, got {sampling_rate!r}")
         samples = np.asarray(source)
         if samples.ndim == 2 and samples.shape[0] == 1:
             samples = samples[0]
@@ -144,7 +148,7 @@ def _predict(
     pending: list[tuple[str, Sound | str]], params: Any, checkpoint: Checkpoint, top_k: int, batch_size: int
 ) -> Iterator[Result]:
     """Run one batch and yield its results in order."""
-    _, config, frontend = checkpoint
+    config, frontend = checkpoint.config, checkpoint.frontend.replace(dither=0.0)  # dither is for training
     sounds = {index: sound for index, (_, sound) in enumerate(pending) if isinstance(sound, Sound)}
     scores: dict[int, np.ndarray] = {}
     if sounds:
@@ -157,6 +161,10 @@ def _predict(
     for index, (name, sound) in enumerate(pending):
         if isinstance(sound, str):
             yield Result(name, [], error=sound)
+            continue
+        if not np.isfinite(scores[index]).all():
+            reason = "the scores are not finite; the values of the sound or of the model are too large"
+            yield Result(name, [], error=f"{name}: {reason}")
             continue
         best = np.argsort(-scores[index], kind="stable")[:top_k]
         predictions = [(config.labels[label], float(scores[index][label])) for label in best]

@@ -94,6 +94,9 @@ class TrainConfig:
             "teacher_weight": 0 <= self.teacher_weight <= 1,
             "schedule": self.schedule in SCHEDULES, "seed": self.seed >= 0,
         }  # fmt: skip
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int | float) and not -(2**31) < value < 2**31:
+                raise ValueError(f"{name}: {value!r} is out of range; expected a number below 2**31")
         for name, good in checks.items():
             if not good:
                 raise ValueError(

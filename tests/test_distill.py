@@ -146,3 +146,30 @@ def test_teachers_that_do_not_fit_are_refused(sounds, tmp_path):
             teacher=tmp_path / "few.stablehlo", say=lambda _: None,
         )  # fmt: skip
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (lambda wave, count: {label: wave.mean() for label in LABELS}, r"expected floating-point logits \[2\] for a"),
+        (lambda wave, count: {label: count for label in LABELS}, r"expected floating-point logits \[2\] for a"),
+        (lambda wave, count: {"a": {"b": wave.mean(1)}, "c": wave.mean(1)}, "expected a function of|lacks b"),
+    ],
+    ids=["one for the batch", "whole numbers", "nested"],
+)
+def test_programs_that_score_something_else_are_refused(tmp_path, program, message):
+    shapes = (jax.ShapeDtypeStruct((2, FRONTEND.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32))
+    (tmp_path / "t.stablehlo").write_bytes(export.export(jax.jit(program))(*shapes).serialize())
+    with pytest.raises(ValueError, match=message):
+        distill.load_teacher(tmp_path / "t.stablehlo", STUDENT, FRONTEND, 2)
+
+
+def test_programs_for_other_inputs_and_machines_are_refused(tmp_path):
+    path = write_program(tmp_path / "t.stablehlo")
+    with pytest.raises(ValueError, match=r"t\.stablehlo: does not take waveform \[2, 10320\]"):
+        distill.load_teacher(path, STUDENT, FRONTEND.replace(max_length=63), 2)
+    shapes = (jax.ShapeDtypeStruct((2, FRONTEND.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32))
+    program = jax.jit(lambda wave, count: {label: wave.mean(1) for label in LABELS})
+    path.write_bytes(export.export(program, platforms=["tpu"])(*shapes).serialize())
+    with pytest.raises(ValueError, match="exported for tpu, but this machine computes on cpu"):
+        distill.load_teacher(path, STUDENT, FRONTEND, 2)

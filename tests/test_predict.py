@@ -171,3 +171,29 @@ def test_results_come_as_they_are_ready(model):
     next(results)
     assert read == [0, 1, 2, 3]
     assert len(list(results)) == 8
+
+
+def test_scores_that_are_not_finite_are_an_error(model):
+    norm = {**model.params["layernorm"], "bias": np.full(model.config.hidden_size, np.nan, np.float32)}
+    broken = model.replace(params={**model.params, "layernorm": norm})
+    with pytest.raises(ast_jax.AudioError, match="the scores are not finite"):
+        ast_jax.classify(np.zeros(16000, np.float32), broken, sampling_rate=16000)
+
+
+def test_dither_is_for_training(model):
+    dithered = model.replace(frontend=model.frontend.replace(dither=0.01))
+    samples = beginning("speech.flac", model)
+    want, got = (ast_jax.classify(samples, each, sampling_rate=16000) for each in (model, dithered))
+    assert got == want
+
+
+@pytest.mark.parametrize("rate", [0, -1, "16000", float("nan")])
+def test_rates_that_are_none(model, rate):
+    with pytest.raises(ValueError, match="sampling_rate: expected a positive number of Hz"):
+        ast_jax.classify(np.zeros(16000, np.float32), model, sampling_rate=rate)
+
+
+def test_a_file_named_as_the_standard_input(model, tmp_path, monkeypatch):
+    (tmp_path / "-").write_bytes((SOUNDS / "siren.flac").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert ast_jax.classify("-", model)[0][0] == "Siren"
