@@ -315,3 +315,9 @@ def test_mix_waveforms():
     want = 0.75 * (first - 3) + 0.25 * np.array([2.0, -2.0, 0, 0])
     np.testing.assert_allclose(mixed, want - want.mean(), rtol=1e-6)
     assert len(augment.mix_waveforms(second, first, 0.5)) == 2
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2**31}, {"time_shift": 10**20}, {"learning_rate": float("inf")}])
+def test_numbers_that_no_array_holds_are_refused(changes):
+    with pytest.raises(ValueError, match="expected a number below 2\\*\\*31"):
+        train.TrainConfig(**changes)
