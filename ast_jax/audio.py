@@ -6,12 +6,13 @@ Decoding is libsndfile's (WAV, FLAC, OGG, MP3 and more), resampling is SoX's hig
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
 import pathlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -71,24 +72,54 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
         source = _seekable(source, name)
     else:
         raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
-    try:
-        with soundfile.SoundFile(source) as file:
-            rate, total = file.samplerate, file.frames
-            wanted = -1 if max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
-            if total >= UNKNOWN_FRAMES:
-                raise AudioError(f"{name}: its header does not say how long it is; encode it again into a file")
-            samples = file.read(wanted, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
-        if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
-            reason = "Format not recognised"
-        raise AudioError(f"{name}: not a readable sound file ({reason})") from error
+    with _opened(source, name) as file:
+        rate, total = file.samplerate, file.frames
+        wanted = -1 if max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
+        samples = file.read(wanted, dtype="float32", always_2d=True)
     complete = wanted < 0 or len(samples) < wanted
     duration = (len(samples) if complete else max(total, len(samples))) / rate  # a header's length may be wrong
     mono = to_mono(samples, rate, sampling_rate, name)
     if max_seconds is not None:
         mono = mono[: int(np.ceil(max_seconds * sampling_rate))]
     return Sound(mono, sampling_rate, duration)
+
+
+def header_seconds(path: pathlib.Path) -> float:
+    """Return a sound file's duration as its header has it; nothing is decoded.
+
+    Raises:
+        AudioError: not a sound file, empty, or shorter than 25 ms.
+        FileNotFoundError: no such file.
+    """
+    name = describe(path)
+    with _opened(_existing_file(path, name), name) as file:
+        seconds = file.frames / file.samplerate
+    _check_length(seconds, name)
+    return seconds
+
+
+@contextlib.contextmanager
+def _opened(source: Any, name: str) -> Iterator[soundfile.SoundFile]:
+    """Open what `decode` has made of its source; whatever libsndfile says, now or while it reads, is an AudioError."""
+    try:
+        with soundfile.SoundFile(source) as file:
+            if file.frames >= UNKNOWN_FRAMES:
+                raise AudioError(f"{name}: its header does not say how long it is; encode it again into a file")
+            yield file
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
+        if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
+            reason = "Format not recognised"
+        raise AudioError(f"{name}: not a readable sound file ({reason})") from error
+
+
+def _check_length(seconds: float, name: str) -> None:
+    """Refuse a sound with nothing in it or with less than a frame."""
+    if seconds == 0:
+        raise AudioError(f"{name}: there are no samples in it")
+    if seconds < MIN_SECONDS:
+        needed = f"at least {1000 * MIN_SECONDS:.0f} ms are needed"
+        raise AudioError(f"{name}: only {1000 * seconds:.1f} ms long; {needed}")
 
 
 def _existing_file(path: pathlib.Path, name: str) -> str | bytes | io.BytesIO:
@@ -138,13 +169,9 @@ def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sou
     Raises:
         AudioError: no samples, shorter than 25 ms, or NaN or Inf among them.
     """
-    if len(samples) == 0:
-        raise AudioError(f"{name}: there are no samples in it")
     if bad := int(np.count_nonzero(~np.isfinite(samples))):
         raise AudioError(f"{name}: {bad} of {samples.size} samples are NaN or Inf")
-    if len(samples) < MIN_SECONDS * rate:
-        milliseconds = 1000 * len(samples) / rate
-        raise AudioError(f"{name}: only {milliseconds:.1f} ms long; at least {1000 * MIN_SECONDS:.0f} ms are needed")
+    _check_length(len(samples) / rate, name)
     mono = samples.mean(axis=1, dtype=np.float32) if samples.ndim == 2 else samples.astype(np.float32)
     return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)
 

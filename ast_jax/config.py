@@ -272,6 +272,8 @@ class FrontendConfig:
         _check_types(self)
         for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
             _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        for name, most in _FRONTEND_BOUNDS.items():
+            _require(getattr(self, name) <= most, name, f"at most {most:,}", getattr(self, name))
         _require(self.window_samples >= 2, "frame_length", "at least two samples", f"{self.frame_length} ms")
         _require(self.shift_samples >= 1, "frame_shift", "at least one sample", f"{self.frame_shift} ms")
         _require(0 <= self.preemphasis_coefficient <= 1, "preemphasis_coefficient", "a number in [0, 1]",
@@ -331,6 +333,11 @@ class FrontendConfig:
 
 
 EXTRACTOR_TYPE = "ASTFeatureExtractor"
+# Beyond these lie typing errors, which would ask for more memory than there is.
+_FRONTEND_BOUNDS = {
+    "sampling_rate": 1_000_000, "num_mel_bins": 10_000, "max_length": 10_000_000, "frame_length": 60_000,
+    "frame_shift": 60_000,
+}  # fmt: skip
 
 _Config = TypeVar("_Config", ASTConfig, FrontendConfig)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import kaldi
-from .audio import decode
+from .audio import AudioError, decode, header_seconds
 from .augment import MIXUP_ALPHA, mix_waveforms
 from .config import FrontendConfig
 
@@ -43,10 +43,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """Examples by split, and the class names in index order."""
+    """Examples by split, the class names in index order, and the files of its folder that were passed over."""
 
     labels: tuple[str, ...]
     splits: dict[str, list[Example]]
+    passed_over: tuple[pathlib.Path, ...] = ()
 
     @property
     def multi_label(self) -> bool:
@@ -60,7 +61,7 @@ class DataSet:
             split: [Example(one.path, tuple(sorted(new[target] for target in one.targets))) for one in examples]
             for split, examples in self.splits.items()
         }
-        return DataSet(tuple(labels), splits)
+        return DataSet(tuple(labels), splits, self.passed_over)
 
 
 def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
@@ -68,10 +69,12 @@ def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
 
     A manifest has the columns `path` (relative to the manifest) and `label` (several joined by ";"), and may have
     `split` (train, validation or test). Where there is no split, about a tenth of the examples of every label, drawn by
-    `seed`, becomes validation: at least one where there are two or more, none of a single one.
+    `seed`, becomes validation: at least one where there are two or more, none of a single one. In folders, files
+    without a sound file's ending are passed over, and hidden ones without a word.
 
     Raises:
-        DataError: nothing to train on, missing columns or files, a row unlike the header, or an unknown split.
+        DataError: nothing to train on or to tell apart, missing or doubled columns, missing files, a row unlike the
+            header, or an unknown split.
         FileNotFoundError: `source` does not exist.
     """
     source = pathlib.Path(source)
@@ -86,6 +89,8 @@ def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
     if missing:
         raise DataError(f"{source}: {len(missing)} of {len(rows)} files are missing, the first is {missing[0]}")
     labels = tuple(sorted({name for _, names, _ in rows for name in names}))
+    if not labels:
+        raise DataError(f"{source}: expected at least one label, but every sound's is empty")
     index = {name: number for number, name in enumerate(labels)}
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for path, names, split in rows:
@@ -94,15 +99,30 @@ def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
         splits["train"], splits["validation"] = _hold_out(splits["train"], seed)
     if not splits["train"]:
         raise DataError(f"{source}: no example is in the split 'train'")
-    return DataSet(labels, splits)
+    if len(labels) == 1 and all(names for _, names, _ in rows):
+        raise DataError(f"{source}: every sound has the one label {labels[0]!r}; expected at least two classes")
+    return DataSet(labels, splits, tuple(_passed_over(source)) if source.is_dir() else ())
 
 
 def _read_folders(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
     """Yield (path, labels, no split) of a folder per class."""
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                yield path, [folder.name], ""
+    for path in _visible_files(source):
+        if path.parent != source and path.suffix.lower() in AUDIO_SUFFIXES:
+            yield path, [path.relative_to(source).parts[0]], ""
+
+
+def _passed_over(source: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield what `_read_folders` leaves aside: files without a class or without a sound file's ending."""
+    for path in _visible_files(source):
+        if path.parent == source or path.suffix.lower() not in AUDIO_SUFFIXES:
+            yield path
+
+
+def _visible_files(source: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the files of a folder in order, but hidden ones (macOS leaves a `._x.wav` beside x.wav)."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts):
+            yield path
 
 
 def _read_manifest(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
@@ -116,6 +136,8 @@ def _read_manifest(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[st
                 raise DataError(
                     f"{source}: expected the columns path,label[,split], missing {', '.join(sorted(missing))}"
                 )
+            if doubled := sorted(name for name, count in collections.Counter(header).items() if count > 1):
+                raise DataError(f"{source}: expected each column once, got several of {', '.join(doubled)}")
             for values in filter(None, reader):  # blank lines are skipped
                 where = f"{source}, line {reader.line_num}"
                 if len(values) != len(header):
@@ -162,6 +184,23 @@ def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[E
                 count.update(keys[number])
     kept = [example for number, example in enumerate(examples) if number not in held]
     return kept, [examples[number] for number in sorted(held)]
+
+
+def check_headers(examples: Sequence[Example], frontend: FrontendConfig) -> int:
+    """Return how many sounds are longer than the model's input, by their headers.
+
+    Raises:
+        DataError: some are not sound files; the message counts them and says what is wrong with the first.
+    """
+    bad, longer = [], 0
+    for example in examples:
+        try:
+            longer += header_seconds(example.path) > frontend.max_seconds
+        except AudioError as error:
+            bad.append(error)
+    if bad:
+        raise DataError(f"{len(bad)} of {len(examples)} files cannot be used, the first is {bad[0]}")
+    return longer
 
 
 def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:

@@ -113,7 +113,7 @@ def start(
         The best epoch's checkpoint, which also lies in `output/best`.
 
     Raises:
-        DataError: the data set cannot be used.
+        DataError: the data set cannot be used. An error before the first epoch's end leaves the folder free again.
         ValueError: a setting is out of range, the teacher does not fit, or `output` already holds a run or is another
             process's.
         FloatingPointError: the loss is not finite; the message names the step.
@@ -142,13 +142,20 @@ def start(
     config = (initial.config if initial else architecture or ASTConfig()).replace(
         num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind
     )
-    if initial:
-        frontend = initial.frontend
-    else:
-        frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
+    frontend = initial.frontend if initial else FrontendConfig(
+        max_length=config.max_length, num_mel_bins=config.num_mel_bins
+    )  # fmt: skip
+    used = dataset.splits["train"] + dataset.splits["validation"]
+    if longer := data.check_headers(used, frontend):
+        say(f"{longer} of {len(used)} sounds are longer than the model's input: their first {frontend.max_seconds:.2f} "
+            "s are used")  # fmt: skip
+    if not initial:
         mean, std = data.statistics(dataset.splits["train"], frontend)
         frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
         say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")
+    if dataset.passed_over:
+        say(f"passed over: {len(dataset.passed_over)} files that are no sound files of a class, the first is "
+            f"{dataset.passed_over[0]}")  # fmt: skip
     params = model.init(jax.random.key(training.seed), config)
     if initial:
         params = {**initial.params} if keeps_head else {**initial.params, "classifier": params["classifier"]}
@@ -161,7 +168,14 @@ def start(
     run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata, teacher)
     output.mkdir(parents=True, exist_ok=True)
     with sole_use(output):
-        return _train(run, dataset, params, output, [], None, say)
+        try:
+            return _train(run, dataset, params, output, [], None, say)
+        except (ValueError, OSError, FloatingPointError):
+            if _newest_state(output) in (None, output / "state-0000"):  # nothing to go on with: the folder stays free
+                (output / RUN_FILE).unlink(missing_ok=True)
+                for state in _states(output):
+                    shutil.rmtree(state)
+            raise
 
 
 def resume(output: str | pathlib.Path, source: str | pathlib.Path | None = None, *, say: Say = print) -> Checkpoint:

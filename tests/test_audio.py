@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from ast_jax import AudioError, read_audio
-from ast_jax.audio import decode, describe, to_mono
+from ast_jax.audio import decode, describe, header_seconds, to_mono
 
 RATE = 16000
 
@@ -161,6 +161,30 @@ def test_broken_files_are_one_line_with_their_name(tmp_path, name):
             with pytest.raises(AudioError) as caught:
                 read_audio(source)
             assert str(caught.value).startswith(f"{called}: {message}")
+
+
+HIDDEN = {"cut.flac", "nan.wav", "inf.wav"}  # only decoding shows what is wrong with these
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_header_shows_what_is_wrong_without_decoding(tmp_path, name):
+    content, message = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    if name in HIDDEN:
+        assert header_seconds(path) > 0.9
+        return
+    with pytest.raises(AudioError) as caught:
+        header_seconds(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_header_seconds_is_the_duration(tmp_path, kind):
+    path = tmp_path / f"sound.{kind.lower()}"
+    path.write_bytes(encode(noise(), 22050, kind=kind))
+    assert abs(header_seconds(path) - decode(path).duration) < 1e-9
+    assert abs(header_seconds(path) - RATE / 22050) < 0.06  # MP3 pads to whole frames of 26 ms
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -291,6 +291,8 @@ MODEL_ERRORS = [
 ]
 FRONTEND_ERRORS = [
     ({"sampling_rate": 0}, "sampling_rate: expected a positive number, got 0"),
+    ({"sampling_rate": 10**15}, "sampling_rate: expected at most 1,000,000, got 1000000000000000"),
+    ({"frame_length": 1e300}, "frame_length: expected at most 60,000, got 1e+300"),
     ({"num_mel_bins": 0}, "num_mel_bins: expected a positive number, got 0"),
     ({"max_length": 0}, "max_length: expected a positive number, got 0"),
     ({"num_mel_bins": 64.0}, "num_mel_bins: expected a whole number, got 64.0"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -491,6 +492,9 @@ def test_statistics_of_known_sound(tmp_path, sounds):
         ("path,label\n,x\n", "line 2: expected a path, got nothing"),
         (f"path,label\na.wav,{'x' * 200_000}\n", r"line 2: expected CSV \(field larger"),
         ("path,label,split\na.wav,x,test\n", "no example is in the split 'train'"),
+        ("path,label\na.wav,x\n", "every sound has the one label 'x'; expected at least two classes"),
+        ("path,label\na.wav,\n", "expected at least one label, but every sound's is empty"),
+        ("path,label,path\na.wav,x,b.wav\n", "expected each column once, got several of path"),
     ],
 )
 def test_bad_manifests_are_refused(text, message, tmp_path):
@@ -526,6 +530,67 @@ def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
     (tmp_path / "new" / ".run.json.abcdefgh").touch()  # of a start that was killed
     with pytest.raises(data.DataError):
         finetune.start(sounds, tmp_path / "new", train.TrainConfig(batch_size=800), architecture=TINY)
+
+
+def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_path, no_compiling):
+    copy = shutil.copytree(sounds, tmp_path / "sounds")
+    (copy / "low" / "._0.wav").write_bytes(b"what macOS leaves")
+    (copy / ".cache").mkdir()
+    shutil.copy(copy / "low" / "0.wav", copy / ".cache" / "0.wav")
+    (copy / "low" / "talk.m4a").touch()
+    shutil.copy(copy / "low" / "0.wav", copy / "loose.wav")
+    dataset = data.read_dataset(copy)
+    assert dataset.passed_over == (copy / "loose.wav", copy / "low" / "talk.m4a")
+    assert sum(map(len, dataset.splits.values())) == 90
+    said = []
+    finetune.start(copy, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=said.append)
+    assert f"passed over: 2 files that are no sound files of a class, the first is {copy / 'loose.wav'}" in said
+
+
+def test_sounds_that_are_longer_than_the_input_are_counted(sounds, tmp_path, no_compiling):
+    copy = shutil.copytree(sounds, tmp_path / "sounds")
+    for number in range(2):
+        soundfile.write(copy / "low" / f"long{number}.flac", np.full(16000, 0.1), 16000)
+    said = []
+    finetune.start(copy, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=said.append)
+    assert "2 of 92 sounds are longer than the model's input: their first 0.49 s are used" in said
+
+
+def test_bad_files_are_found_before_training(sounds, tmp_path):
+    copy = shutil.copytree(sounds, tmp_path / "sounds")
+    (copy / "high" / "7.wav").write_text("no sound")
+    soundfile.write(copy / "low" / "8.wav", np.zeros(100), 16000)
+    with pytest.raises(data.DataError, match=r"2 of 90 files cannot be used, the first is .*7\.wav: not a readable"):
+        finetune.start(copy, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, no_compiling):
+    """NaN samples show only when they are decoded; without them the same command works."""
+    copy = shutil.copytree(sounds, tmp_path / "sounds")
+    sound, _ = soundfile.read(copy / "hiss" / "5.wav")
+    sound[10] = np.nan
+    soundfile.write(copy / "hiss" / "5.wav", sound, 16000, subtype="FLOAT")
+    frontend_of = ast_jax.Checkpoint(
+        ast_jax.init(jax.random.key(0), TINY), TINY, FrontendConfig(max_length=48, num_mel_bins=32)
+    )
+    settings = train.TrainConfig(epochs=1)
+    with pytest.raises(ValueError, match=r"5\.wav: 1 of \d+ samples are NaN or Inf"):
+        finetune.start(copy, tmp_path / "run", settings, initial=frontend_of, say=lambda _: None)
+    assert list((tmp_path / "run").iterdir()) == []
+    (copy / "hiss" / "5.wav").unlink()
+    finetune.start(copy, tmp_path / "run", settings, initial=frontend_of, say=lambda _: None)
+    assert (tmp_path / "run" / "best").is_dir()
+
+
+def test_parameters_that_are_not_finite_stop_the_run(sounds, tmp_path, no_compiling, monkeypatch):
+    def spoil(self, tree):
+        return tree.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tree.params))
+
+    monkeypatch.setattr(train.DataParallel, "unreplicate", spoil)
+    with pytest.raises(FloatingPointError, match="the parameters are not finite at the end of epoch 1"):
+        finetune.start(sounds, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_metrics_by_hand():
