@@ -12,6 +12,7 @@ import io
 import os
 import pathlib
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -20,7 +21,8 @@ import soundfile
 import soxr
 
 AudioSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-UNKNOWN_FRAMES = 2**48  # libsndfile answers 2**63 - 1 where a stream does not say its length
+UNKNOWN_FRAMES = 2**36 - 1  # the most that FLAC can claim; libsndfile answers 2**63 - 1 where a stream claims nothing
+BLOCK = 2**20  # frames read at a time: what a header claims is not what memory is asked for
 MIN_SECONDS = 0.025  # one analysis frame: with less there is nothing to analyse
 RESAMPLER_REACH = 0.05  # seconds read past a wanted beginning, since the resampler looks ahead; it needs about 10 ms
 
@@ -72,11 +74,12 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
         source = _seekable(source, name)
     else:
         raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
-    with _opened(source, name) as file:
-        rate, total = file.samplerate, file.frames
-        wanted = -1 if max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
-        samples = file.read(wanted, dtype="float32", always_2d=True)
-    complete = wanted < 0 or len(samples) < wanted
+    stream = _mp3_of_unknown_length(source)
+    with _piped(stream) if stream else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:
+        rate, total = file.samplerate, 0 if stream else file.frames
+        wanted = None if stream or max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
+        samples = _read(file, wanted)
+    complete = wanted is None or len(samples) < wanted
     duration = (len(samples) if complete else max(total, len(samples))) / rate  # a header's length may be wrong
     mono = to_mono(samples, rate, sampling_rate, name)
     if max_seconds is not None:
@@ -85,7 +88,7 @@ def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float |
 
 
 def header_seconds(path: pathlib.Path) -> float:
-    """Return a sound file's duration as its header has it; nothing is decoded.
+    """Return a sound file's duration as its header has it (of MP3 without a count, an estimate); nothing is decoded.
 
     Raises:
         AudioError: not a sound file, empty, or shorter than 25 ms.
@@ -102,8 +105,8 @@ def header_seconds(path: pathlib.Path) -> float:
 def _opened(source: Any, name: str) -> Iterator[soundfile.SoundFile]:
     """Open what `decode` has made of its source; whatever libsndfile says, now or while it reads, is an AudioError."""
     try:
-        with soundfile.SoundFile(source) as file:
-            if file.frames >= UNKNOWN_FRAMES:
+        with soundfile.SoundFile(source, closefd=False) as file:  # a pipe's descriptor is `_piped`'s to close
+            if file.frames >= UNKNOWN_FRAMES and not isinstance(source, int):  # a pipe is read to its end
                 raise AudioError(f"{name}: its header does not say how long it is; encode it again into a file")
             yield file
     except (soundfile.SoundFileError, OSError, TypeError) as error:
@@ -111,6 +114,63 @@ def _opened(source: Any, name: str) -> Iterator[soundfile.SoundFile]:
         if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
             reason = "Format not recognised"
         raise AudioError(f"{name}: not a readable sound file ({reason})") from error
+
+
+def _read(file: soundfile.SoundFile, wanted: int | None) -> np.ndarray:
+    """Read so many frames, or all, as far as there are: [S, channels] float32."""
+    blocks, left = [], wanted
+    while left is None or left > 0:
+        block = file.read(BLOCK if left is None else min(BLOCK, left), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        blocks.append(block)
+        left = None if left is None else left - len(block)
+    return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
+
+
+def _mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bytes | None:
+    """Return the content of an MP3 file whose first frame does not say how many there are; None for anything else.
+
+    libsndfile takes the first frame's bit rate for that of all then, and where it varies would stop too early.
+    """
+    if isinstance(source, str | bytes):
+        try:
+            with open(source, "rb") as file:
+                return _mp3_of_unknown_length(file)
+        except OSError:  # libsndfile will say so
+            return None
+    source.seek(0)
+    tag = source.read(10)
+    size = 0
+    if tag[:3] == b"ID3" and len(tag) == 10:  # seven bits a byte
+        size = 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+    source.seek(size)
+    frame = source.read(64)
+    is_mp3 = len(frame) == 64 and frame[0] == 0xFF and frame[1] & 0xE6 == 0xE2  # sync, and layer III
+    source.seek(0)
+    if not is_mp3 or any(mark in frame for mark in (b"Xing", b"Info", b"VBRI")):
+        return None
+    content = source.read()
+    source.seek(0)
+    return content
+
+
+@contextlib.contextmanager
+def _piped(content: bytes) -> Iterator[int]:
+    """Yield the descriptor of a pipe that the content comes out of."""
+    read_end, write_end = os.pipe()
+
+    def feed() -> None:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(write_end, "wb") as pipe:
+            pipe.write(content)
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    try:
+        yield read_end
+    finally:
+        os.close(read_end)  # which ends the feeding too
+        thread.join()
 
 
 def _check_length(seconds: float, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -16,6 +17,7 @@ import typer
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
+EXIT_PIPE = 141  # and for SIGPIPE
 
 app = typer.Typer(
     name="ast-jax",
@@ -56,8 +58,16 @@ def _user_errors() -> Iterator[None]:
     """Turn the library's exceptions for users into one line on stderr and exit status 1."""
     try:
         yield
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or Python would complain of it once more at its end
+        raise typer.Exit(EXIT_PIPE) from None
     except (ValueError, OSError, FloatingPointError) as error:
         _complain(str(error).replace("\n", " "))
+        raise typer.Exit(1) from None
+    except RuntimeError as error:  # XLA's, which has no class of its own for it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _complain(f"the device is out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size or model")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         _complain("stopped")
@@ -117,7 +127,7 @@ def classify(
                 print(_as_json(_result_json(result)), flush=True)
             else:
                 heard = f"  (first {result.used:.2f} s of {result.duration:.2f} s)" if result.cut else ""
-                lines = [f"  {score:6.3f}  {label}" for label, score in result.predictions]
+                lines = [f"  {score:6.3f}  {_one_line(label)}" for label, score in result.predictions]
                 print(f"{_one_line(result.source)}{heard}", *lines, sep="\n", flush=True)
     if failed:
         raise typer.Exit(1)
@@ -192,7 +202,7 @@ def info(
 def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
     """Return the first names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(_one_line, names[:limit])) + more
 
 
 @app.command()

@@ -82,7 +82,8 @@ def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
         raise FileNotFoundError(f"{source}: no such file or folder")
     if source.is_dir() and (source / "manifest.csv").is_file():
         source = source / "manifest.csv"
-    rows = list(_read_folders(source) if source.is_dir() else _read_manifest(source))
+    passed_over: list[pathlib.Path] = []
+    rows = list(_read_folders(source, passed_over) if source.is_dir() else _read_manifest(source))
     if not rows:
         raise DataError(f"{source}: expected folders of sound files, one for each class, or a manifest.csv; found none")
     missing = [path for path, _, _ in rows if not path.is_file()]
@@ -101,28 +102,27 @@ def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
         raise DataError(f"{source}: no example is in the split 'train'")
     if len(labels) == 1 and all(names for _, names, _ in rows):
         raise DataError(f"{source}: every sound has the one label {labels[0]!r}; expected at least two classes")
-    return DataSet(labels, splits, tuple(_passed_over(source)) if source.is_dir() else ())
+    return DataSet(labels, splits, tuple(passed_over))
 
 
-def _read_folders(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
-    """Yield (path, labels, no split) of a folder per class."""
-    for path in _visible_files(source):
-        if path.parent != source and path.suffix.lower() in AUDIO_SUFFIXES:
-            yield path, [path.relative_to(source).parts[0]], ""
+def _read_folders(
+    source: pathlib.Path, passed_over: list[pathlib.Path]
+) -> Iterator[tuple[pathlib.Path, list[str], str]]:
+    """Yield (path, labels, no split) of a folder per class; note files without a class or a sound file's ending.
 
-
-def _passed_over(source: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield what `_read_folders` leaves aside: files without a class or without a sound file's ending."""
-    for path in _visible_files(source):
-        if path.parent == source or path.suffix.lower() not in AUDIO_SUFFIXES:
-            yield path
-
-
-def _visible_files(source: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield the files of a folder in order, but hidden ones (macOS leaves a `._x.wav` beside x.wav)."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts):
-            yield path
+    Hidden files are left aside without a word: macOS leaves a `._x.wav` beside x.wav. A class may be a symbolic link.
+    """
+    for entry in sorted(path for path in source.iterdir() if not path.name.startswith(".")):
+        if not entry.is_dir():
+            passed_over.append(entry)
+            continue
+        for path in sorted(entry.rglob("*")):
+            if path.is_dir() or any(part.startswith(".") for part in path.relative_to(entry).parts):
+                continue
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                yield path, [entry.name], ""
+            else:
+                passed_over.append(path)
 
 
 def _read_manifest(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
@@ -301,11 +301,18 @@ def _fill_up(array: np.ndarray, size: int) -> np.ndarray:
 def statistics(
     examples: Sequence[Example], frontend: FrontendConfig, limit: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return mean and standard deviation of the log-mel values of up to `limit` examples, padding left out."""
+    """Return mean and standard deviation of the log-mel values of up to `limit` examples, padding left out.
+
+    Raises:
+        DataError: the sounds are silent, so that there is no deviation.
+    """
     chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
     count, total, squares = 0, 0.0, 0.0
     for index in chosen:
         values = kaldi.log_mel(load_example(examples[index], frontend), frontend).astype(np.float64)
         count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
     mean = float(total / count)
-    return mean, float(np.sqrt(squares / count - mean**2))
+    variance = squares / count - mean**2
+    if not variance > 0:
+        raise DataError(f"all of {len(chosen)} training sounds hold the same throughout, as silence does")
+    return mean, float(np.sqrt(variance))

@@ -119,12 +119,9 @@ def start(
         FloatingPointError: the loss is not finite; the message names the step.
     """
     output = pathlib.Path(output)
-    if (output / RUN_FILE).exists():
-        raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
     if output.exists():
-        remove_scratch(output, OURS)
-        if any(output.iterdir()):
-            raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
+        with sole_use(output):
+            _refuse_occupied(output)
     dataset = data.read_dataset(source, training.seed)
     has_head = initial is not None and "classifier" in initial.params
     keeps_head = has_head and set(initial.config.labels) == set(dataset.labels)
@@ -168,14 +165,29 @@ def start(
     run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata, teacher)
     output.mkdir(parents=True, exist_ok=True)
     with sole_use(output):
+        _refuse_occupied(output)  # again: another process may have been here while the data were read
         try:
             return _train(run, dataset, params, output, [], None, say)
-        except (ValueError, OSError, FloatingPointError):
+        except Exception:
             if _newest_state(output) in (None, output / "state-0000"):  # nothing to go on with: the folder stays free
                 (output / RUN_FILE).unlink(missing_ok=True)
                 for state in _states(output):
                     shutil.rmtree(state)
             raise
+
+
+def _refuse_occupied(output: pathlib.Path) -> None:
+    """Raise ValueError where a folder holds a run or other things; what a start leaves that was killed goes.
+
+    To be called in sole use of the folder.
+    """
+    if (output / RUN_FILE).exists():
+        if _newest_state(output) is not None:
+            raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
+        (output / RUN_FILE).unlink()
+    remove_scratch(output, OURS)
+    if any(output.iterdir()):
+        raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
 
 
 def resume(output: str | pathlib.Path, source: str | pathlib.Path | None = None, *, say: Say = print) -> Checkpoint:

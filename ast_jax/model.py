@@ -79,8 +79,8 @@ class Embeddings(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, spec: jax.Array, valid: jax.Array | None, deterministic: bool) -> jax.Array:
-        """Map spec [B, T, F] and the valid tokens [B, N] (or None) to tokens [B, N, D]."""
+    def __call__(self, spec: jax.Array, deterministic: bool) -> jax.Array:
+        """Map spec [B, T, F] to tokens [B, N, D]."""
         config, width = self.config, self.config.hidden_size
         image = spec.swapaxes(1, 2)[..., None].astype(self.dtype)  # [B, F, T, 1]: patches count along frequency first
         patches = nn.Conv(
@@ -99,8 +99,6 @@ class Embeddings(nn.Module):
             (config.num_tokens, width),
         )
         tokens = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(self.dtype)  # [B, N, D]
-        if valid is not None:  # as zeros from here on: nothing in the padding, not even NaN, can reach a valid token
-            tokens = jnp.where(valid[..., None], tokens, 0)
         return nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(tokens)
 
 
@@ -201,8 +199,12 @@ class ASTModel(nn.Module):
         output_attentions: bool = False,
     ) -> ASTOutput:
         """Map spec [B, T, F] (and valid frames [B]) to `ASTOutput`."""
-        valid = None if lengths is None else valid_tokens(lengths, self.config)
-        embedded = self.embeddings(spec, valid, not train)  # [B, N, D]
+        valid = None
+        if lengths is not None:
+            valid = valid_tokens(lengths, self.config)
+            inside = jnp.arange(spec.shape[1]) < lengths[:, None]  # [B, T]
+            spec = jnp.where(inside[..., None], spec, 0)  # nothing in the padding, not even NaN, reaches the gradient
+        embedded = self.embeddings(spec, not train)  # [B, N, D]
         x, (states, attentions) = self.layers(embedded, valid, not train, output_hidden_states, output_attentions)
         normed = self.layernorm(x)
         return ASTOutput(
@@ -364,26 +366,30 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
     """Read the architecture off the shapes of `params` and `spec`; strides, eps and GELU are the published models'.
 
     Raises:
-        ValueError: the position embeddings do not fit the input at strides of 10.
+        ValueError: the position embeddings do not fit the input at strides of 10, or `params` is another tree.
     """
     if jnp.ndim(spec) not in (2, 3):
         raise ValueError(f"spec: expected [B, T, F] or [T, F], got shape {jnp.shape(spec)}")
-    embeddings, layers = params["embeddings"], params["layers"]
-    patch_frequency, patch_time, _, width = embeddings["projection"]["kernel"].shape
-    num_layers, _, _, heads, _ = layers["attention"]["qkv"]["kernel"].shape
+    shapes = _shapes(params)
+    needed = ("embeddings/projection/kernel", "embeddings/position_embeddings", "layers/attention/qkv/kernel",
+              "layers/mlp/fc1/kernel")  # fmt: skip
+    if missing := [path for path in needed if path not in shapes]:
+        raise ValueError(f"params: expected the tree that `init` makes, got one without {', '.join(missing)}")
+    patch_frequency, patch_time, _, width = shapes["embeddings/projection/kernel"]
+    num_layers, _, _, heads, _ = shapes["layers/attention/qkv/kernel"]
     frames, bins = spec.shape[-2:]
     config = ASTConfig(
         hidden_size=width,
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
-        intermediate_size=layers["mlp"]["fc1"]["kernel"].shape[-1],
+        intermediate_size=shapes["layers/mlp/fc1/kernel"][-1],
         patch_size=patch_frequency if patch_frequency == patch_time else (patch_frequency, patch_time),
-        qkv_bias="bias" in layers["attention"]["qkv"],
+        qkv_bias="layers/attention/qkv/bias" in shapes,
         max_length=frames,
         num_mel_bins=bins,
-        num_labels=params["classifier"]["dense"]["bias"].shape[0] if "classifier" in params else 1,
+        num_labels=shapes.get("classifier/dense/bias", (1,))[0],
     )
-    stored = embeddings["position_embeddings"].shape[0]
+    stored = shapes["embeddings/position_embeddings"][0]
     if stored != config.num_tokens:
         raise ValueError(
             f"params hold {stored} position embeddings, but an input of {frames} frames by {bins} mel bins in patches "
@@ -429,6 +435,9 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
     """Compare the shapes of params and config: Flax passes over what it does not know."""
     expected, got = _expected_shapes(config), _shapes(params)
+    (stored,) = got.get("embeddings/position_embeddings", ())[:1] or (config.num_tokens,)
+    if stored != config.num_tokens:  # by far the most common misfit
+        raise ValueError(f"params hold {stored} position embeddings, but config makes {config.num_tokens} tokens")
     if not with_head:
         expected, got = (
             {path: shape for path, shape in shapes.items() if not path.startswith("classifier/")}
@@ -451,9 +460,6 @@ def _module(
     needs_key = train and (config.hidden_dropout_prob or config.attention_probs_dropout_prob)
     if needs_key and "dropout" not in (rngs or {}):
         raise ValueError('train=True with dropout: expected rngs={"dropout": key}, got none')
-    expected, got = config.num_tokens, params["embeddings"]["position_embeddings"].shape[0]
-    if expected != got:
-        raise ValueError(f"params hold {got} position embeddings, but config makes {expected} tokens")
     _check_shapes(params, config, with_head=cls is not ASTModel)
     if dtype is None:
         dtype = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)}, jnp.float32)

@@ -84,7 +84,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         checks = {
-            "batch_size": self.batch_size >= 1, "epochs": self.epochs >= 1, "learning_rate": self.learning_rate > 0,
+            "batch_size": self.batch_size >= 1, "epochs": 1 <= self.epochs < 10_000,
+            "learning_rate": self.learning_rate > 0,
             "warmup_steps": self.warmup_steps >= 0, "decay_start": self.decay_start >= 0,
             "decay_step": self.decay_step >= 1, "decay_factor": 0 < self.decay_factor <= 1,
             "weight_decay": self.weight_decay >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
@@ -105,7 +106,8 @@ class TrainConfig:
 
 
 _RANGES = {
-    **dict.fromkeys(("batch_size", "epochs", "decay_step"), "expected 1 or more"),
+    **dict.fromkeys(("batch_size", "decay_step"), "expected 1 or more"),
+    "epochs": "expected 1 to 9999",
     **dict.fromkeys(
         (
             "warmup_steps",
@@ -254,8 +256,9 @@ def train_step(
     """
     step_key = jax.random.fold_in(jax.random.key(training.seed), state.step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["position"])
-    ramp_steps = max(training.ramp_epochs * steps_per_epoch, 1e-9)
-    spec = prepare(keys, batch, frontend, training, jnp.minimum(1.0, state.step / ramp_steps))
+    ramp_steps = training.ramp_epochs * steps_per_epoch
+    strength = jnp.minimum(1.0, state.step / ramp_steps) if ramp_steps else jnp.ones(())
+    spec = prepare(keys, batch, frontend, training, strength)
     labels = batch["labels"]
 
     def mean_loss(params: Any) -> jax.Array:

@@ -1,13 +1,29 @@
-"""Strict settings for every test: eight virtual CPU devices, no silent rank promotion, warnings are errors."""
+"""Strict settings for every test: eight virtual CPU devices, warnings are errors, and a cache of compiled programs.
+
+The cache lives as long as the test run. Its processes, those that tests start among them, share it: most of the time
+here goes into compiling, and many tests run the same small model.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+OWN_CACHE = None  # of the process that made the cache, and removes it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    OWN_CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ast_jax_programs_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-import jax
-import pytest
+import jax  # noqa: E402 (after its settings)
+import pytest  # noqa: E402
+
+
+def pytest_unconfigure():
+    """Remove the compiled programs."""
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

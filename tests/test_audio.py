@@ -187,6 +187,33 @@ def test_header_seconds_is_the_duration(tmp_path, kind):
     assert abs(header_seconds(path) - RATE / 22050) < 0.06  # MP3 pads to whole frames of 26 ms
 
 
+@pytest.mark.parametrize("tag", [b"", b"ID3\x03\x00\x00\x00\x00\x01\x00" + bytes(128)], ids=["bare", "ID3"])
+def test_mp3_of_varying_rate_without_a_count_is_read_to_its_end(tag, tmp_path):
+    """libsndfile alone estimates 1.7 s of these 10."""
+    sound = np.r_[noise(), np.zeros(9 * RATE, np.float32)]
+    file = io.BytesIO()
+    soundfile.write(file, sound, RATE, format="MP3", bitrate_mode="VARIABLE")
+    counted = file.getvalue()
+    bare = counted[counted.index(counted[:2], 4) :]  # without the first frame, which has the count
+    assert soundfile.info(io.BytesIO(bare)).duration < 3
+    path = tmp_path / "vbr.mp3"
+    path.write_bytes(tag + bare)
+    for source in (path, path.read_bytes(), io.BytesIO(path.read_bytes())):
+        assert abs(len(read_audio(source)) / RATE - 10) < 0.1
+    beginning = decode(path, max_seconds=1)
+    assert len(beginning.samples) == RATE
+    assert abs(beginning.duration - 10) < 0.1
+
+
+def test_what_a_header_claims_is_not_what_memory_is_asked_for():
+    data = bytearray(encode(noise(), kind="FLAC"))
+    assert data[:4] == b"fLaC"
+    data[21] |= 0x0F  # the 36 bits of the sample count in STREAMINFO
+    data[22:26] = b"\xff\xff\xff\xfe"
+    with pytest.raises(AudioError):
+        read_audio(bytes(data))
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.wav: no such file$"):
         read_audio(tmp_path / "nothing.wav")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch_models
+import typer.testing
 
 import ast_jax
-from ast_jax import finetune, train
+from ast_jax import cli, finetune, train
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 
@@ -92,6 +94,7 @@ def test_wrong_usage_is_2(arguments):
     ("arguments", "message"),
     [
         (["x", "--lr", "0"], "--learning-rate: 0.0 is out of range; expected more than 0"),
+        (["x", "--epochs", "10000"], "--epochs: 10000 is out of range; expected 1 to 9999"),
         (["x", "--decay-factor", "0"], "--decay-factor: 0.0 is out of range; expected a number in (0, 1]"),
         (["x", "--architecture", "huge"], "--architecture: expected tiny, small, base or a config.json, got 'huge'"),
         (["x", "--init", "y", "--max-length", "64"], "--init: brings its own architecture and length"),
@@ -179,6 +182,77 @@ def test_user_errors_are_one_line(arguments, message, tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_finetune_hands_every_option_on(monkeypatch, tmp_path):
+    """All but `--resume`, which is tried for real in test_finetune."""
+    asked = {}
+
+    def start(source, output, training, **others):
+        asked.update(others, source=source, output=output, training=training)
+        return ast_jax.load("sounds-tiny").replace(metadata_json='{"epoch": {"epoch": 1}}')
+
+    monkeypatch.setattr(finetune, "start", start)
+    settings = {
+        "epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "decay_start": 2,
+        "decay_step": 3, "decay_factor": 0.3, "weight_decay": 1e-4, "mixup": 0.25, "frequency_mask": 7, "time_mask": 9,
+        "frequency_shift": 2, "time_shift": 4, "ramp_epochs": 1.5, "ema": 0.9, "teacher_weight": 0.75, "seed": 11,
+    }  # fmt: skip
+    options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["finetune", "data", "-o", str(tmp_path / "run"), "--init", "sounds-tiny", "--teacher", "t.stablehlo"]
+    command += ["--noise", "--problem-type", "multi_label_classification", *options]
+    done = typer.testing.CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    assert asked["training"] == train.TrainConfig(**settings, noise=True)
+    assert (str(asked["source"]), asked["output"]) == ("data", tmp_path / "run")
+    assert (asked["teacher"], asked["problem_type"]) == ("t.stablehlo", "multi_label_classification")
+    assert asked["initial"].config == ast_jax.load("sounds-tiny").config
+    defaults = {"batch_size", "noise"} | {name for name in settings}
+    assert all(getattr(train.TrainConfig(), name) != getattr(asked["training"], name) for name in defaults)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, tmp_path):
+    def start(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+    monkeypatch.setattr(finetune, "start", start)
+    done = typer.testing.CliRunner().invoke(cli.app, ["finetune", "data", "-o", str(tmp_path / "run")])
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        "ast-jax: the device is out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; "
+        "try a smaller --batch-size or model"
+    ]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = [sys.executable, "-m", "ast_jax.cli", "classify", *[str(SOUNDS / "speech.flac")] * 20]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == cli.EXIT_PIPE
+
+
+def test_labels_print_as_one_line(tmp_path):
+    model = ast_jax.load("sounds-tiny")
+    labels = ("a\n  0.999  b", *model.config.labels[1:])
+    ast_jax.save(tmp_path / "model", model.replace(config=model.config.replace(id2label=labels)))
+    done = ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / "model", "-k", str(len(labels)))
+    assert len(done.stdout.splitlines()) == 1 + len(labels)
+    assert "a\\n  0.999  b" in done.stdout
+
+
+def test_hub_id_from_the_cache(tmp_path):
+    """What huggingface_hub keeps of an earlier download, laid out by hand, is found without a network."""
+    torch_models.saved_model(tmp_path / "made", "stride-10-10", num_hidden_layers=1)
+    repository = tmp_path / "hub" / "models--someone--ast-small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123456789abcdef")
+    shutil.copytree(tmp_path / "made", repository / "snapshots" / "0123456789abcdef")
+    done = ast_cli("info", "someone/ast-small", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("someone/ast-small: ")
+    assert "1 layers" in done.stdout
 
 
 def test_hub_id_without_a_network_is_one_line(tmp_path):

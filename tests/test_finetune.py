@@ -583,6 +583,56 @@ def test_an_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, no
     assert (tmp_path / "run" / "best").is_dir()
 
 
+def test_any_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, no_compiling, monkeypatch):
+    """The device's too, which are RuntimeErrors."""
+
+    def exhausted(state, batch):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.DataParallel, "wrap_train", lambda *_: exhausted)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            finetune.start(sounds, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=print)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_start_killed_before_its_first_state_leaves_the_folder_free(run, sounds, tmp_path, no_compiling):
+    (tmp_path / "run").mkdir()
+    shutil.copy(run[0] / "run.json", tmp_path / "run")
+    finetune.start(sounds, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+    assert (tmp_path / "run" / "best").is_dir()
+
+
+def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    real = data.statistics
+
+    def slow(*arguments):
+        shutil.copytree(run[0], folder)
+        return real(*arguments)
+
+    monkeypatch.setattr(data, "statistics", slow)
+    with pytest.raises(ValueError, match="already holds a run"):
+        finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
+    assert finetune.read_run(folder) == finetune.read_run(run[0])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in run[0].iterdir())
+
+
+def test_a_class_may_be_a_link(sounds, tmp_path):
+    for name in ("low", "high"):
+        (tmp_path / name).symlink_to(sounds / name)
+    assert data.read_dataset(tmp_path).labels == ("high", "low")
+
+
+def test_sounds_that_are_all_silent_are_refused(sounds, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(20):
+            soundfile.write(tmp_path / name / f"{index}.wav", np.zeros(8000), 16000)
+    with pytest.raises(data.DataError, match="hold the same throughout, as silence does"):
+        finetune.start(tmp_path, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+
+
 def test_parameters_that_are_not_finite_stop_the_run(sounds, tmp_path, no_compiling, monkeypatch):
     def spoil(self, tree):
         return tree.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tree.params))

@@ -12,6 +12,7 @@ import ast_jax
 from ast_jax import config as presets
 from ast_jax import model
 from ast_jax.checkpoint import flatten
+from ast_jax.config import HIDDEN_ACTS
 
 SMALL = ast_jax.ASTConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, num_labels=5,
@@ -166,6 +167,12 @@ def test_padding_cannot_reach_the_output(garbage, params, spec):
     dirty = spec.at[0, 16:].set(garbage).at[1, 40:].set(garbage)
     np.testing.assert_array_equal(ast_jax.apply(params, dirty, SMALL, lengths=lengths), clean)
     assert np.abs(ast_jax.apply(params, spec, SMALL) - clean)[:2].min() > 1e-3  # the mask does something
+
+    def gradient(spec):
+        return jax.grad(lambda params: jnp.square(ast_jax.apply(params, spec, SMALL, lengths=lengths)).sum())(params)
+
+    for got, want in zip(jax.tree.leaves(gradient(dirty)), jax.tree.leaves(gradient(spec)), strict=True):
+        np.testing.assert_array_equal(got, want)
     np.testing.assert_allclose(ast_jax.apply(params, spec, SMALL)[2], clean[2], atol=ROUNDING)
 
 
@@ -304,6 +311,9 @@ def test_other_misfits_are_refused(params, spec):
         ast_jax.apply(params, spec, SMALL, lengths=jnp.array([1, 2]))
     with pytest.raises(ValueError, match="23 position embeddings, but config makes"):
         ast_jax.apply(params, spec, SMALL.replace(time_stride=4))
+    for config in (None, SMALL):
+        with pytest.raises(ValueError, match=r"embeddings/projection/kernel"):
+            ast_jax.apply({"embeddings": {}, "classifier": params["classifier"]}, spec, config)
     with pytest.raises(ValueError, match="attention_implementation: expected one of auto"):
         ast_jax.apply(params, spec, SMALL, attention_implementation="fast")
 
@@ -339,7 +349,7 @@ def test_scores_and_head_are_not_rounded_on_accelerators(dtype):
     assert f"tensor<2x{SMALL.num_labels}xf32>" in head
 
 
-@pytest.mark.parametrize("name", list(model.ACTIVATIONS))
+@pytest.mark.parametrize("name", HIDDEN_ACTS)
 def test_activations_equal_transformers(name):
     import torch
     from transformers.activations import ACT2FN

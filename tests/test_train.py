@@ -237,6 +237,25 @@ def test_losses_equal_torch():
         losses.loss(logits, soft[:, 0], single)
 
 
+@pytest.mark.parametrize(("ramp_epochs", "first", "later"), [(0.0, 1.0, 1.0), (2.0, 0.0, 0.3)])
+def test_masks_grow_over_the_ramp_and_are_whole_without_one(ramp_epochs, first, later, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def prepare(keys, batch, frontend, config, strength):
+        raise SeenError(float(strength))
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    training = dataclasses.replace(AUGMENTED, ramp_epochs=ramp_epochs)
+    optimizer = train.make_optimizer(training, steps_per_epoch=5)
+    batch = {**next(batches(1)), "position": np.arange(16)}
+    for step, wanted in ((0, first), (3, later)):
+        state = start(optimizer, dtype=np.float32).replace(step=jnp.asarray(step))
+        with pytest.raises(SeenError) as caught:
+            make_step(optimizer, training=training)(state, batch)
+        assert caught.value.args[0] == pytest.approx(wanted)
+
+
 def test_masks_are_bands_of_at_most_the_asked_width():
     keys = jax.random.split(jax.random.key(0), 300)
     spec = jnp.ones((64, 32))

@@ -68,6 +68,14 @@ def sources(folder: pathlib.Path) -> list[dict[str, object]]:
     return [{"package": name, "licences": sorted(licences[name]), "clips": dict(clips[name])} for name in sorted(clips)]
 
 
+def origin(metadata: str | dict[str, object]) -> str | dict[str, object]:
+    """Return what is to be known of the model that training began with: "scratch", or how that one was trained."""
+    if isinstance(metadata, str):
+        return metadata
+    kept = {key: metadata[key] for key in ("name", "trained_by", "training", "epoch") if key in metadata}
+    return {**kept, "trained_from": origin(metadata["trained_from"])}
+
+
 def table(results: dict[str, dict[str, object]], names: tuple[str, ...]) -> str:
     """Return the figures as a Markdown table."""
     lines = [
@@ -101,8 +109,8 @@ def main() -> None:
     metadata = {
         "name": "sounds-tiny",
         "license": "Apache-2.0",
-        "trained_by": "ast-jax finetune, from scratch; see tools/README.md",
-        "trained_from": trained.metadata["trained_from"],
+        "trained_by": "ast-jax finetune; see tools/README.md",
+        "trained_from": origin(trained.metadata["trained_from"]),
         "training": trained.metadata["training"],
         "epoch": trained.metadata["epoch"],
         "test": results,
