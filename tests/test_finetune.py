@@ -214,9 +214,10 @@ def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch)
     (killed / "run.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
     with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
         finetune.resume(killed)
-    shutil.copytree(sounds / "low", tmp_path / "one" / "low")
+    for name in ("low", "high"):
+        shutil.copytree(sounds / name, tmp_path / "two" / name)
     with pytest.raises(data.DataError, match="labels are no longer"):
-        finetune.resume(killed, tmp_path / "one")
+        finetune.resume(killed, tmp_path / "two")
     shutil.copytree(sounds, tmp_path / "fewer", ignore=lambda folder, names: [n for n in names if n[0] == "1"])
     with pytest.raises(data.DataError, match="give it the data it was started with"):
         finetune.resume(killed, tmp_path / "fewer")

@@ -265,7 +265,7 @@ def noisy_copies(clips: list[Clip], seed: int) -> list[Clip]:
 # ------------------------------------------------------------------ build
 
 
-UNTAUGHT = "Cymbal"  # a kind that mixtures take their share of, but no label: validation's were told from claps too badly
+UNTAUGHT = "Cymbal"  # a kind that mixtures take their share of, but no label: in validation, claps pass for cymbals
 
 
 def write(clips: list[Clip], output: Path) -> None:
