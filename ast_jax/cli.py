@@ -101,6 +101,24 @@ def _as_json(content: Any, indent: int | None = None) -> str:
     return text
 
 
+def _print_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        import importlib.metadata
+
+        print(f"ast-jax {importlib.metadata.version('ast-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Take what comes before a command."""
+
+
 @app.command()
 def classify(
     files: Annotated[list[str], typer.Argument(help="Sound files: WAV, FLAC, OGG or MP3, any rate and channels.")],
@@ -196,13 +214,17 @@ def info(
         )
         for key, value in checkpoint.metadata.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            print(f"  {key:13} {text}")
+            more = " … (whole with --json)" if len(text) > LONGEST else ""
+            print(f"  {key:13} {_one_line(text[:LONGEST])}{more}")
+
+
+LONGEST = 160  # characters of a line of metadata
 
 
 def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
     """Return the first names, and how many more there are."""
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(_one_line, names[:limit])) + more
+    more = f"; and {len(names) - limit} more" if len(names) > limit else ""
+    return "; ".join(map(_one_line, names[:limit])) + more  # AudioSet's names have commas in them
 
 
 @app.command()

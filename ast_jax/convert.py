@@ -144,7 +144,10 @@ def from_torch(source: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = pathlib.Path(source)
     if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{folder}: expected a Hugging Face folder, found no {CONFIG_FILE} in it")
+        hint = f"; a run's checkpoint is {folder / 'best'}" if (folder / "best" / CONFIG_FILE).is_file() else ""
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint or a Hugging Face folder, found no {CONFIG_FILE} in it{hint}"
+        )
     if not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{folder}: expected {WEIGHTS_FILE}, found none; re-save the model with safetensors")
     config = read_config(ASTConfig, folder / CONFIG_FILE)

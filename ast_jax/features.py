@@ -81,7 +81,8 @@ def fbank(
         [T, F] (or [..., T, F]) natural logarithms, T = 1 + (S - window) // shift.
 
     Raises:
-        ValueError: integer samples, no samples, or an option out of its range.
+        ValueError: integer samples, no samples, NaN or Inf among them (in NumPy), columns of samples
+            instead of rows, or an option out of its range.
     """
     config = FrontendConfig(
         sampling_rate=sampling_rate, num_mel_bins=num_mel_bins, frame_length=frame_length, frame_shift=frame_shift,
@@ -92,6 +93,13 @@ def fbank(
     samples = _as_samples(waveform, dtype)
     if samples.ndim == 0 or samples.shape[-1] == 0:
         raise ValueError(f"waveform: expected at least one sample, got shape {samples.shape}")
+    if samples.ndim > 1 and samples.shape[-1] < config.window_samples <= samples.shape[-2]:
+        raise ValueError(
+            f"waveform: expected samples along the last axis, got shape {samples.shape}; average the channels first "
+            "(waveform.mean(-1)), or transpose"
+        )
+    if xp is np and (bad := int(np.count_nonzero(~np.isfinite(samples)))):
+        raise ValueError(f"waveform: expected finite samples, got {bad} NaN or Inf among {samples.size}")
     noise = None
     if dither and key is not None:
         shape = (*samples.shape[:-1], kaldi.num_frames(samples.shape[-1], config), config.window_samples)

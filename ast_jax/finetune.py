@@ -226,7 +226,11 @@ def _resume(output: pathlib.Path, source: str | pathlib.Path | None, say: Say) -
     dataset = dataset.reordered(run.config.labels)
     params = model.init(jax.random.key(run.training.seed), run.config)
     remove_scratch(output, OURS)
-    say(f"going on after epoch {len(history)} of {run.training.epochs}")
+    whole = "; that is all of them, and `--init` starts a new run from its checkpoint"
+    say(
+        f"going on after epoch {len(history)} of {run.training.epochs}"
+        f"{whole if len(history) == run.training.epochs else ''}"
+    )
     return _train(run, dataset, params, output, history, state, say)
 
 
@@ -326,6 +330,7 @@ def _train(
         )
         if not dataset.splits["validation"]:
             say("no validation examples: the best epoch will be the one with the lowest training loss")
+        say("the first step takes longest: it is compiled")
         state = parallel.replicate(state)
         for epoch in range(len(history), training.epochs):
             stop_here(state)

@@ -20,14 +20,21 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
             too), or mean squared error.
 
     Raises:
-        ValueError: labels of another shape.
+        ValueError: labels of another shape, or a class index that is none; under `jit`, where values cannot be seen,
+            such an index gives NaN.
     """
     labels = jnp.asarray(labels)
     kind = config.resolved_problem_type
     if kind == "single_label_classification" and labels.shape == logits.shape[:-1]:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"labels: expected class indices (integers) of shape {labels.shape}, got {labels.dtype}")
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        classes = logits.shape[-1]
+        if not isinstance(labels, jax.core.Tracer) and not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(
+                f"labels: expected class indices from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
+            )
+        values = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.where((labels >= 0) & (labels < classes), values, jnp.nan).mean()
     if kind == "regression" and labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
         labels = labels[..., None]
     if labels.shape != logits.shape:

@@ -258,7 +258,12 @@ def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
 
     Matrices are drawn at 1/sqrt(fan-in) and position embeddings start as sines and cosines, both of which help a model
     without pretraining off the ground; the tokens and the classifier follow `config.initializer_range`.
+
+    Raises:
+        ValueError: `key` is a number.
     """
+    if isinstance(key, int | np.integer):
+        raise ValueError(f"key: expected a random key, got the number {key}; pass jax.random.key({key})")
     model = ASTForAudioClassification(config, dtype=jnp.zeros(0).dtype)
     spec = jnp.zeros((1, config.max_length, config.num_mel_bins))
     return model.init(key, spec)["params"]
@@ -418,6 +423,11 @@ def _batched(spec: jax.Array, lengths: Any, config: ASTConfig) -> tuple[jax.Arra
         lengths = jnp.atleast_1d(jnp.asarray(lengths))
         if lengths.shape != batch.shape[:1]:
             raise ValueError(f"lengths: expected {batch.shape[:1]}, one for each spectrogram, got {lengths.shape}")
+        frames = config.max_length
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(f"lengths: expected whole numbers of frames, got {lengths.dtype}")
+        if not isinstance(lengths, jax.core.Tracer) and not ((lengths >= 0) & (lengths <= frames)).all():
+            raise ValueError(f"lengths: expected 0 to {frames} frames, got {lengths.min()} to {lengths.max()}")
     return batch, lengths, single
 
 

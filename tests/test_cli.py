@@ -1,5 +1,6 @@
 """The command line, run as users do: what is printed where, and the exit status."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -269,7 +270,7 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     assert done.stdout.splitlines() == [f"{tmp_path / 'out'}: 509,383 parameters, 7 labels"]
     shown = ast_cli("info", tmp_path / "out")
     assert "1 layers, width 192, 3 heads" in shown.stdout
-    assert "LABEL_0, LABEL_1" in shown.stdout
+    assert "LABEL_0; LABEL_1" in shown.stdout
     assert json.loads(ast_cli("info", tmp_path / "out", "--json").stdout)["config"]["problem_type"] == (
         "single_label_classification"
     )
@@ -282,6 +283,18 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     scores = [entry["score"] for entry in json.loads(by_folder[0].stdout)["predictions"]]
     assert sum(scores) == pytest.approx(1, abs=1e-5)  # single-label: softmax
     assert scores == sorted(scores, reverse=True)
+
+
+def test_a_run_folder_as_a_model_names_its_checkpoint(tmp_path):
+    ast_jax.save(tmp_path / "run" / "best", ast_jax.load("sounds-tiny"))
+    done = ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / "run")
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"found no config.json in it; a run's checkpoint is {tmp_path / 'run' / 'best'}\n")
+
+
+def test_version():
+    done = ast_cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"ast-jax {importlib.metadata.version('ast-jax')}\n")
 
 
 def test_info_of_the_shipped_model():

@@ -356,3 +356,12 @@ def test_no_samples_are_refused():
 def test_options_out_of_range_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         fbank(noise(400), **option)
+
+
+def test_columns_and_what_is_not_finite_are_refused():
+    sound = np.zeros(1600, np.float32)
+    with pytest.raises(ValueError, match=r"expected samples along the last axis, got shape \(1600, 2\)"):
+        fbank(np.stack([sound, sound], axis=1))
+    sound[3] = np.inf
+    with pytest.raises(ValueError, match="expected finite samples, got 1 NaN or Inf among 1600"):
+        fbank(sound)

@@ -309,6 +309,13 @@ def test_wrong_input_is_refused(shape, dtype, message, params):
 def test_other_misfits_are_refused(params, spec):
     with pytest.raises(ValueError, match=r"lengths: expected \(3,\)"):
         ast_jax.apply(params, spec, SMALL, lengths=jnp.array([1, 2]))
+    for wrong, said in (([0, 3, 65], "0 to 65"), ([-5, 64, 64], "-5 to 64")):
+        with pytest.raises(ValueError, match=f"lengths: expected 0 to 64 frames, got {said}"):
+            ast_jax.apply(params, spec, SMALL, lengths=wrong)
+    with pytest.raises(ValueError, match="lengths: expected whole numbers of frames, got float32"):
+        ast_jax.apply(params, spec, SMALL, lengths=[3.5, 3, 3])
+    with pytest.raises(ValueError, match=r"key: expected a random key, got the number 3; pass jax\.random\.key\(3\)"):
+        ast_jax.init(3, SMALL)
     with pytest.raises(ValueError, match="23 position embeddings, but config makes"):
         ast_jax.apply(params, spec, SMALL.replace(time_stride=4))
     for config in (None, SMALL):

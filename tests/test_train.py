@@ -235,6 +235,11 @@ def test_losses_equal_torch():
         losses.loss(logits, soft[:, :3], CONFIG)
     with pytest.raises(ValueError, match="class indices"):
         losses.loss(logits, soft[:, 0], single)
+    for wrong, said in ((-1, "-1 to"), (4, "to 4")):
+        out = np.array([wrong, 0, 1, 2, 3, 1])
+        with pytest.raises(ValueError, match=rf"expected class indices from 0 to 3, got .*{said}"):
+            losses.loss(logits, out, single)
+        assert np.isnan(jax.jit(functools.partial(losses.loss, config=single))(logits, out))
 
 
 @pytest.mark.parametrize(("ramp_epochs", "first", "later"), [(0.0, 1.0, 1.0), (2.0, 0.0, 0.3)])
