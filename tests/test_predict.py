@@ -20,8 +20,8 @@ HEARD = {
     "speech.flac": {"Speech"},
     "music.flac": {"Music"},
     "speech_over_music.flac": {"Speech", "Music"},
-    "telephone.flac": {"Telephone"},
-    "siren.flac": {"Siren"},
+    "telephone.flac": {"Alarm"},
+    "siren.flac": {"Siren", "Alarm"},
 }
 
 
@@ -70,9 +70,10 @@ def test_shipped_model_is_small_and_says_where_it_came_from(model):
     assert json.dumps(model.metadata["training"])
 
 
-def test_shipped_model_knows_speech_and_music_of_packages_that_training_never_touched(model):
+def test_shipped_model_is_right_about_packages_that_training_never_touched(model):
     """What tools/ship_sounds_tiny.py measured on the test split and wrote beside the weights."""
     for figures in map(model.metadata["test"].get, ("clean", "noisy")):
+        assert figures["mAP"] >= 0.90
         assert min(figures["classes"][name]["average_precision"] for name in ("Speech", "Music")) >= 0.97
 
 
@@ -196,4 +197,4 @@ def test_rates_that_are_none(model, rate):
 def test_a_file_named_as_the_standard_input(model, tmp_path, monkeypatch):
     (tmp_path / "-").write_bytes((SOUNDS / "siren.flac").read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert ast_jax.classify("-", model)[0][0] == "Siren"
+    assert ast_jax.classify("-", model)[0][0] in HEARD["siren.flac"]
