@@ -139,9 +139,8 @@ def start(
     config = (initial.config if initial else architecture or ASTConfig()).replace(
         num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind
     )
-    frontend = initial.frontend if initial else FrontendConfig(
-        max_length=config.max_length, num_mel_bins=config.num_mel_bins
-    )  # fmt: skip
+    drawn = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
+    frontend = initial.frontend if initial else drawn
     used = dataset.splits["train"] + dataset.splits["validation"]
     if longer := data.check_headers(used, frontend):
         say(f"{longer} of {len(used)} sounds are longer than the model's input: their first {frontend.max_seconds:.2f} "
@@ -181,11 +180,13 @@ def _refuse_occupied(output: pathlib.Path) -> None:
 
     To be called in sole use of the folder.
     """
-    if (output / RUN_FILE).exists():
-        if _newest_state(output) is not None:
-            raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
-        (output / RUN_FILE).unlink()
+    if can_resume(output):
+        raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
     remove_scratch(output, OURS)
+    if {path.name for path in output.iterdir()} == {RUN_FILE}:
+        with contextlib.suppress(ValueError):  # one that is no run's is somebody's own file
+            read_run(output)
+            (output / RUN_FILE).unlink()
     if any(output.iterdir()):
         raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
 

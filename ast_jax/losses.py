@@ -29,12 +29,13 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"labels: expected class indices (integers) of shape {labels.shape}, got {labels.dtype}")
         classes = logits.shape[-1]
-        if not isinstance(labels, jax.core.Tracer) and not ((labels >= 0) & (labels < classes)).all():
+        known = (labels >= 0) & (labels < classes)
+        if not isinstance(labels, jax.core.Tracer) and not known.all():
             raise ValueError(
                 f"labels: expected class indices from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
             )
         values = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.where((labels >= 0) & (labels < classes), values, jnp.nan).mean()
+        return jnp.where(known, values, jnp.nan).mean()
     if kind == "regression" and labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
         labels = labels[..., None]
     if labels.shape != logits.shape:

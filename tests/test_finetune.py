@@ -604,6 +604,29 @@ def test_a_start_killed_before_its_first_state_leaves_the_folder_free(run, sound
     assert (tmp_path / "run" / "best").is_dir()
 
 
+def test_somebody_s_own_file_of_that_name_stays(run, sounds, tmp_path):
+    for name, text in (("own", "{}"), ("beside", (run[0] / "run.json").read_text())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    (tmp_path / "beside" / "notes.txt").write_text("mine")
+    for name in ("own", "beside"):
+        before = {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(ValueError, match="expected a new or empty folder"):
+            finetune.start(sounds, tmp_path / name, SETTINGS, architecture=TINY, say=lambda _: None)
+        assert {path.name: path.read_text() for path in (tmp_path / name).iterdir()} == before
+
+
+def test_progress_bar_is_for_terminals(monkeypatch, capsys):
+    for terminal in (True, False):
+        monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+        with finetune._progress("epoch 1/2", 3) as advance:
+            advance()
+            advance()
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert ("epoch 1/2" in shown.err and "2/3" in shown.err) if terminal else shown.err == ""
+
+
 def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     real = data.statistics
