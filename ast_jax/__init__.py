@@ -29,7 +29,9 @@ _PUBLIC = {
     "loss": "losses",
     "num_params": "model",
     "read_audio": "audio",
+    "resize": "adapt",
     "save": "checkpoint",
+    "to_torch": "revert",
 }
 
 __all__ = sorted(_PUBLIC)

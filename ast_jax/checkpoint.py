@@ -78,8 +78,15 @@ def shipped_models() -> list[str]:
     return sorted(path.name for path in SHIPPED.iterdir() if (path / FORMAT_FILE).is_file()) if SHIPPED.is_dir() else []
 
 
-def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+def save(
+    folder: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Write a checkpoint folder, whole or not at all; a checkpoint already there is replaced.
+
+    Args:
+        folder: where to.
+        checkpoint: what.
+        extra: content of further JSON files in the folder, by their names.
 
     Raises:
         ValueError: the params or the frontend do not fit the config, or `folder` holds something else than a
@@ -103,24 +110,42 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
             (CONFIG_FILE, checkpoint.config.to_json_dict()),
             (PREPROCESSOR_FILE, checkpoint.frontend.to_json_dict()),
             (FORMAT_FILE, description),
+            *(extra or {}).items(),
         ):
             write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def load(source: str | os.PathLike[str]) -> Checkpoint:
-    """Load a model: the name of a shipped one, a checkpoint folder, a Hugging Face folder, or a Hub id.
+def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
+    """Load a model: the name of a shipped one, a checkpoint folder, a Hub id, or PyTorch weights (see `from_torch`).
 
     The arrays are NumPy, whatever devices wrote them; half precision on disk becomes float32.
+
+    Args:
+        source: a name, a folder, or a file of weights.
+        **changes: another input or other labels: `max_length`, `num_mel_bins`, `frequency_stride`, `time_stride`,
+            `num_labels`, `labels`; see `resize`.
 
     Raises:
         CheckpointError: nothing there, or it is not a checkpoint of a known format, or its parts do not fit.
         ConnectionError: a Hub id, and the Hub cannot be reached.
     """
-    folder = resolve(source)
-    if not (folder / FORMAT_FILE).is_file():
-        from .convert import from_torch
+    path = resolve(source)
+    if is_own(path):
+        from .adapt import resize
 
-        return from_torch(folder)
+        return resize(_load(path), **changes)
+    from .convert import from_torch
+
+    return from_torch(path, **changes)
+
+
+def is_own(path: pathlib.Path) -> bool:
+    """Whether a folder is a checkpoint of this package, as against PyTorch weights."""
+    return (path / FORMAT_FILE).is_file()
+
+
+def _load(folder: pathlib.Path) -> Checkpoint:
+    """Read a checkpoint folder."""
     description = read_json(folder / FORMAT_FILE)
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: expected checkpoint format {FORMAT}, got {description.get('format')!r}")
@@ -135,9 +160,9 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
 
 
 def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the folder that a name stands for: a shipped model, a local folder, or a Hub id's download."""
+    """Return what a name stands for: a local folder or file, a shipped model, or a Hub id's download."""
     path = pathlib.Path(source)
-    if path.is_dir():
+    if path.is_dir() or path.is_file():
         return path
     name = os.fspath(source)
     if name in shipped_models():
@@ -148,7 +173,7 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
         return download(name)
     raise CheckpointError(
         f"{name}: expected a shipped model ({', '.join(shipped_models()) or 'none here'}), "
-        "a checkpoint folder or a Hub id like owner/name, got none of these"
+        "a checkpoint folder, PyTorch weights or a Hub id like owner/name, got none of these"
     )
 
 

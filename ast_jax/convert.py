@@ -1,22 +1,21 @@
-"""PyTorch checkpoints to parameters, without PyTorch: one literal table a source format.
+"""PyTorch checkpoints to parameters, without PyTorch.
 
-Each row of a table says where one PyTorch tensor goes: its name with {n} for the layer, the path in the parameter tree,
-where in that array it lands, and how it is turned round. Every tensor is used or the source is refused, and every place
-is filled exactly once.
+Every tensor of a source is used, or passed over for a reason that the report names; every place in the parameter tree
+is filled exactly once; otherwise the source is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import json
-import os
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from .adapt import resize
 from .checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -24,223 +23,214 @@ from .checkpoint import (
     check_frontend,
     flatten,
     raise_differences,
-    read_config,
     unflatten,
     widen,
 )
 from .config import ASTConfig, FrontendConfig
 from .features import PREPROCESSOR_FILE
+from .formats import HUGGING_FACE, LIVE, ORIGINAL, VIT, Format, Turn, detect
+from .labels import label_set_of_size
+from .shapes import config_from_shapes
+from .sources import BFLOAT16, Source, read_source
 
-WEIGHTS_FILE = "model.safetensors"
-SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-BODY_PREFIX = "audio_spectrogram_transformer."
-
-Array = np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Where one tensor goes.
-
-    Attributes:
-        source: name in the PyTorch state dict; {n} stands for the layer.
-        target: path in the parameter tree.
-        part: of query, key, value (0, 1, 2), which share one array; None for all else.
-        turn: the PyTorch tensor, shaped for its place.
-    """
-
-    source: str
-    target: str
-    turn: Callable[[Array, ASTConfig], Array]
-    part: int | None = None
+FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
+# Mean and standard deviation of the log-mel features of the original's data sets, by the number of its labels.
+ORIGINAL_STATISTICS = {527: (-4.2677393, 4.5689974), 50: (-6.6268077, 5.358466), 35: (-6.845978, 5.5654526)}
+AST_INPUT = {"max_length": 1024, "num_mel_bins": 128, "frequency_stride": 10, "time_stride": 10}
 
 
-def _same(tensor: Array, config: ASTConfig) -> Array:
-    return tensor
-
-
-def _token(tensor: Array, config: ASTConfig) -> Array:
-    """[1, 1, D] -> [D]."""
-    return tensor[0, 0]
-
-
-def _positions(tensor: Array, config: ASTConfig) -> Array:
-    """[1, N, D] -> [N, D]."""
-    return tensor[0]
-
-
-def _dense(tensor: Array, config: ASTConfig) -> Array:
-    """[out, in] -> [in, out]."""
-    return tensor.T
-
-
-def _patch_kernel(tensor: Array, config: ASTConfig) -> Array:
-    """[D, 1, Pf, Pt] -> [Pf, Pt, 1, D]."""
-    return tensor.transpose(2, 3, 1, 0)
-
-
-def _head_kernel(tensor: Array, config: ASTConfig) -> Array:
-    """[D, D] -> [D, H, D/H]: the output features are split into heads."""
-    return tensor.T.reshape(config.hidden_size, config.num_attention_heads, -1)
-
-
-def _head_bias(tensor: Array, config: ASTConfig) -> Array:
-    """[D] -> [H, D/H]."""
-    return tensor.reshape(config.num_attention_heads, -1)
-
-
-def _out_kernel(tensor: Array, config: ASTConfig) -> Array:
-    """[D, D] -> [H, D/H, D]: the input features are the heads'."""
-    return tensor.T.reshape(config.num_attention_heads, -1, config.hidden_size)
-
-
-# The names in every Hugging Face file on disk, whichever version of transformers wrote it.
-HUGGING_FACE = (
-    Row("embeddings.cls_token", "embeddings/cls_token", _token),
-    Row("embeddings.distillation_token", "embeddings/distillation_token", _token),
-    Row("embeddings.position_embeddings", "embeddings/position_embeddings", _positions),
-    Row("embeddings.patch_embeddings.projection.weight", "embeddings/projection/kernel", _patch_kernel),
-    Row("embeddings.patch_embeddings.projection.bias", "embeddings/projection/bias", _same),
-    Row("encoder.layer.{n}.layernorm_before.weight", "layers/layernorm_before/scale", _same),
-    Row("encoder.layer.{n}.layernorm_before.bias", "layers/layernorm_before/bias", _same),
-    Row("encoder.layer.{n}.attention.attention.query.weight", "layers/attention/qkv/kernel", _head_kernel, 0),
-    Row("encoder.layer.{n}.attention.attention.query.bias", "layers/attention/qkv/bias", _head_bias, 0),
-    Row("encoder.layer.{n}.attention.attention.key.weight", "layers/attention/qkv/kernel", _head_kernel, 1),
-    Row("encoder.layer.{n}.attention.attention.key.bias", "layers/attention/qkv/bias", _head_bias, 1),
-    Row("encoder.layer.{n}.attention.attention.value.weight", "layers/attention/qkv/kernel", _head_kernel, 2),
-    Row("encoder.layer.{n}.attention.attention.value.bias", "layers/attention/qkv/bias", _head_bias, 2),
-    Row("encoder.layer.{n}.attention.output.dense.weight", "layers/attention/out/kernel", _out_kernel),
-    Row("encoder.layer.{n}.attention.output.dense.bias", "layers/attention/out/bias", _same),
-    Row("encoder.layer.{n}.layernorm_after.weight", "layers/layernorm_after/scale", _same),
-    Row("encoder.layer.{n}.layernorm_after.bias", "layers/layernorm_after/bias", _same),
-    Row("encoder.layer.{n}.intermediate.dense.weight", "layers/mlp/fc1/kernel", _dense),
-    Row("encoder.layer.{n}.intermediate.dense.bias", "layers/mlp/fc1/bias", _same),
-    Row("encoder.layer.{n}.output.dense.weight", "layers/mlp/fc2/kernel", _dense),
-    Row("encoder.layer.{n}.output.dense.bias", "layers/mlp/fc2/bias", _same),
-    Row("layernorm.weight", "layernorm/scale", _same),
-    Row("layernorm.bias", "layernorm/bias", _same),
-)
-HUGGING_FACE_HEAD = (
-    Row("classifier.layernorm.weight", "classifier/layernorm/scale", _same),
-    Row("classifier.layernorm.bias", "classifier/layernorm/bias", _same),
-    Row("classifier.dense.weight", "classifier/dense/kernel", _dense),
-    Row("classifier.dense.bias", "classifier/dense/bias", _same),
-)
-
-
-def from_torch(source: str | os.PathLike[str]) -> Checkpoint:
-    """Convert a Hugging Face folder of `transformers` AST: config.json, model.safetensors, preprocessor_config.json.
+def from_torch(
+    source: Any,
+    *,
+    config: ASTConfig | None = None,
+    source_strides: tuple[int, int] | None = None,
+    source_max_length: int | None = None,
+    **changes: Any,
+) -> Checkpoint:
+    """Convert the weights of a PyTorch AST; no PyTorch needed.
 
     Args:
-        source: the folder; with a classifier (`ASTForAudioClassification`) or without (`ASTModel`). A missing
-            `preprocessor_config.json` means transformers' defaults at the model's own length and mel bins.
+        source: a Hugging Face folder (`model.safetensors` or `pytorch_model.bin`, whole or in shards, beside
+            `config.json`); one such file, or the original repository's `.pth`; a state dict in memory; or a live model
+            of transformers. Names are those of transformers' files, of a live transformers 5 model, of the original
+            repository, or of timm's distilled vision transformer (DeiT), which becomes the original's ImageNet
+            initialisation: kernels summed over the colours, the position grid cut or interpolated, no classifier.
+        config: the architecture, where neither a `config.json` nor the shapes tell it (heads of another width than 64).
+        source_strides: of the source, (frequency, time), where the position embeddings fit several. Else they are
+            taken from a file name like `audioset_12_12_0.4467.pth`, or from the shapes where only one pair fits.
+        source_max_length: frames of the source's input, likewise.
+        **changes: another input or other labels: `max_length`, `num_mel_bins`, `frequency_stride`, `time_stride`,
+            `num_labels`, `labels`; see `resize`.
 
     Returns:
-        A checkpoint whose params are NumPy arrays, half precision widened to float32.
+        A checkpoint whose params are NumPy arrays, half precision widened to float32. Its metadata say under
+        "conversion" what was found: the format, the tensors passed over and why, and what had to be assumed.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or the tensors do not fit the configuration; the message lists
-            what is missing, unexpected and of the wrong shape.
+        CheckpointError: a file is missing, damaged or foreign, or the tensors do not fit the configuration; the message
+            lists what is missing, unexpected and of the wrong shape.
+        ValueError: an option does not fit the source.
     """
-    folder = pathlib.Path(source)
-    if not (folder / CONFIG_FILE).is_file():
-        hint = f"; a run's checkpoint is {folder / 'best'}" if (folder / "best" / CONFIG_FILE).is_file() else ""
-        raise CheckpointError(
-            f"{folder}: expected a checkpoint or a Hugging Face folder, found no {CONFIG_FILE} in it{hint}"
-        )
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise CheckpointError(f"{folder}: expected {WEIGHTS_FILE}, found none; re-save the model with safetensors")
-    config = read_config(ASTConfig, folder / CONFIG_FILE)
-    if (folder / PREPROCESSOR_FILE).is_file():
-        frontend = read_config(FrontendConfig, folder / PREPROCESSOR_FILE)
-        check_frontend(frontend, config, str(folder))
-    else:
-        frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
-    params = params_from_state_dict(_read_safetensors(folder / WEIGHTS_FILE), config, str(folder))
-    return Checkpoint(params, config, frontend, json.dumps({"converted_from": folder.name}))
+    found = read_source(source)
+    return adapt(convert(found, config, source_strides, source_max_length), **changes)
 
 
-def params_from_state_dict(state: Mapping[str, Array], config: ASTConfig, name: str = "state dict") -> dict[str, Any]:
-    """Return the parameter tree of a Hugging Face state dict with the names found on disk.
+def adapt(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
+    """Return what `convert` gave with the input and labels asked for; an ImageNet model always becomes an AST."""
+    start = AST_INPUT if checkpoint.metadata["conversion"]["format"] == VIT.name else {}
+    return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
+
+
+def convert(
+    found: Source,
+    config: ASTConfig | None = None,
+    source_strides: tuple[int, int] | None = None,
+    source_max_length: int | None = None,
+) -> Checkpoint:
+    """Do what `from_torch` says, but leave the input and the labels as they are in the source.
+
+    An ImageNet model stays one here: its "spectrogram" is the square picture that it was made for.
+    """
+    state, notes = unwrapped(found.state), []
+    if state.keys() != found.state.keys():
+        notes.append("names lie under `module.`, as in DataParallel")
+    form = detect(state)
+    if form is None:
+        some = ", ".join(sorted(state)[:3]) or "none"
+        raise CheckpointError(f"{found.name}: expected the tensors of an AST, got others: {some}, …")
+    has_head = any(row.source in state for row in form.head)
+    if config is None:
+        config = _config(found, state, form, has_head, source_strides, source_max_length, notes)
+    elif source_strides or source_max_length:
+        raise ValueError("source_strides, source_max_length: expected none beside config, which has its own")
+    params, dtypes = _fill(state, form, config, has_head, found.name)
+    if form is VIT:
+        notes.append("ImageNet initialisation: no classifier, kernels summed over red, green and blue")
+    frontend = _frontend(found, form, config, notes)
+    config = _labelled(config, has_head, notes)
+    ignored = {name: form.ignored[name] for name in sorted(state) if name in form.ignored}
+    conversion = {
+        "format": form.name, "tensors": len(dtypes), "ignored": ignored, "notes": notes,
+        **_dtype_record(dtypes, form, config, has_head),
+    }  # fmt: skip
+    metadata = {"converted_from": pathlib.PurePath(found.name).name, "conversion": conversion}
+    return Checkpoint(params, config, frontend, json.dumps(metadata))
+
+
+def _fill(
+    state: Mapping[str, np.ndarray], form: Format, config: ASTConfig, has_head: bool, name: str
+) -> tuple[dict[str, Any], dict[str, np.dtype]]:
+    """Return the parameter tree of a state dict, and the dtype of each tensor that is used.
 
     Raises:
         CheckpointError: with sorted lists of the tensors that are missing, unexpected or misshaped.
     """
     from .model import param_shapes
 
-    has_head = any(key.startswith("classifier.") for key in state)
-    prefix = BODY_PREFIX if any(key.startswith(BODY_PREFIX) for key in state) else ""
-    rows = [dataclasses.replace(row, source=prefix + row.source) for row in HUGGING_FACE]
-    shapes = flatten(param_shapes(config))
-    places = _places(rows + list(HUGGING_FACE_HEAD if has_head else ()), config)
-    misshaped, filled = {}, {}
-    for source, (row, layer) in places.items():
+    layers = 1 + max((int(match[1]) for key in state if (match := re.search(r"\.(\d+)\.", f".{key}"))), default=0)
+    if config.num_hidden_layers > 10 * layers + 100:  # nobody wants the list of what is missing
+        raise CheckpointError(f"{name}: expected {config.num_hidden_layers} layers, as its configuration says")
+    shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+    places = form.places(config, has_head)
+    misshaped, filled, dtypes = {}, {}, {}
+    torch_shapes: dict[tuple[Any, Any], tuple[int, ...]] = {}
+    for source, (row, index) in places.items():
         if source not in state:
             continue
-        expected = _torch_shape(row, shapes[row.target].shape, config)
-        if tuple(state[source].shape) != expected:
-            misshaped[source] = (expected, state[source].shape)
+        tensor, key = state[source], (row.target, row.part)
+        if key not in torch_shapes:
+            torch_shapes[key] = _torch_shape(row.turn, shapes[row.target], index, config)
+        expected = torch_shapes[key]
+        if form is VIT and row.target == "embeddings/projection/kernel":
+            expected = (expected[0], 3, *expected[2:])
+        if tensor.shape != expected:
+            misshaped[source] = (expected, tensor.shape)
             continue
-        tensor = widen(state[source])
+        if tensor.dtype not in FLOATS:
+            kinds = ", ".join(sorted(dtype.name for dtype in FLOATS))
+            raise CheckpointError(f"{name}: {source}: expected one of {kinds}, got {tensor.dtype}")
+        dtypes[source] = tensor.dtype
+        tensor = widen(tensor)
         if row.target not in filled:
-            filled[row.target] = np.empty(shapes[row.target].shape, tensor.dtype)
-        where = () if layer is None else (layer,) if row.part is None else _part(row, layer)
-        filled[row.target][where] = row.turn(tensor, config)
-    raise_differences(name, places.keys() - state.keys(), state.keys() - places.keys(), misshaped)
-    return unflatten(filled)
+            filled[row.target] = np.empty(shapes[row.target], tensor.dtype)
+        elif tensor.dtype.itemsize > filled[row.target].dtype.itemsize:
+            filled[row.target] = filled[row.target].astype(tensor.dtype)
+        filled[row.target][index] = row.turn.here(tensor, config)
+    raise_differences(name, places.keys() - state.keys(), state.keys() - places.keys() - form.ignored.keys(), misshaped)
+    return unflatten(filled), dtypes
 
 
-def _places(rows: list[Row], config: ASTConfig) -> dict[str, tuple[Row, int | None]]:
-    """Return {name in the state dict: (row, layer)} with the layers written out."""
-    places: dict[str, tuple[Row, int | None]] = {}
-    for row in rows:
-        if not config.qkv_bias and row.target == "layers/attention/qkv/bias":
-            continue
-        if "{n}" not in row.source:
-            places[row.source] = (row, None)
-            continue
-        for layer in range(config.num_hidden_layers):
-            places[row.source.format(n=layer)] = (row, layer)
-    return places
+def _torch_shape(turn: Turn, shape: tuple[int, ...], index: tuple[Any, ...], config: ASTConfig) -> tuple[int, ...]:
+    """Return the shape that a PyTorch tensor must have for its place."""
+    return turn.there(np.broadcast_to(np.float32(0), shape)[index], config).shape
 
 
-def _part(row: Row, layer: int) -> tuple[Any, ...]:
-    """Return where query, key or value lies: [L, D, 3, H, K] for the kernel, [L, 3, H, K] for the bias."""
-    return (layer, slice(None), row.part) if row.target.endswith("kernel") else (layer, row.part)
+def unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Take away DataParallel's `module.` where every name has it."""
+    if not all(name.startswith("module.") for name in state):
+        return state
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _torch_shape(row: Row, shape: tuple[int, ...], config: ASTConfig) -> tuple[int, ...]:
-    """Return the shape that the PyTorch tensor of a row must have."""
-    if "{n}" in row.source:
-        shape = shape[1:]
-    if row.turn is _token or row.turn is _positions:
-        return (1,) * (3 - len(shape)) + shape
-    if row.turn is _patch_kernel:
-        return (shape[3], shape[2], shape[0], shape[1])
-    if row.turn in (_head_kernel, _out_kernel):
-        return (config.hidden_size, config.hidden_size)
-    if row.turn is _head_bias:
-        return (config.hidden_size,)
-    return shape[::-1] if row.turn is _dense else shape
+def _dtype_record(
+    dtypes: Mapping[str, np.dtype], form: Format, config: ASTConfig, has_head: bool
+) -> dict[str, str | dict[str, str]]:
+    """Return the dtype that most tensors have, and those of others by the names they have when going back."""
+    most = collections.Counter(dtype.name for dtype in dtypes.values()).most_common(1)[0][0]
+    back = going_back(form)
+    names = dict(zip(form.places(config, has_head), back.places(config, has_head), strict=True))
+    others = {names[name]: dtype.name for name, dtype in dtypes.items() if dtype.name != most}
+    return {"dtype": most, "other_dtypes": others}
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, Array]:
-    """Read all tensors of a safetensors file as they are, bfloat16 included; nothing goes to a device.
+def going_back(form: Format) -> Format:
+    """Return the format in which transformers writes what it holds in memory; any other as it is."""
+    return HUGGING_FACE.with_prefix(form.prefix) if form.rows == LIVE.rows else form
 
-    Raises:
-        CheckpointError: damaged or truncated, or a tensor of another kind of number.
-    """
-    from safetensors import SafetensorError, deserialize  # safetensors.numpy refuses bfloat16
 
-    try:
-        entries = deserialize(path.read_bytes())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    for name, entry in entries:
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            expected = ", ".join(SAFETENSORS_DTYPES)
-            raise CheckpointError(f"{path}: {name}: expected one of {expected}, got {entry['dtype']}")
-    return {
-        name: np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries
-    }
+def _config(
+    found: Source,
+    state: Mapping[str, np.ndarray],
+    form: Format,
+    has_head: bool,
+    strides: tuple[int, int] | None,
+    max_length: int | None,
+    notes: list[str],
+) -> ASTConfig:
+    """Return the architecture: from config.json for transformers' names, else from the shapes."""
+    if form.rows in (HUGGING_FACE.rows, LIVE.rows) and found.config is not None:
+        try:
+            return ASTConfig.from_json_dict(found.config)
+        except ValueError as error:
+            raise CheckpointError(f"{pathlib.Path(found.name) / CONFIG_FILE}: {error}") from error
+    config = config_from_shapes(state, form, has_head, found.name, strides, max_length, notes=notes)
+    if form.rows in (HUGGING_FACE.rows, LIVE.rows):
+        notes.append(f"no {CONFIG_FILE}: {config.num_attention_heads} heads of 64 and eps 1e-12 are assumed")
+    return config
+
+
+def _frontend(found: Source, form: Format, config: ASTConfig, notes: list[str]) -> FrontendConfig:
+    """Return the features' settings: from preprocessor_config.json, else the original's or transformers' defaults."""
+    size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
+    if form.rows in (HUGGING_FACE.rows, LIVE.rows) and found.frontend is not None:
+        try:
+            frontend = FrontendConfig.from_json_dict(found.frontend)
+        except ValueError as error:
+            raise CheckpointError(f"{pathlib.Path(found.name) / PREPROCESSOR_FILE}: {error}") from error
+        check_frontend(frontend, config, found.name)
+        return frontend
+    mean, std = ORIGINAL_STATISTICS[527]
+    if form is ORIGINAL:
+        mean, std = ORIGINAL_STATISTICS.get(config.num_labels, (mean, std))
+    notes.append(f"features are normalised with mean {mean:g} and std {std:g}, which the weights do not tell")
+    return FrontendConfig(**size, mean=mean, std=std)
+
+
+def _labelled(config: ASTConfig, has_head: bool, notes: list[str]) -> ASTConfig:
+    """Attach the label set of this size to a classifier that brings no names of its own."""
+    known = label_set_of_size(config.num_labels)
+    unnamed = not config.id2label or config.id2label == config.replace(id2label=()).labels
+    if not (has_head and known and unnamed):
+        return config
+    notes.append(f"the {config.num_labels} labels bring no names; those of {known.name} are attached")
+    return config.replace(id2label=known.labels)

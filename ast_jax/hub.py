@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
-FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "ast_jax.json", "params/*")
+JSON_FILES = ("config.json", "preprocessor_config.json", "ast_jax.json")
+OTHER_FORMATS = ("*.bin", "*.bin.index.json")  # fetched only where there is no safetensors file
 
 
 def download(repo_id: str) -> pathlib.Path:
@@ -18,7 +19,11 @@ def download(repo_id: str) -> pathlib.Path:
     from huggingface_hub import errors
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(FILES)))
+        first = [*JSON_FILES, "params/*", "*.safetensors", "*.safetensors.index.json"]
+        folder = pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=first))
+        if not (any(folder.glob("*.safetensors")) or (folder / "params").is_dir()):
+            folder = pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*first, *OTHER_FORMATS]))
+        return folder
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ValueError(f"{repo_id}: neither a local folder nor a model on the Hub that you may read") from error
     except Exception as error:  # the HTTP client below huggingface_hub has changed, and its exceptions with it

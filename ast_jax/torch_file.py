@@ -1,4 +1,4 @@
-"""State dicts from PyTorch's `.pth` and `.bin` files, without PyTorch and without running what a pickle can run.
+"""State dicts from and to PyTorch's `.pth` and `.bin` files, without PyTorch and without running any pickle's code.
 
 A file that `torch.save` wrote is a zip archive (since PyTorch 1.6) or a row of pickles with raw numbers behind them.
 The pickle says which tensor is which part of which storage. It is walked here one instruction at a time by an
@@ -18,7 +18,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -52,6 +52,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LARGEST_PICKLE = 1 << 23  # names and shapes of some 30,000 tensors; a larger one is no state dict
 EXPANSION = 4  # tensors may overlap and repeat, but hold at most this many times the bytes of the file
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., lengths of its name and of its extra field
+EXTRA_HEADER = struct.Struct("<2sH")  # of a field in it: name and length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _interpret(file: io.BytesIO, used: dict[str, _Storage] | None = None) -> Any
     raise _DamagedError("its pickle has no end")
 
 
-def _expect(value: Any, kind: type) -> Any:
+def _expect(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         raise _DamagedError(
             f"its pickle has a {type(value).__name__} where a {kind.__name__.strip('_').lower()} belongs"
@@ -347,3 +348,46 @@ def _build(name: str, arguments: tuple[Any, ...]) -> Any:
         whole = [_expect(value, int) for value in (offset, *_expect(shape, tuple), *_expect(strides, tuple))]
         return _Tensor(_expect(storage, _Storage), whole[0], tuple(shape), tuple(strides))
     raise _DamagedError(f"its pickle calls {name}")
+
+
+def write_torch_file(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
+    """Write a state dict as `torch.save` does: an ordered dict of tensors, each with a storage of its own.
+
+    The numbers begin at multiples of 64 bytes, so that `torch.load(…, mmap=True)` can use them where they lie.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    names = {dtype: name for name, dtype in STORAGES.items()}
+    ordered_dict = b"ccollections\nOrderedDict\n)R"
+    pickled = [b"\x80\x02", ordered_dict, b"("]
+    for key, (name, array) in enumerate(state.items()):
+        identity = [_text("storage"), f"ctorch\n{names[array.dtype]}\n".encode(), _text(str(key)), _text("cpu"),
+                    _number(array.size)]  # fmt: skip
+        steps = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)]
+        shape, strides = (b"(" + b"".join(map(_number, sizes)) + b"t" for sizes in (array.shape, steps))
+        pickled += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", *identity, b"tQ", _number(0), shape, strides,
+                    b"\x89", ordered_dict, b"tR"]  # fmt: skip
+    root = "archive"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), b"".join([*pickled, b"u."]))
+        archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
+        for key, array in enumerate(state.values()):
+            entry = zipfile.ZipInfo(f"{root}/data/{key}")
+            place = archive.fp.tell() + LOCAL_HEADER.size + len(entry.filename) + EXTRA_HEADER.size
+            padding = -place % 64
+            entry.extra = EXTRA_HEADER.pack(b"FB", padding) + bytes(padding)
+            little = np.ascontiguousarray(array, array.dtype)
+            archive.writestr(entry, little.view(np.uint8).reshape(-1).data if little.size else b"")
+        archive.writestr(zipfile.ZipInfo(f"{root}/version"), b"3\n")
+
+
+def _text(value: str) -> bytes:
+    """Return the pickle instruction that puts a text."""
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _number(value: int) -> bytes:
+    """Return the pickle instruction that puts a number of up to 63 bits."""
+    return b"\x8a\x08" + struct.pack("<q", value)

@@ -1,0 +1,144 @@
+"""Names of classes in index order: the three label sets that come with the package, and label files of users.
+
+`label_sets/LICENSES.md` says where the sets come from and whose index order each has.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+_FOLDER = pathlib.Path(__file__).parent / "label_sets"
+LABEL_SETS = {  # name: its file, and the problem type of models trained on it
+    "audioset": ("audioset.csv", "multi_label_classification"),
+    "speech-commands": ("speech_commands.txt", "single_label_classification"),
+    "esc50": ("esc50.txt", "single_label_classification"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSet:
+    """The classes of a data set.
+
+    Args:
+        name: a key of `LABEL_SETS`.
+        labels: names of the classes in index order.
+        problem_type: "multi_label_classification", or "single_label_classification" where a sound has one class.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    problem_type: str
+
+
+@functools.cache
+def label_set(name: str) -> LabelSet:
+    """Return a label set that comes with the package.
+
+    Args:
+        name: "audioset" (527 classes), "speech-commands" (35) or "esc50" (50).
+
+    Raises:
+        ValueError: there is no such set.
+    """
+    if name not in LABEL_SETS:
+        raise ValueError(f"label set: expected one of {', '.join(LABEL_SETS)}, got {name!r}")
+    file, problem_type = LABEL_SETS[name]
+    return LabelSet(name, read_labels(_FOLDER / file), problem_type)
+
+
+def label_set_of_size(num_labels: int) -> LabelSet | None:
+    """Return the label set with so many classes (527, 35, 50), None where there is none."""
+    return next((found for found in map(label_set, LABEL_SETS) if len(found.labels) == num_labels), None)
+
+
+@functools.cache
+def audioset_mids() -> tuple[str, ...]:
+    """Return AudioSet's identifiers, such as "/m/09x0r" for speech, in the order of `label_set("audioset").labels`."""
+    return tuple(row["mid"] for row in _csv_rows(_FOLDER / LABEL_SETS["audioset"][0]))
+
+
+def read_labels(path: str | pathlib.Path) -> tuple[str, ...]:
+    """Read the names of classes, in index order and without the white space around them.
+
+    The file's ending tells its format; all are UTF-8:
+      .json  a list of names, or an object with a name for each index "0" to "n-1", Hugging Face's `id2label`
+      .csv   a column `display_name`, and `index`, where there is one, from 0 to n-1 in this order: the
+             `class_labels_indices.csv` of AudioSet and of the original AST repository
+      other  a name a line; blank lines are skipped
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no such file, has no names, or has a name twice; the message has what was expected and came.
+    """
+    path = pathlib.Path(path)
+    ending = path.suffix.lower()
+    try:
+        if ending == ".json":
+            names = _json_names(path)
+        elif ending == ".csv":
+            names = [row["display_name"] for row in _csv_rows(path)]
+        else:
+            with path.open(encoding="utf-8-sig") as file:
+                names = [line for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected names of classes in UTF-8, got another encoding ({error})") from error
+    if not names:
+        raise ValueError(f"{path}: expected names of classes, got none")
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{path}: expected a name for class {index}, got {name!r}")
+    labels = tuple(name.strip() for name in names)
+    name, count = collections.Counter(labels).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{path}: expected each name once, got {count} of {name!r}")
+    return labels
+
+
+def _json_names(path: pathlib.Path) -> list[Any]:
+    """Return what stands for the names in a JSON list or an `id2label`, in index order."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON ({error})") from error
+    if isinstance(content, dict):
+        indices = [str(index) for index in range(len(content))]
+        if content.keys() != set(indices):
+            odd = next(key for key in content if key not in indices)
+            raise ValueError(f"{path}: expected the indices 0 to {len(content) - 1} as keys, got {odd!r}")
+        return [content[index] for index in indices]
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{path}: expected a list of names or an object with a name for each index, got {type(content).__name__}"
+        )
+    return content
+
+
+def _csv_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a column `display_name`, its indices checked."""
+    rows: list[dict[str, str]] = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            if "display_name" not in header or len(set(header)) != len(header):
+                raise ValueError(f"{path}: expected a column display_name, each column once, got {','.join(header)!r}")
+            for values in filter(None, reader):  # blank lines are skipped
+                where = f"{path}, line {reader.line_num}"
+                if len(values) != len(header):
+                    raise ValueError(
+                        f"{where}: expected {len(header)} fields as in the header, got {len(values)};"
+                        " names with commas stand in quotation marks"
+                    )
+                row = dict(zip(header, values, strict=True))
+                if row.get("index", str(len(rows))).strip() != str(len(rows)):
+                    raise ValueError(f"{where}: expected index {len(rows)}, got {row['index']!r}")
+                rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: expected CSV ({error})") from error
+    return rows

@@ -1,0 +1,186 @@
+"""Parameters back to PyTorch checkpoints: a folder that transformers loads, or a file that the original class loads.
+
+Every tensor goes back with the bits that it came with. What the target cannot say raises, or is reported with its
+effect.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import CONFIG_FILE, Checkpoint, check_params, flatten
+from .config import ASTConfig
+from .convert import FLOATS
+from .features import PREPROCESSOR_FILE
+from .files import whole_file, whole_folder, write_text
+from .formats import HF_PREFIX, HUGGING_FACE, IMAGENET_HEADS, ORIGINAL, Format
+from .sources import SAFETENSORS
+from .torch_file import write_torch_file
+
+TARGETS = ("huggingface", "original")
+# Width and heads of the sizes that the original's class knows; all have 12 layers and an MLP of four times the width.
+ORIGINAL_SIZES = {(192, 3): "tiny224", (384, 6): "small224", (768, 12): "base384"}
+IMAGENET_CLASSES = 1000
+
+
+def to_torch(
+    checkpoint: Checkpoint, destination: str | os.PathLike[str], *, format: str = "huggingface"
+) -> tuple[str, ...]:
+    """Write a PyTorch checkpoint; no PyTorch needed.
+
+    Args:
+        checkpoint: what to write.
+        destination: for "huggingface" a new or empty folder, which `transformers` loads: `model.safetensors`,
+            `config.json`, `preprocessor_config.json`. For "original" a file that ends in `.pth`: the state dict of the
+            original repository's class in `torch.nn.DataParallel`, as its scripts load it.
+        format: "huggingface" or "original".
+
+    Returns:
+        What the format cannot say, a line each, with its effect.
+
+    Raises:
+        ValueError: the model cannot be said in that format at all, or `destination` is in use.
+        OSError: the files cannot be written.
+    """
+    if format not in TARGETS:
+        raise ValueError(f"format: expected one of {', '.join(TARGETS)}, got {format!r}")
+    destination = pathlib.Path(destination)
+    check_params(checkpoint.params, checkpoint.config, str(destination))
+    if format == "original":
+        return _write_original(checkpoint, destination)
+    return _write_hugging_face(checkpoint, destination)
+
+
+def state_dict(checkpoint: Checkpoint, form: Format) -> dict[str, np.ndarray]:
+    """Return the tensors of a checkpoint with a format's names, each with the dtype it came with.
+
+    A tensor that has changed since, and no longer fits the half precision it came with, stays as it is.
+    """
+    conversion = checkpoint.metadata.get("conversion", {})
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(checkpoint.params).items()}
+    state = {}
+    for name, (row, index) in form.places(checkpoint.config, "classifier" in checkpoint.params).items():
+        tensor = row.turn.there(leaves[row.target][index], checkpoint.config)
+        dtype = conversion.get("other_dtypes", {}).get(name, conversion.get("dtype", tensor.dtype.name))
+        state[name] = _narrowed(tensor, _DTYPES[dtype])
+    return state
+
+
+_DTYPES = {dtype.name: dtype for dtype in FLOATS}
+
+
+def _narrowed(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return a tensor in another dtype where that keeps every bit, else as it is."""
+    with np.errstate(over="ignore"):
+        other = tensor.astype(dtype, copy=False)
+    return other if np.array_equal(other.astype(tensor.dtype, copy=False), tensor, equal_nan=True) else tensor
+
+
+def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[str, ...]:
+    """Write a folder that transformers loads."""
+    from safetensors.numpy import save_file  # it writes bfloat16, which it does not read
+
+    config, notes = checkpoint.config, []
+    if config.patch_shape[0] != config.patch_shape[1]:
+        raise ValueError(f"transformers has square patches only, the model has {config.patch_shape}")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder, got one that is in use")
+    has_head = "classifier" in checkpoint.params
+    if has_head and config.head_eps != config.layer_norm_eps:
+        notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, config.layer_norm_eps, "transformers"))
+    state = state_dict(checkpoint, HUGGING_FACE.with_prefix(HF_PREFIX if has_head else ""))
+    values = config.to_json_dict()
+    values["architectures"] = ["ASTForAudioClassification" if has_head else "ASTModel"]
+    kinds = {tensor.dtype for tensor in state.values()}
+    kind = kinds.pop().name if len(kinds) == 1 else "float32"
+    for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
+        if values.get(key) not in (None, kind):
+            values[key] = kind
+    with whole_folder(folder) as new:
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
+        with whole_file(new / SAFETENSORS) as file:  # safetensors makes files private
+            save_file(whole, file, {"format": "pt"})
+        for name, content in ((CONFIG_FILE, values), (PREPROCESSOR_FILE, checkpoint.frontend.to_json_dict())):
+            write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return tuple(notes)
+
+
+def _write_original(checkpoint: Checkpoint, path: pathlib.Path) -> tuple[str, ...]:
+    """Write a state dict that the original repository's class loads."""
+    config = checkpoint.config
+    if path.suffix != ".pth":
+        raise ValueError(f"{path}: expected a name that ends in .pth, which is what the original repository loads")
+    if path.exists():
+        raise ValueError(f"{path}: expected a new file, got one that is there already")
+    size = _original_size(config)
+    if "classifier" not in checkpoint.params:
+        raise ValueError("the original's class has a classifier, the model has none; give it one with --num-labels")
+    eps, head_eps = ORIGINAL.eps
+    notes = []
+    if config.layer_norm_eps != eps:
+        notes.append(_eps_note("every LayerNorm of the body", config.layer_norm_eps, eps, "the original"))
+    if config.head_eps != head_eps:
+        notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, head_eps, "the original"))
+    if not config.qkv_bias:
+        notes.append("query, key and value have no bias, the original's have: written as zeros, which is the same")
+    with_bias = config.replace(qkv_bias=True)
+    state = state_dict(checkpoint.replace(params=_with_qkv_bias(checkpoint.params), config=with_bias), ORIGINAL)
+    dtype = state["v.pos_embed"].dtype
+    for name in IMAGENET_HEADS:
+        shape = (IMAGENET_CLASSES, config.hidden_size) if name.endswith("weight") else (IMAGENET_CLASSES,)
+        state[f"v.{name}"] = np.zeros(shape, dtype)
+    notes.append("the two ImageNet classifiers, which the original's class has and does not use, are zeros")
+    notes.append(
+        f"the file holds tensors alone; make the class with label_dim={config.num_labels}, "
+        f"fstride={config.frequency_stride}, tstride={config.time_stride}, input_fdim={config.num_mel_bins}, "
+        f"input_tdim={config.max_length}, model_size={size!r}, normalise with mean {checkpoint.frontend.mean} and "
+        f"std {checkpoint.frontend.std}, and keep the labels elsewhere"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as new:
+        write_torch_file(new, {f"module.{name}": tensor for name, tensor in state.items()})
+    return tuple(notes)
+
+
+def _original_size(config: ASTConfig) -> str:
+    """Return what the original calls a model of this size.
+
+    Raises:
+        ValueError: its class has no such model.
+    """
+    size = ORIGINAL_SIZES.get((config.hidden_size, config.num_attention_heads))
+    fixed = {"num_hidden_layers": 12, "intermediate_size": 4 * config.hidden_size, "hidden_act": "gelu",
+             "patch_shape": (16, 16)}  # fmt: skip
+    wrong = [f"{name} {getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]
+    if size is None:
+        wrong.insert(0, f"width {config.hidden_size} with {config.num_attention_heads} heads")
+    if wrong:
+        raise ValueError(
+            "the original's class has 12 layers of width 192, 384 or 768 with heads of 64, an MLP of four times the "
+            f"width, exact GELU and patches of 16 x 16; the model has {', '.join(wrong)}"
+        )
+    return size
+
+
+def _with_qkv_bias(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return params in which query, key and value have a bias: their own or zeros."""
+    qkv = params["layers"]["attention"]["qkv"]
+    layers, _, three, heads, width = np.shape(qkv["kernel"])
+    zeros = np.zeros((layers, three, heads, width), np.asarray(qkv["kernel"]).dtype)
+    attention = {**params["layers"]["attention"], "qkv": {"bias": zeros, **qkv}}
+    return {**params, "layers": {**params["layers"], "attention": attention}}
+
+
+def _eps_note(where: str, ours: float, theirs: float, target: str) -> str:
+    """Say what another eps does: LayerNorm divides by sqrt(variance + eps)."""
+    effect = abs(ours - theirs) / 2
+    return (
+        f"eps of {where} is {ours:g} here and {theirs:g} in {target}: its output changes by {effect:.1g} of its size "
+        "where the variance of its input is 1, and by more in proportion where that is less"
+    )
