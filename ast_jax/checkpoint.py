@@ -78,15 +78,8 @@ def shipped_models() -> list[str]:
     return sorted(path.name for path in SHIPPED.iterdir() if (path / FORMAT_FILE).is_file()) if SHIPPED.is_dir() else []
 
 
-def save(
-    folder: str | os.PathLike[str], checkpoint: Checkpoint, *, extra: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a checkpoint folder, whole or not at all; a checkpoint already there is replaced.
-
-    Args:
-        folder: where to.
-        checkpoint: what.
-        extra: content of further JSON files in the folder, by their names.
 
     Raises:
         ValueError: the params or the frontend do not fit the config, or `folder` holds something else than a
@@ -110,7 +103,6 @@ def save(
             (CONFIG_FILE, checkpoint.config.to_json_dict()),
             (PREPROCESSOR_FILE, checkpoint.frontend.to_json_dict()),
             (FORMAT_FILE, description),
-            *(extra or {}).items(),
         ):
             write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

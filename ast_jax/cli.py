@@ -46,6 +46,23 @@ class ProblemType(enum.StrEnum):
     multi_label = "multi_label_classification"
 
 
+class Target(enum.StrEnum):
+    """What `convert` writes."""
+
+    ast_jax = "ast-jax"
+    huggingface = "huggingface"
+    original = "original"
+
+
+_SIZE = ("max_length", "num_mel_bins", "frequency_stride", "time_stride")
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=16, help="Another input length, frames of 10 ms.")]
+NumMelBins = Annotated[int | None, typer.Option("--num-mel-bins", min=16, help="Another number of mel bins.")]
+FrequencyStride = Annotated[
+    int | None, typer.Option("--frequency-stride", min=1, help="Another step between patches in mel bins.")
+]
+TimeStride = Annotated[int | None, typer.Option("--time-stride", min=1, help="Another step between patches in frames.")]
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and a non-zero exit."""
     for stream in (sys.stdout, sys.stderr):
@@ -163,18 +180,116 @@ def _result_json(result: Any) -> dict[str, Any]:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder with safetensors, or a Hub id.")],
-    destination: Annotated[pathlib.Path, typer.Argument(metavar="DST", help="The checkpoint folder to write.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Hugging Face folder, file of PyTorch weights (.safetensors, .bin, .pth), Hub id, or checkpoint.",
+        ),
+    ],
+    destination: Annotated[
+        pathlib.Path, typer.Argument(metavar="DST", help="The folder to write; for --to original a .pth file.")
+    ],
+    to: Annotated[Target, typer.Option("--to", help="What to write.")] = Target.ast_jax,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Turn every tensor back and compare; where PyTorch is installed, also run its model beside ours, layer "
+            "by layer. The table goes into DST/verification.json too.",
+        ),
+    ] = False,
+    max_length: MaxLength = None,
+    num_mel_bins: NumMelBins = None,
+    frequency_stride: FrequencyStride = None,
+    time_stride: TimeStride = None,
+    num_labels: Annotated[
+        int | None, typer.Option("--num-labels", min=1, help="Another number of labels: a new classifier.")
+    ] = None,
+    labels: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "--labels",
+            help="File of label names for a new classifier: a name a line, JSON, or class_labels_indices.csv.",
+        ),
+    ] = None,
+    mean: Annotated[float | None, typer.Option("--mean", help="Mean of the features, where SRC has none.")] = None,
+    std: Annotated[float | None, typer.Option("--std", help="Their standard deviation.")] = None,
+    source_strides: Annotated[
+        tuple[int, int] | None,
+        typer.Option("--source-strides", help="Strides of SRC (frequency, time), where its shapes fit several."),
+    ] = None,
+    source_max_length: Annotated[
+        int | None, typer.Option("--source-max-length", min=1, help="Frames of SRC's input, likewise.")
+    ] = None,
 ) -> None:
-    """Convert a PyTorch checkpoint to a checkpoint folder of ast_jax; no PyTorch needed."""
-    with _user_errors():
-        from .checkpoint import load, save
-        from .model import num_params
+    """Convert a PyTorch checkpoint to a checkpoint folder of ast_jax, or back; no PyTorch needed.
 
-        checkpoint = load(source)
-        config = checkpoint.config
-        save(destination, checkpoint.replace(config=config.replace(problem_type=config.resolved_problem_type)))
+    Every tensor is used or named with the reason why not. Another input fits the position embeddings to it: cut from
+    the middle or interpolated, as the original does.
+    """
+    with _user_errors():
+        from . import adapt
+        from . import checkpoint as checkpoints
+        from . import convert as converter
+        from .files import write_text
+        from .labels import read_labels
+        from .model import num_params
+        from .revert import to_torch
+        from .sources import read_source
+        from .verify import VERIFICATION_FILE, read_back, verify
+
+        changes = dict(zip(_SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
+        changes |= {"num_labels": num_labels, "labels": read_labels(labels) if labels else None}
+        path, proof, told = checkpoints.resolve(source), None, 0
+        if checkpoints.is_own(path):
+            if source_strides or source_max_length:
+                _wrong_usage("--source-strides, --source-max-length: SRC is a checkpoint of ast_jax and has its own")
+            checkpoint = checkpoints.load(path)
+            told = len(_conversion_lines(checkpoint.metadata))
+            checkpoint = adapt.resize(checkpoint, **changes)
+        else:
+            found = read_source(path)
+            checkpoint = converter.convert(found, None, source_strides, source_max_length)
+            proof = verify(found, checkpoint) if check else None
+            checkpoint = converter.adapt(checkpoint, **changes)
+        statistics = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+        config = checkpoint.config.replace(problem_type=checkpoint.config.resolved_problem_type)
+        checkpoint = checkpoint.replace(config=config, frontend=checkpoint.frontend.replace(**statistics))
+        if proof is not None and not proof.passed:
+            print(proof, flush=True)
+            raise ValueError(f"{source}: does not give the same numbers after conversion; nothing was written")
+        notes: tuple[str, ...] = ()
+        if to is Target.ast_jax:
+            checkpoints.save(destination, checkpoint)
+        else:
+            notes = to_torch(checkpoint, destination, format=to.value)
         print(f"{destination}: {num_params(checkpoint.params):,} parameters, {config.num_labels} labels")
+        for line in _conversion_lines(checkpoint.metadata)[told:]:
+            print(f"  {_one_line(line)}")
+        for note in notes:
+            print(f"  note: {note}")
+        if check:
+            count = read_back(destination, checkpoint)
+            print(f"{count} arrays written and read back: none different")
+        if proof is not None:
+            print(proof)
+            if destination.is_dir():
+                write_text(destination / VERIFICATION_FILE, json.dumps(proof.to_json_dict(), indent=2) + "\n")
+
+
+def _conversion_lines(metadata: dict[str, Any]) -> list[str]:
+    """Return what a conversion found, a line each."""
+    conversion = metadata.get("conversion")
+    lines = []
+    if conversion:
+        lines.append(f"{metadata['converted_from']}: {conversion['format']}, {conversion['dtype']}")
+        lines.append(f"tensors: {conversion['tensors']} used, {len(conversion['ignored'])} passed over")
+        for reason in sorted(set(conversion["ignored"].values())):
+            names = (name for name, why in conversion["ignored"].items() if why == reason)
+            lines.append(f"passed over: {', '.join(names)}: {reason}")
+        lines += [f"note: {note}" for note in conversion["notes"]]
+    return lines + [f"changed: {change}" for change in metadata.get("adapted", [])]
 
 
 @app.command()
@@ -246,9 +361,10 @@ def finetune(
         str | None,
         typer.Option("--architecture", help="From scratch: tiny (default), small, base, or a config.json."),
     ] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=16, help="From scratch: input length in frames of 10 ms.")
-    ] = None,
+    max_length: MaxLength = None,
+    num_mel_bins: NumMelBins = None,
+    frequency_stride: FrequencyStride = None,
+    time_stride: TimeStride = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output after its last saved epoch.")
     ] = False,
@@ -297,14 +413,15 @@ def finetune(
         "time_mask": time_mask, "frequency_shift": frequency_shift, "time_shift": time_shift, "noise": noise,
         "ramp_epochs": ramp_epochs, "ema": ema, "teacher_weight": teacher_weight, "seed": seed,
     }  # fmt: skip
+    size = dict(zip(_SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
     start = {
-        "init": init, "architecture": architecture, "max_length": max_length,
+        "init": init, "architecture": architecture, **size,
         "problem_type": problem_type.value if problem_type else None, "teacher": teacher,
     }  # fmt: skip
     if data is None and not resume:
         _wrong_usage("finetune: expected DATA, a folder per class or a CSV, got none")
-    if init and (architecture or max_length):
-        _wrong_usage("--init: brings its own architecture and length; leave out --architecture and --max-length")
+    if init and architecture:
+        _wrong_usage("--init: brings its own architecture; leave out --architecture")
     with _user_errors():
         _need_train_extra()
         from . import finetune as loop
@@ -324,8 +441,8 @@ def finetune(
             else:
                 best = loop.start(
                     data, output, training,
-                    architecture=_architecture(architecture or "tiny", max_length),
-                    initial=load(init) if init else None,
+                    architecture=_architecture(architecture or "tiny", size),
+                    initial=load(init, **size) if init else None,
                     problem_type=start["problem_type"],
                     teacher=teacher,
                 )  # fmt: skip
@@ -339,18 +456,20 @@ def finetune(
 
 def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]) -> None:
     """Say which of the options given together with --resume (None: not given) the run was not started with."""
-    has = {**vars(run.training), "max_length": run.config.max_length, "problem_type": run.config.problem_type}
+    size = {name: getattr(run.config, name) for name in _SIZE}
+    has = {**vars(run.training), **size, "problem_type": run.config.problem_type}
     if asked["teacher"]:
         names = asked["teacher"], str(pathlib.Path(asked["teacher"]).absolute())
         has["teacher"] = asked["teacher"] if run.teacher in names else None
     if asked["architecture"]:
         own = {name: getattr(run.config, name) for name in ("num_labels", "id2label", "problem_type")}
-        same = _architecture(asked["architecture"], run.config.max_length).replace(**own) == run.config
+        same = _architecture(asked["architecture"], size).replace(**own) == run.config
         has["architecture"] = asked["architecture"] if same else None
     if asked["init"]:
         from .checkpoint import load
 
-        has["init"] = asked["init"] if load(asked["init"]).metadata == run.metadata.get("trained_from") else None
+        same = load(asked["init"], **size).metadata == run.metadata.get("trained_from")
+        has["init"] = asked["init"] if same else None
     wrong = sorted(_option(name) for name, value in asked.items() if value is not None and value != has[name])
     if wrong:
         _wrong_usage(
@@ -364,8 +483,8 @@ def _option(name: str, *message: str) -> str:
     return ":".join([f"--{name.replace('_', '-')}", *message])
 
 
-def _architecture(name: str, max_length: int | None) -> Any:
-    """Return the `ASTConfig` of a preset or of a `config.json`."""
+def _architecture(name: str, size: dict[str, int | None]) -> Any:
+    """Return the `ASTConfig` of a preset or of a `config.json`, with the input that is asked for."""
     from .checkpoint import read_config
     from .config import PRESETS, ASTConfig
 
@@ -375,7 +494,7 @@ def _architecture(name: str, max_length: int | None) -> Any:
         config = read_config(ASTConfig, pathlib.Path(name))
     else:
         _wrong_usage(f"--architecture: expected {', '.join(PRESETS)} or a config.json, got {name!r}")
-    return config.replace(max_length=max_length) if max_length else config
+    return config.replace(**{name: value for name, value in size.items() if value is not None})
 
 
 def _need_train_extra() -> None:

@@ -77,8 +77,13 @@ def from_torch(
 
 def adapt(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
     """Return what `convert` gave with the input and labels asked for; an ImageNet model always becomes an AST."""
-    start = AST_INPUT if checkpoint.metadata["conversion"]["format"] == VIT.name else {}
+    start = AST_INPUT if started_from_pictures(checkpoint) else {}
     return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
+
+
+def started_from_pictures(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an ImageNet model's, made to start from: it has heard nothing yet."""
+    return checkpoint.metadata.get("conversion", {}).get("format") == VIT.name
 
 
 def convert(

@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import data, distill, model, train
 from .checkpoint import Checkpoint, load, restore_numpy, save
 from .config import ASTConfig, FrontendConfig
+from .convert import started_from_pictures
 from .files import remove_scratch, sole_use, whole_folder, write_text
 from .metrics import evaluate_logits
 
@@ -139,13 +140,14 @@ def start(
     config = (initial.config if initial else architecture or ASTConfig()).replace(
         num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind
     )
+    heard = initial is not None and not started_from_pictures(initial)
     drawn = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
-    frontend = initial.frontend if initial else drawn
+    frontend = initial.frontend if heard else drawn
     used = dataset.splits["train"] + dataset.splits["validation"]
     if longer := data.check_headers(used, frontend):
         say(f"{longer} of {len(used)} sounds are longer than the model's input: their first {frontend.max_seconds:.2f} "
             "s are used")  # fmt: skip
-    if not initial:
+    if not heard:
         mean, std = data.statistics(dataset.splits["train"], frontend)
         frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
         say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")

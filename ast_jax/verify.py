@@ -1,0 +1,266 @@
+"""Proof of a conversion: every tensor turned back and compared and, where PyTorch is there, both models side by side.
+
+The reference is transformers for its own checkpoints. For those of the original repository, and for the vision
+transformers that it starts from, it is the forward pass below, in PyTorch and by PyTorch's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from .checkpoint import Checkpoint, CheckpointError, flatten, is_own, load, widen
+from .convert import convert, going_back, unwrapped
+from .formats import ORIGINAL, VIT, Format, detect
+from .model import apply, encode
+from .revert import state_dict
+from .sources import Source, read_source
+
+# Of the largest value of a stage. Rounding in float32 adds up to some 1e-5 over twelve layers; a tensor in a wrong
+# place or turned wrongly moves the logits by about their own size.
+TOLERANCE = 1e-3
+SEED = 0
+VERIFICATION_FILE = "verification.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What two models make of the same input at one place: differences are absolute.
+
+    Attributes:
+        name: "embeddings", "layer 1" and so on, "norm", "pooled", "logits".
+        largest_difference: over all its numbers.
+        mean_difference: likewise.
+        largest_value: of the reference, to compare with.
+    """
+
+    name: str
+    largest_difference: float
+    mean_difference: float
+    largest_value: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is rounding."""
+        return self.largest_difference <= TOLERANCE * self.largest_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """The outcome of `verify`.
+
+    Attributes:
+        tensors: how many were turned back and compared, bit for bit.
+        different: the names of those that did not come back as they were.
+        summed: the names of those that have no way back (an ImageNet kernel, summed over its colours).
+        reference: what ran beside our model, or why nothing did.
+        stages: from the embeddings to the logits; empty where nothing ran beside our model.
+    """
+
+    tensors: int
+    different: tuple[str, ...]
+    summed: tuple[str, ...]
+    reference: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every tensor came back and every stage agrees."""
+        return not self.different and all(stage.passed for stage in self.stages)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return all of it for JSON."""
+        return {**dataclasses.asdict(self), "tolerance": TOLERANCE, "passed": self.passed}
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = [f"{self.tensors} tensors turned back: {len(self.different) or 'none'} different"]
+        lines += [f"  {name} is different" for name in self.different]
+        lines += [f"  {name} has no way back: summed over its colours" for name in self.summed]
+        lines += [f"reference: {self.reference}"]
+        if self.stages:
+            lines += [f"{'stage':<12}{'largest difference':>20}{'mean difference':>18}{'largest value':>16}"]
+        lines += [
+            f"{stage.name:<12}{stage.largest_difference:>20.2e}{stage.mean_difference:>18.2e}"
+            f"{stage.largest_value:>16.4g}{'' if stage.passed else '  DIFFERS'}"
+            for stage in self.stages
+        ]
+        return "\n".join(lines)
+
+
+def verify(source: Source, checkpoint: Checkpoint) -> Verification:
+    """Compare a source with what `convert` made of it, before its input or labels are changed.
+
+    Both models run in float32 on the CPU on one spectrogram of normal noise.
+    """
+    state = unwrapped(source.state)
+    form = detect(state)
+    back = state_dict(checkpoint, going_back(form))
+    has_head = "classifier" in checkpoint.params
+    names = dict(
+        zip(
+            form.places(checkpoint.config, has_head),
+            going_back(form).places(checkpoint.config, has_head),
+            strict=True,
+        )
+    )
+    summed = tuple(name for name, other in names.items() if state[name].shape != back[other].shape)
+    different = tuple(
+        name
+        for name, other in names.items()
+        if name not in summed
+        and (
+            state[name].dtype != back[other].dtype
+            or np.ascontiguousarray(state[name]).tobytes() != np.ascontiguousarray(back[other]).tobytes()
+        )
+    )
+    try:
+        run, reference = _reference(form)
+    except ImportError as error:
+        reason = f"none: {error.name or error} is not installed or cannot be imported here"
+        return Verification(len(names) - len(summed), different, summed, reason, ())
+    config = checkpoint.config
+    spec = np.random.default_rng(SEED).standard_normal((1, config.max_length, config.num_mel_bins), np.float32)
+    theirs = dict(run(source, state, form, checkpoint, spec))
+    ours = _our_stages(checkpoint, spec)
+    stages = tuple(_stage(name, ours[name], theirs[name]) for name in theirs)
+    return Verification(len(names) - len(summed), different, summed, reference, stages)
+
+
+def read_back(destination: str | os.PathLike[str], checkpoint: Checkpoint) -> int:
+    """Compare what was written with what should have been; return the number of arrays.
+
+    Raises:
+        CheckpointError: an array is another one.
+    """
+    wanted = flatten(checkpoint.params)
+    path = pathlib.Path(destination)
+    if is_own(path):
+        got = load(path).params
+    else:
+        # The original's file has no config, and always a bias of query, key and value.
+        config = None if path.is_dir() else checkpoint.config.replace(qkv_bias=True)
+        got = convert(read_source(path), config).params
+    flat = flatten(got)
+    wrong = sorted(name for name in wanted if not np.array_equal(wanted[name], flat[name], equal_nan=True))
+    if wrong:
+        raise CheckpointError(f"{destination}: expected what was written, read others back: {', '.join(wrong)}")
+    return len(wanted)
+
+
+def _stage(name: str, ours: Any, theirs: Any) -> Stage:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    difference = np.abs(ours - theirs)
+    return Stage(name, float(difference.max()), float(difference.mean()), float(np.abs(theirs).max()))
+
+
+def _our_stages(checkpoint: Checkpoint, spec: np.ndarray) -> dict[str, Any]:
+    """Return what each stage of our model makes of a spectrogram."""
+    params, config = checkpoint.params, checkpoint.config
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        out = jax.jit(encode, static_argnames=("config", "output_hidden_states"))(
+            params, spec, config=config, output_hidden_states=True
+        )
+        stages = _named(out.hidden_states, out.last_hidden_state, out.pooler_output)
+        if "classifier" in params:
+            stages["logits"] = jax.jit(apply, static_argnames="config")(params, spec, config=config)
+    return stages
+
+
+def _named(hidden: Any, normed: Any, pooled: Any) -> dict[str, Any]:
+    """Give the stages of the body their names."""
+    names = ["embeddings", *(f"layer {index}" for index in range(1, len(hidden)))]
+    return {**dict(zip(names, hidden, strict=True)), "norm": normed, "pooled": pooled}
+
+
+def _reference(form: Format) -> tuple[Any, str]:
+    """Return the function that runs the reference, and what it is.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import torch
+
+    if form.rows in (ORIGINAL.rows, VIT.rows):
+        return _original_stages, f"the original's forward pass, torch {torch.__version__}"
+    import transformers
+
+    return _transformers_stages, f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+
+def _transformers_stages(
+    source: Source, state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray
+) -> Iterator[tuple[str, Any]]:
+    """Yield the stages of transformers' model, which finds its tensors by its own means."""
+    import torch
+    import transformers
+
+    kind = transformers.ASTForAudioClassification if "classifier" in checkpoint.params else transformers.ASTModel
+    values = dict(source.config or checkpoint.config.to_json_dict())
+    config = transformers.ASTConfig.from_dict({**values, "dtype": "float32"})
+    tensors = {name: _tensor(array) for name, array in state.items()}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    with torch.no_grad():
+        body = model.audio_spectrogram_transformer if hasattr(model, "classifier") else model
+        out = body(torch.from_numpy(spec), output_hidden_states=True)
+        yield from _named(out.hidden_states, out.last_hidden_state, out.pooler_output).items()
+        if hasattr(model, "classifier"):
+            yield "logits", model.classifier(out.pooler_output)
+
+
+def _original_stages(
+    source: Source, state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray
+) -> Iterator[tuple[str, Any]]:
+    """Yield the stages of the original's class (paper section 2); a picture gets the spectrogram in all its colours."""
+    import torch
+    from torch.nn import functional
+
+    config, (eps, head_eps) = checkpoint.config, form.eps
+    tensors = {name.removeprefix(form.prefix): _tensor(array) for name, array in state.items()}
+
+    def pair(name: str) -> tuple[Any, Any]:
+        return tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+
+    def norm(x: Any, name: str, eps: float) -> Any:
+        return functional.layer_norm(x, x.shape[-1:], *pair(name), eps)
+
+    with torch.no_grad():
+        kernel, bias = pair("patch_embed.proj")
+        image = torch.from_numpy(spec).transpose(1, 2)[:, None].expand(-1, kernel.shape[1], -1, -1)
+        strides = (config.frequency_stride, config.time_stride)
+        patches = functional.conv2d(image, kernel, bias, strides).flatten(2).transpose(1, 2)
+        x = torch.cat([tensors["cls_token"], tensors["dist_token"], patches], 1) + tensors["pos_embed"]
+        hidden = [x]
+        for layer in range(config.num_hidden_layers):
+            block = f"blocks.{layer}"
+            qkv = functional.linear(norm(x, f"{block}.norm1", eps), *pair(f"{block}.attn.qkv"))
+            query, key, value = qkv.unflatten(-1, (3, config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = x + functional.linear(attended, *pair(f"{block}.attn.proj"))
+            wide = functional.gelu(functional.linear(norm(x, f"{block}.norm2", eps), *pair(f"{block}.mlp.fc1")))
+            x = x + functional.linear(wide, *pair(f"{block}.mlp.fc2"))
+            hidden.append(x)
+        normed = norm(x, "norm", eps)
+        pooled = normed[:, :2].mean(1)
+        yield from _named(hidden, normed, pooled).items()
+        if "mlp_head.0.weight" in tensors:
+            yield "logits", functional.linear(norm(pooled, "mlp_head.0", head_eps), *pair("mlp_head.1"))
+
+
+def _tensor(array: np.ndarray) -> Any:
+    """Return a float32 copy of an array for PyTorch."""
+    import torch
+
+    return torch.from_numpy(np.array(widen(array), np.float32))
