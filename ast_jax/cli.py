@@ -195,8 +195,8 @@ def convert(
         bool,
         typer.Option(
             "--verify",
-            help="Turn every tensor back and compare; where PyTorch is installed, also run its model beside ours, layer "
-            "by layer. The table goes into DST/verification.json too.",
+            help="Turn every tensor back and compare; where PyTorch is installed, also run its model beside ours, "
+            "layer by layer. The table goes into DST/verification.json too.",
         ),
     ] = False,
     max_length: MaxLength = None,

@@ -7,6 +7,7 @@ is filled exactly once; otherwise the source is refused.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import json
 import pathlib
 import re
@@ -28,7 +29,7 @@ from .checkpoint import (
 )
 from .config import ASTConfig, FrontendConfig
 from .features import PREPROCESSOR_FILE
-from .formats import HUGGING_FACE, LIVE, ORIGINAL, VIT, Format, Turn, detect
+from .formats import HUGGING_FACE, LIVE, ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
 from .labels import label_set_of_size
 from .shapes import config_from_shapes
 from .sources import BFLOAT16, Source, read_source
@@ -137,7 +138,7 @@ def _fill(
         raise CheckpointError(f"{name}: expected {config.num_hidden_layers} layers, as its configuration says")
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
     places = form.places(config, has_head)
-    misshaped, filled, dtypes = {}, {}, {}
+    misshaped, dtypes, widest = {}, {}, {}
     torch_shapes: dict[tuple[Any, Any], tuple[int, ...]] = {}
     for source, (row, index) in places.items():
         if source not in state:
@@ -145,29 +146,30 @@ def _fill(
         tensor, key = state[source], (row.target, row.part)
         if key not in torch_shapes:
             torch_shapes[key] = _torch_shape(row.turn, shapes[row.target], index, config)
-        expected = torch_shapes[key]
-        if form is VIT and row.target == "embeddings/projection/kernel":
-            expected = (expected[0], 3, *expected[2:])
-        if tensor.shape != expected:
-            misshaped[source] = (expected, tensor.shape)
-            continue
-        if tensor.dtype not in FLOATS:
+        if tensor.shape != torch_shapes[key]:
+            misshaped[source] = (torch_shapes[key], tensor.shape)
+        elif tensor.dtype not in FLOATS:
             kinds = ", ".join(sorted(dtype.name for dtype in FLOATS))
             raise CheckpointError(f"{name}: {source}: expected one of {kinds}, got {tensor.dtype}")
         dtypes[source] = tensor.dtype
-        tensor = widen(tensor)
-        if row.target not in filled:
-            filled[row.target] = np.empty(shapes[row.target], tensor.dtype)
-        elif tensor.dtype.itemsize > filled[row.target].dtype.itemsize:
-            filled[row.target] = filled[row.target].astype(tensor.dtype)
-        filled[row.target][index] = row.turn.here(tensor, config)
+        at_least = np.float64 if tensor.dtype == np.float64 else np.float32
+        widest[row.target] = np.promote_types(widest.get(row.target, at_least), at_least)
     raise_differences(name, places.keys() - state.keys(), state.keys() - places.keys() - form.ignored.keys(), misshaped)
+    filled = {path: np.empty(shapes[path], dtype) for path, dtype in widest.items()}
+
+    def put(source: str) -> None:
+        row, index = places[source]
+        filled[row.target][index] = row.turn.here(widen(state[source]), config)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # NumPy lets go of the lock while it copies
+        list(pool.map(put, places))
     return unflatten(filled), dtypes
 
 
 def _torch_shape(turn: Turn, shape: tuple[int, ...], index: tuple[Any, ...], config: ASTConfig) -> tuple[int, ...]:
     """Return the shape that a PyTorch tensor must have for its place."""
-    return turn.there(np.broadcast_to(np.float32(0), shape)[index], config).shape
+    expected = turn.there(np.broadcast_to(np.float32(0), shape)[index], config).shape
+    return (expected[0], 3, *expected[2:]) if turn is RGB_PATCH else expected
 
 
 def unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import data, distill, model, train
-from .checkpoint import Checkpoint, load, restore_numpy, save
+from .checkpoint import Checkpoint, load, restore_numpy, save, write_numpy
 from .config import ASTConfig, FrontendConfig
 from .convert import started_from_pictures
 from .files import remove_scratch, sole_use, whole_folder, write_text
@@ -446,11 +446,9 @@ def _is_best(history: list[dict[str, Any]]) -> bool:
 
 def _save_state(output: pathlib.Path, state: train.TrainState, history: list[dict[str, Any]]) -> None:
     """Save what resuming needs, beside the older states."""
-    import orbax.checkpoint as ocp
-
     folder = output / f"state-{len(history):04d}"
-    with whole_folder(folder) as new, ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(new / "state", {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))})
+    with whole_folder(folder) as new:
+        write_numpy(new / "state", {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))})
         write_text(new / "history.json", json.dumps(history))
 
 

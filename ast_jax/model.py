@@ -359,6 +359,13 @@ def encode(
 
 def param_shapes(config: ASTConfig) -> dict[str, Any]:
     """Return the parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
+    nameless = config.replace(id2label=(), problem_type=None, unknown_keys="{}")
+    return _traced_shapes(nameless, jax.config.jax_enable_x64)
+
+
+@functools.lru_cache
+def _traced_shapes(config: ASTConfig, x64: bool) -> dict[str, Any]:
+    """Trace `init`, once for configurations that differ in names alone."""
     return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
 
 

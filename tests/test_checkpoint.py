@@ -233,7 +233,7 @@ def test_failed_save_leaves_the_old_one(folder, checkpoint, monkeypatch, tmp_pat
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
     with pytest.raises(OSError, match="No space left"):
         ast_jax.save(folder, checkpoint)
     monkeypatch.undo()
