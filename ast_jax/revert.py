@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import CONFIG_FILE, Checkpoint, check_params, flatten
-from .config import ASTConfig
+from .config import ASTConfig, FrontendConfig
 from .convert import FLOATS
 from .features import PREPROCESSOR_FILE
 from .files import whole_file, whole_folder, write_text
@@ -27,6 +27,8 @@ TARGETS = ("huggingface", "original")
 # Width and heads of the sizes that the original's class knows; all have 12 layers and an MLP of four times the width.
 ORIGINAL_SIZES = {(192, 3): "tiny224", (384, 6): "small224", (768, 12): "base384"}
 IMAGENET_CLASSES = 1000
+FEATURES_OF_OURS = ("frame_length", "frame_shift", "low_freq", "high_freq", "window_type", "preemphasis_coefficient",
+                    "dither", "remove_dc_offset")  # fmt: skip
 
 
 def to_torch(
@@ -87,13 +89,19 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
     from safetensors.numpy import save_file  # it writes bfloat16, which it does not read
 
     config, notes = checkpoint.config, []
-    if config.patch_shape[0] != config.patch_shape[1]:
-        raise ValueError(f"transformers has square patches only, the model has {config.patch_shape}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder}: expected a new or empty folder, got one that is in use")
+    if config.patch_shape[0] != config.patch_shape[1]:
+        raise ValueError(f"transformers has square patches only, the model has {config.patch_shape}")
     has_head = "classifier" in checkpoint.params
     if has_head and config.head_eps != config.layer_norm_eps:
         notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, config.layer_norm_eps, "transformers"))
+    features = checkpoint.frontend.to_json_dict()
+    for name in FEATURES_OF_OURS:
+        if features[name] == getattr(FrontendConfig, name):
+            del features[name]
+        else:
+            notes.append(f"the features have {name} {features[name]}, which transformers' extractor does not know")
     state = state_dict(checkpoint, HUGGING_FACE.with_prefix(HF_PREFIX if has_head else ""))
     values = config.to_json_dict()
     values["architectures"] = ["ASTForAudioClassification" if has_head else "ASTModel"]
@@ -106,7 +114,7 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
         whole = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
         with whole_file(new / SAFETENSORS) as file:  # safetensors makes files private
             save_file(whole, file, {"format": "pt"})
-        for name, content in ((CONFIG_FILE, values), (PREPROCESSOR_FILE, checkpoint.frontend.to_json_dict())):
+        for name, content in ((CONFIG_FILE, values), (PREPROCESSOR_FILE, features)):
             write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return tuple(notes)
 

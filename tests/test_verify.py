@@ -1,0 +1,190 @@
+"""The proof of a conversion: it agrees where the conversion is right, and only there."""
+
+import builtins
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_models
+import torch_original
+import transformers
+import typer.testing
+
+import ast_jax
+from ast_jax import cli, convert, verify
+from ast_jax.checkpoint import flatten, unflatten
+from ast_jax.sources import read_source
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One source of each format, small."""
+    folder = tmp_path_factory.mktemp("sources")
+    model = torch_models.saved_model(folder / "hf", "stride-10-10", num_hidden_layers=2)
+    torch_models.saved_model(folder / "headless", "stride-10-10", cls=transformers.ASTModel, num_hidden_layers=1)
+    (folder / "lone").mkdir()
+    torch.save(model.state_dict(), folder / "lone" / "live.pth")
+    original = torch_original.randomized(torch_original.OriginalAST(label_dim=5, input_tdim=128, depth=2))
+    torch.save(torch.nn.DataParallel(original).state_dict(), folder / "lone" / "own_10_10_0.5.pth")
+    torch.save({"model": torch_original.deit_state(depth=1, hw=14)}, folder / "lone" / "deit.pth")
+    return folder
+
+
+SOURCES = ["hf", "headless", "lone/live.pth", "lone/own_10_10_0.5.pth", "lone/deit.pth"]
+LAYERS = {"hf": 2, "headless": 1, "lone/live.pth": 2, "lone/own_10_10_0.5.pth": 2, "lone/deit.pth": 1}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_stage_agrees_with_pytorch(name, files):
+    found = read_source(files / name)
+    proof = verify.verify(found, convert.convert(found))
+    assert proof.passed
+    assert proof.different == ()
+    assert proof.summed == (("patch_embed.proj.weight",) if "deit" in name else ())
+    unused = 4 if "own" in name or "deit" in name else 0
+    assert proof.tensors == len(found.state) - len(proof.summed) - unused
+    head = [] if name in ("headless", "lone/deit.pth") else ["logits"]
+    layers = [f"layer {index + 1}" for index in range(LAYERS[name])]
+    assert [stage.name for stage in proof.stages] == ["embeddings", *layers, "norm", "pooled", *head]
+    assert all(stage.largest_value > 0.5 for stage in proof.stages)
+    # Rounding alone, in float32 through one or two layers: far below what `verify` itself allows for twelve.
+    assert max(stage.largest_difference / stage.largest_value for stage in proof.stages) < 1e-5
+
+
+def changed(checkpoint, path, change):
+    flat = dict(flatten(checkpoint.params))
+    flat[path] = change(flat[path])
+    return checkpoint.replace(params=unflatten(flat))
+
+
+MISTAKES = {
+    "one number": lambda c: changed(c, "layers/mlp/fc1/kernel", lambda x: x + np.eye(*x.shape[1:]).astype("f4")),
+    "heads mixed up": lambda c: changed(c, "layers/attention/out/kernel", lambda x: x[:, ::-1]),
+    "tokens swapped": lambda c: changed(c, "embeddings/position_embeddings", lambda x: x[[1, 0, *range(2, len(x))]]),
+}
+
+
+@pytest.mark.parametrize("name", ["hf", "lone/own_10_10_0.5.pth", "lone/deit.pth"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen_twice(mistake, name, files):
+    """In the tensors that come back, and in the stages."""
+    found = read_source(files / name)
+    proof = verify.verify(found, MISTAKES[mistake](convert.convert(found)))
+    assert proof.different
+    assert not all(stage.passed for stage in proof.stages)
+    assert not proof.passed
+    assert "DIFFERS" in str(proof)
+    assert f"{proof.different[0]} is different" in str(proof)
+
+
+def test_another_activation_is_seen_in_the_stages_alone(files):
+    found = read_source(files / "hf")
+    checkpoint = convert.convert(found)
+    proof = verify.verify(found, checkpoint.replace(config=checkpoint.config.replace(hidden_act="relu")))
+    assert proof.different == ()
+    assert [stage.passed for stage in proof.stages][:2] == [True, False]
+    assert not proof.passed
+
+
+@pytest.mark.parametrize(("missing", "name"), [("torch", "lone/own_10_10_0.5.pth"), ("transformers", "hf")])
+def test_without_pytorch_every_tensor_is_compared(missing, name, files, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(module, *rest, **more):
+        if module.split(".")[0] == missing:
+            raise ImportError(f"No module named {missing!r}", name=missing)
+        return real(module, *rest, **more)
+
+    found = read_source(files / name)
+    checkpoint = convert.convert(found)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    proof = verify.verify(found, checkpoint)
+    assert proof.passed
+    assert proof.stages == ()
+    assert proof.reference == f"none: {missing} is not installed or cannot be imported here"
+    wrong = verify.verify(found, changed(checkpoint, "layernorm/bias", lambda x: x + 1))
+    assert wrong.different == ("v.norm.bias" if "own" in name else "audio_spectrogram_transformer.layernorm.bias",)
+    assert not wrong.passed
+
+
+def run(*arguments):
+    return typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_convert_verify_prints_and_keeps_the_table(name, files, tmp_path):
+    done = run("convert", files / name, tmp_path / "out", "--verify")
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert content["passed"] is True
+    assert content["reference"].endswith(f"torch {torch.__version__}")
+    assert f"{content['tensors']} tensors turned back: none different" in done.stdout
+    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    for stage in content["stages"]:
+        assert f"{stage['largest_difference']:.2e}" in rows[stage["name"]]
+        assert f"{stage['mean_difference']:.2e}" in rows[stage["name"]]
+    assert "arrays written and read back: none different" in done.stdout
+    ast_jax.load(tmp_path / "out")
+
+
+def test_convert_verify_writes_nothing_where_the_numbers_differ(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)  # rounding alone is too much
+    done = run("convert", files / "hf", tmp_path / "out", "--verify")
+    assert done.exit_code == 1
+    assert "DIFFERS" in done.stdout
+    assert done.stderr.splitlines() == [
+        f"ast-jax: {files / 'hf'}: does not give the same numbers after conversion; nothing was written"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "name"), [("huggingface", "back"), ("original", "back.pth")])
+def test_verify_reads_back_what_goes_to_pytorch(target, name, files, tmp_path, monkeypatch):
+    deep = torch_original.randomized(torch_original.OriginalAST(label_dim=5, input_tdim=128))
+    torch.save(deep.state_dict(), tmp_path / "own_10_10_0.5.pth")
+    done = run("convert", tmp_path / "own_10_10_0.5.pth", tmp_path / name, "--to", target, "--verify")
+    assert done.exit_code == 0, done.output
+    assert "23 arrays written and read back: none different" in done.stdout
+    assert (tmp_path / name / "verification.json").is_file() == (target == "huggingface")
+    checkpoint = convert.convert(read_source(tmp_path / "own_10_10_0.5.pth"))
+    with pytest.raises(ast_jax.CheckpointError, match=r"read others back: layernorm/scale$"):
+        verify.read_back(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
+
+
+def test_json_has_every_field(files):
+    found = read_source(files / "hf")
+    proof = verify.verify(found, convert.convert(found))
+    content = json.loads(json.dumps(proof.to_json_dict()))
+    assert content.keys() == {field.name for field in dataclasses.fields(proof)} | {"tolerance", "passed"}
+    assert len(content["stages"]) == len(proof.stages)
+
+
+@pytest.mark.slow
+def test_in_an_environment_without_torch(files, tmp_path):
+    """The package as users install it: every format converts, verifies and equals what the tests' environment makes."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "plain"], check=True)
+    python = tmp_path / "plain" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", ROOT], check=True)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 1
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for index, name in enumerate(SOURCES):
+        out = tmp_path / str(index)
+        command = [tmp_path / "plain" / "bin" / "ast-jax", "convert", files / name, out, "--verify"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "reference: none: torch is not installed" in done.stdout
+        assert "tensors turned back: none different" in done.stdout
+        assert done.stderr == ""
+        jax.tree.map(np.testing.assert_array_equal, ast_jax.load(out).params, ast_jax.load(files / name).params)
+    back = [tmp_path / "plain" / "bin" / "ast-jax", "convert", tmp_path / "0", tmp_path / "hf", "--to", "huggingface"]
+    assert subprocess.run(back, capture_output=True, env=environment, cwd=tmp_path).returncode == 0
+    transformers.ASTForAudioClassification.from_pretrained(tmp_path / "hf")
