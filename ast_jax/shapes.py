@@ -70,33 +70,38 @@ def _strides(
     patches: int, patch: list[int], name: str, strides: tuple[int, int] | None, max_length: int | None
 ) -> tuple[tuple[int, int], int, str]:
     """Return the strides and the length that make so many patches of 128 mel bins, and how they were found."""
-    bins = ASTConfig.num_mel_bins
 
-    def length(pair: tuple[int, int]) -> int | None:
-        """Return the frames that fit a pair of strides: those asked for, or a multiple of 128; None where none do."""
-        rows = (bins - patch[0]) // pair[0] + 1
-        if patches < 1 or patches % rows:
-            return None
+    def lengths(pair: tuple[int, int]) -> range:
+        """Return the numbers of frames that make so many patches with a pair of strides."""
+        rows = (ASTConfig.num_mel_bins - patch[0]) // pair[0] + 1
+        if patches < 1 or rows < 1 or patches % rows:
+            return range(0)
         shortest = (patches // rows - 1) * pair[1] + patch[1]
-        fitting = range(shortest, shortest + pair[1])
-        if max_length is not None:
-            return max_length if max_length in fitting else None
-        return next((frames for frames in fitting if frames % 128 == 0), shortest if strides else None)
+        return range(shortest, shortest + pair[1])
 
+    def likely(pair: tuple[int, int]) -> int | None:
+        """Return the length that was asked for, or a multiple of 128, where one fits."""
+        if max_length is not None:
+            return max_length if max_length in lengths(pair) else None
+        return next((frames for frames in lengths(pair) if frames % 128 == 0), None)
+
+    if strides is not None and min(strides) < 1:
+        raise CheckpointError(f"source_strides: expected two positive numbers, got {strides}")
+    named = re.search(r"_(\d+)_(\d+)(?=[_.])", pathlib.PurePath(name).name)
+    in_name = (int(named[1]), int(named[2])) if named else (0, 0)
     if strides is not None:
         pairs, why = [tuple(strides)], "as asked for"
+    elif min(in_name) >= 1 and likely(in_name):
+        pairs, why = [in_name], "from the file's name"
     else:
-        named = re.search(r"_(\d+)_(\d+)(?=[_.])", pathlib.PurePath(name).name)
-        pairs, why = [(int(named[1]), int(named[2]))] if named else [], "from the file's name"
-        if not any(min(pair) >= 1 and length(pair) for pair in pairs):
-            pairs, why = [(stride, stride) for stride in PAPER_STRIDES], "the only ones of the paper's that fit"
-    if min(min(pair) for pair in pairs) < 1:
-        raise CheckpointError(f"source_strides: expected two positive numbers, got {strides}")
-    fits = {pair: frames for pair in pairs if (frames := length(pair))}
+        pairs, why = [(stride, stride) for stride in PAPER_STRIDES], "the only ones of the paper's that fit"
+    fits = {pair: frames for pair in pairs if (frames := likely(pair))}
     if len(fits) == 1:
         return *next(iter(fits.items())), why
-    possible = ", ".join(f"{pair[0]} {pair[1]} with {frames} frames" for pair, frames in fits.items()) or "none"
+    possible = ", ".join(
+        f"{pair[0]} {pair[1]} with {fitting[0]} to {fitting[-1]} frames" for pair in pairs if (fitting := lengths(pair))
+    )
     raise CheckpointError(
-        f"{name}: {patches} position embeddings of patches do not tell strides and length (possible: {possible}); say "
-        "them: source_strides, source_max_length"
+        f"{name}: the shapes do not tell strides and input length ({patches} patches; possible: {possible or 'none'}); "
+        "say them: source_strides (--source-strides) and source_max_length (--source-max-length)"
     )

@@ -11,11 +11,14 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 import torch_models
+import torch_original
 import typer.testing
 
 import ast_jax
 from ast_jax import cli, finetune, train
+from ast_jax.checkpoint import flatten
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 
@@ -98,8 +101,7 @@ def test_wrong_usage_is_2(arguments):
         (["x", "--epochs", "10000"], "--epochs: 10000 is out of range; expected 1 to 9999"),
         (["x", "--decay-factor", "0"], "--decay-factor: 0.0 is out of range; expected a number in (0, 1]"),
         (["x", "--architecture", "huge"], "--architecture: expected tiny, small, base or a config.json, got 'huge'"),
-        (["x", "--init", "y", "--max-length", "64"], "--init: brings its own architecture and length"),
-        (["x", "--init", "y", "--architecture", "tiny"], "--init: brings its own architecture and length"),
+        (["x", "--init", "y", "--architecture", "tiny"], "--init: brings its own architecture; leave out"),
         ([], "expected DATA, a folder per class or a CSV, got none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -201,13 +203,13 @@ def test_finetune_hands_every_option_on(monkeypatch, tmp_path):
     }  # fmt: skip
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = ["finetune", "data", "-o", str(tmp_path / "run"), "--init", "sounds-tiny", "--teacher", "t.stablehlo"]
-    command += ["--noise", "--problem-type", "multi_label_classification", *options]
+    command += ["--noise", "--problem-type", "multi_label_classification", "--max-length", "128", *options]
     done = typer.testing.CliRunner().invoke(cli.app, command)
     assert done.exit_code == 0, done.output
     assert asked["training"] == train.TrainConfig(**settings, noise=True)
     assert (str(asked["source"]), asked["output"]) == ("data", tmp_path / "run")
     assert (asked["teacher"], asked["problem_type"]) == ("t.stablehlo", "multi_label_classification")
-    assert asked["initial"].config == ast_jax.load("sounds-tiny").config
+    assert asked["initial"].config == ast_jax.load("sounds-tiny").config.replace(max_length=128)
     defaults = {"batch_size", "noise"} | {name for name in settings}
     assert all(getattr(train.TrainConfig(), name) != getattr(asked["training"], name) for name in defaults)
 
@@ -267,7 +269,11 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-16-16", max_length=128, num_hidden_layers=1)
     done = ast_cli("convert", tmp_path / "hf", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{tmp_path / 'out'}: 509,383 parameters, 7 labels"]
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'out'}: 509,383 parameters, 7 labels",
+        "  hf: Hugging Face, float32",
+        "  tensors: 27 used, 0 passed over",
+    ]
     shown = ast_cli("info", tmp_path / "out")
     assert "1 layers, width 192, 3 heads" in shown.stdout
     assert "LABEL_0; LABEL_1" in shown.stdout
@@ -283,6 +289,76 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     scores = [entry["score"] for entry in json.loads(by_folder[0].stdout)["predictions"]]
     assert sum(scores) == pytest.approx(1, abs=1e-5)  # single-label: softmax
     assert scores == sorted(scores, reverse=True)
+
+
+def test_convert_to_another_input_and_other_labels(tmp_path):
+    """Every option that adapts, its line in the report, and the same from our own folder as from the source."""
+    torch_models.saved_model(tmp_path / "hf", "stride-10-10", num_hidden_layers=1)
+    (tmp_path / "names.txt").write_text("rain\nwind\n")
+    options = ["--max-length", "200", "--num-mel-bins", "64", "--frequency-stride", "12", "--time-stride", "16",
+               "--labels", tmp_path / "names.txt", "--mean", "-5.5", "--std", "4.25"]  # fmt: skip
+    done = ast_cli("convert", tmp_path / "hf", tmp_path / "direct", *options)
+    assert done.returncode == 0, done.stderr
+    changed = [line for line in done.stdout.splitlines() if line.startswith("  changed: ")]
+    assert changed == [
+        "  changed: input 128 bins x 128 frames at strides 10, 10 to 64 x 200 at 12, 16: position grid 12x12 to 5x12 "
+        "(frequency cut, time kept)",
+        "  changed: classifier of 2 labels: new, untrained",
+    ]
+    checkpoint = ast_jax.load(tmp_path / "direct")
+    config, frontend = checkpoint.config, checkpoint.frontend
+    assert (config.max_length, config.num_mel_bins, config.frequency_stride, config.time_stride) == (200, 64, 12, 16)
+    assert config.labels == ("rain", "wind")
+    assert (frontend.max_length, frontend.num_mel_bins, frontend.mean, frontend.std) == (200, 64, -5.5, 4.25)
+    assert ast_cli("convert", tmp_path / "hf", tmp_path / "ours").returncode == 0
+    done = ast_cli("convert", tmp_path / "ours", tmp_path / "later", *options)
+    assert [line for line in done.stdout.splitlines()[1:]] == changed  # what was told before is not told again
+    later = ast_jax.load(tmp_path / "later")
+    assert (later.config, later.frontend) == (config, frontend)
+    for path, leaf in flatten(later.params).items():
+        np.testing.assert_array_equal(leaf, flatten(checkpoint.params)[path])
+
+
+def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
+    model = torch_original.OriginalAST(label_dim=2, input_tdim=100, depth=1)  # 100 frames are no multiple of 128
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    done = ast_cli("convert", tmp_path / "own.pth", tmp_path / "out")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "108 patches; possible: 10 10 with 96 to 105 frames" in done.stderr
+    assert "say them: source_strides (--source-strides) and source_max_length (--source-max-length)" in done.stderr
+    assert not (tmp_path / "out").exists()
+    said = ["--source-strides", "10", "10", "--source-max-length", "100"]
+    assert ast_cli("convert", tmp_path / "own.pth", tmp_path / "out", *said).returncode == 0
+    assert ast_jax.load(tmp_path / "out").config.max_length == 100
+    done = ast_cli("convert", tmp_path / "out", tmp_path / "again", *said)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ast-jax: --source-strides, --source-max-length: SRC is a checkpoint of ast_jax")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sounds-tiny", "out", "--max-length", "16", "--time-stride", "0"], None),
+        (["sounds-tiny", "out", "--labels", "none.txt"], "none.txt"),
+        (["sounds-tiny", "out", "--num-labels", "3", "--labels", "two.txt"], "num_labels: expected 2, the number of"),
+        (["sounds-tiny", "out", "--to", "huggingface"], "transformers has square patches only"),
+        (["sounds-tiny", "out", "--to", "original"], "expected a name that ends in .pth"),
+        (["sounds-tiny", "out.pth", "--to", "original"], "the model has width 128 with 2 heads"),
+        (["two.txt", "out"], "two.txt: expected a state dict that torch.save wrote, got a damaged or foreign file"),
+        (["sounds-tiny", "out", "--std", "0"], "std: expected a positive number, got 0.0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_convert_cannot_do_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    done = ast_cli("convert", *arguments, cwd=tmp_path)
+    assert done.returncode == (1 if message else 2)
+    if message:
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
 
 
 def test_a_run_folder_as_a_model_names_its_checkpoint(tmp_path):
@@ -312,6 +388,7 @@ def test_help_says_what_there_is_and_imports_no_jax(command):
         "": (),
         "finetune": ("--resume", "--mixup", "--init"),
         "classify": ("--top-k", "--json", "--model"),
+        "convert": ("--to", "--verify", "--max-length", "--labels", "--source-strides"),
     }.get(command[0] if command else "", ()):
         assert word in done.stdout
     modules = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+import torch
+import torch_original
 
 import ast_jax
 from ast_jax import data, finetune, metrics, train
@@ -678,3 +680,21 @@ def test_metrics_by_hand():
     single = metrics.evaluate_logits(logits, labels, config.replace(problem_type="single_label_classification"))
     assert single == {"accuracy": 0.5}
     assert np.isnan(metrics.average_precisions(logits, np.ones((4, 2)))).all()
+
+
+def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sounds, tmp_path):
+    """A DeiT file through `load` at the length of the data, as `--init deit.pth --max-length 48` does it."""
+    torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
+    size = {"max_length": 48, "num_mel_bins": 32}
+    initial = ast_jax.load(tmp_path / "deit.pth", **size)
+    settings = train.TrainConfig(batch_size=16, epochs=1, learning_rate=0.001)
+    best = finetune.start(sounds, tmp_path / "run", settings, initial=initial, say=lambda _: None)
+    assert best.config.grid == (2, 4)
+    assert best.config.labels == ("high", "hiss", "low")
+    measured = data.statistics(data.read_dataset(sounds).splits["train"], FrontendConfig(**size))
+    np.testing.assert_allclose((best.frontend.mean, best.frontend.std), measured, atol=1e-4)  # four decimals are kept
+    moved = flatten(best.params)["embeddings/projection/kernel"] - initial.params["embeddings"]["projection"]["kernel"]
+    assert 0 < np.abs(moved).max() < 0.02  # five steps of Adam at 0.001 from there
+    # Another start from what has heard sounds keeps its features.
+    again = finetune.start(sounds, tmp_path / "again", settings, initial=best, say=lambda _: None)
+    assert again.frontend == best.frontend

@@ -3,6 +3,8 @@
 The class is `torch_original.OriginalAST`, with the original's parameter names and eps values.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -17,21 +19,30 @@ from ast_jax.model import param_shapes
 # Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: those of 1e-16,
 # which the worst conditioned of the norms makes some 1e-13, so that 1e-9 has room to spare and sees every eps.
 TOLERANCE = {np.float32: 1e-4, np.float64: 1e-9}
-WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # and heads, of the original's sizes
-PREFIXES = {"plain": "", "DataParallel": "module."}
+SIZES = {  # the original's, of few layers
+    "tiny": {"width": 192, "heads": 3}, "small": {"width": 384, "heads": 6}, "base": {"width": 768, "heads": 12},
+}  # fmt: skip
 CASES = {  # arguments of the constructor
     "10-10, 128 frames": {"input_tdim": 128, "label_dim": 35, "depth": 3},
-    "12-12, 512 frames": {"input_tdim": 512, "fstride": 12, "tstride": 12, "label_dim": 50, "depth": 2},
-    "16-16, 1024 frames": {"fstride": 16, "tstride": 16, "depth": 2},
-    "10-10, 1024 frames": {"depth": 1, "label_dim": 7},
-    "small, 14-14, 256 frames": {
-        "input_tdim": 256, "fstride": 14, "tstride": 14, "label_dim": 7, "depth": 2, "width": 384, "heads": 6,
+    "12-12, 512 frames": {
+        "input_tdim": 512,
+        "label_dim": 50,
+        "fstride": 12,
+        "tstride": 12,
+        "depth": 2,
+        **SIZES["small"],
     },
-    "base, 10-10, 128 frames": {"input_tdim": 128, "label_dim": 35, "depth": 2, "width": 768, "heads": 12},
-}  # fmt: skip
-INPUTS = [  # frames, bins, strides in frequency and time
-    (128, 128, 10, 10), (998, 64, 10, 10), (1400, 160, 10, 10), (300, 200, 12, 14), (1100, 100, 16, 16),
-]  # fmt: skip
+    "16-16, 1024 frames": {"fstride": 16, "tstride": 16, "depth": 2},
+    "10-10, 1024 frames": {"label_dim": 7, "depth": 1, **SIZES["base"]},
+}
+INPUTS = {  # (frames, bins, strides in frequency and time): size
+    (128, 128, 10, 10): "tiny",  # 12 x 12 patches: AudioSet's 12 x 101 is cut, and so are both of ImageNet's
+    (1400, 160, 10, 10): "tiny",  # 15 x 139: AudioSet's grows on both axes, 24 x 24 is cut and grows
+    (400, 264, 10, 10): "small",  # 25 x 39: both of ImageNet's grow on both axes
+    (300, 200, 12, 14): "base",  # 16 x 21: 14 x 14 grows, 24 x 24 is cut
+    (1100, 100, 16, 16): "tiny",  # 6 x 68: AudioSet's is cut on both axes
+}
+STARTS = ("AudioSet", "ImageNet 24x24", "ImageNet 14x14")
 
 
 def relative(got, want):
@@ -57,44 +68,45 @@ def original_stages(model, spec):
     return {name: value.numpy() for name, value in stages.items()}
 
 
-def our_stages(checkpoint, spec):
-    """Return the same in JAX, by the same names, computed in the dtype of spec."""
-    params = jax.tree.map(lambda leaf: leaf.astype(spec.dtype), checkpoint.params)
-    out = ast_jax.encode(params, spec, checkpoint.config, output_hidden_states=True)
+@functools.partial(jax.jit, static_argnames="config")
+def our_stages(params, spec, config):
+    """Return the same in JAX, by the same names."""
+    out = ast_jax.encode(params, spec, config, output_hidden_states=True)
     stages = {f"block {index}": state for index, state in enumerate(out.hidden_states[1:])}
     stages |= {"embeddings": out.hidden_states[0], "norm": out.last_hidden_state, "pooled": out.pooler_output}
-    if "classifier" in params:
-        stages["logits"] = ast_jax.apply(params, spec, checkpoint.config)
-    assert {stage.dtype for stage in stages.values()} == {spec.dtype}
-    return stages
+    return {**stages, "logits": ast_jax.apply(params, spec, config)}
 
 
-@pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES)
+def differences(model, checkpoint, spec):
+    """Return the relative difference of every stage, computed in the dtype of spec."""
+    params = jax.tree.map(lambda leaf: leaf.astype(spec.dtype), checkpoint.params)
+    want, got = original_stages(model, spec), our_stages(params, spec, checkpoint.config)
+    assert got.keys() == want.keys()
+    assert {stage.dtype for stage in got.values()} == {spec.dtype}
+    return {name: relative(got[name], want[name]) for name in want}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_every_stage_equals_the_original(case, prefix, tmp_path, x64):
+def test_every_stage_equals_the_original(case, tmp_path, x64):
     arguments = CASES[case]
     model = randomized(**arguments)
-    checkpoint = ast_jax.load(saved(tmp_path, model.state_dict(), prefix))
+    checkpoint = ast_jax.load(saved(tmp_path, model.state_dict()))
     config = checkpoint.config
     assert config.grid == model.grid
     assert config.max_length == arguments.get("input_tdim", 1024)
     assert (config.layer_norm_eps, config.head_eps) == (torch_original.BODY_EPS, torch_original.HEAD_EPS)
     for dtype in TOLERANCE:
-        spec = torch_models.random_spec(config).astype(dtype)
-        want, got = original_stages(model, spec), our_stages(checkpoint, spec)
-        assert len(want) == 4 + arguments["depth"]
-        assert got.keys() == want.keys()
-        found = {name: relative(got[name], want[name]) for name in want}
+        found = differences(model, checkpoint, torch_models.random_spec(config).astype(dtype))
+        assert len(found) == 4 + arguments["depth"]
         assert max(found.values()) < TOLERANCE[dtype], (dtype, found)
 
 
-def test_float64_weights_are_read_as_they_are(tmp_path, x64):
-    model = randomized(input_tdim=128, depth=1, label_dim=7).double()
-    torch_original.randomized(model, seed=1)  # anew, as the first draw was rounded to float32
-    checkpoint = ast_jax.load(saved(tmp_path, model.state_dict()))
-    assert {leaf.dtype for leaf in jax.tree.leaves(checkpoint.params)} == {np.dtype(np.float64)}
-    spec = torch_models.random_spec(checkpoint.config)
-    assert relative(our_stages(checkpoint, spec)["logits"], original_stages(model, spec)["logits"]) < 1e-9
+def test_names_under_module_are_the_same_model(tmp_path):
+    state = randomized(input_tdim=128, label_dim=7, depth=1).state_dict()
+    plain = ast_jax.load(saved(tmp_path, state))
+    parallel = ast_jax.load(saved(tmp_path, state, "module."))
+    assert (parallel.config, parallel.frontend) == (plain.config, plain.frontend)
+    jax.tree.map(np.testing.assert_array_equal, parallel.params, plain.params)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +139,14 @@ def grid_transposed(state):
     return {**state, "v.pos_embed": torch.cat([positions[:, :2], grid], dim=1)}
 
 
-MUTATIONS = {  # of what we read, by the weights or by the configuration
-    "nothing": (lambda state: state, {}),
-    "body eps 1e-12": (lambda state: state, {"layer_norm_eps": 1e-12}),
-    "head eps 1e-6": (lambda state: state, {"head_layer_norm_eps": 1e-6}),
-    "one eps": (lambda state: state, {"head_layer_norm_eps": None}),
-    "tanh GELU": (lambda state: state, {"hidden_act": "gelu_new"}),
+MUTATIONS = {  # of the weights that are read, and of the configuration
+    "nothing": (dict, {}),
+    "body eps 1e-12": (dict, {"layer_norm_eps": 1e-12}),
+    "head eps 1e-6": (dict, {"head_layer_norm_eps": 1e-6}),
+    "tanh GELU": (dict, {"hidden_act": "gelu_new"}),
     "q and k swapped": (queries_and_keys_exchanged, {}),
     "tokens swapped": (lambda state: exchanged(state, "v.cls_token", "v.dist_token"), {}),
     "norms swapped": (lambda state: exchanged(state, "v.blocks.0.norm1.bias", "v.blocks.0.norm2.bias"), {}),
-    "ImageNet head read": (lambda state: {**state, "mlp_head.0.weight": state["v.norm.weight"]}, {}),
     "grid transposed": (grid_transposed, {}),
 }
 
@@ -144,47 +154,34 @@ MUTATIONS = {  # of what we read, by the weights or by the configuration
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutations_are_seen(mutation, tmp_path, x64):
     """Each mistake moves the logits past the float64 tolerance of the parity test, so that test would go red."""
-    model = randomized(**CASES["10-10, 128 frames"])
+    model = torch_original.randomized(OriginalAST(**CASES["10-10, 128 frames"]).double())
     change, fields = MUTATIONS[mutation]
     checkpoint = ast_jax.load(saved(tmp_path, change(model.state_dict())))
+    assert {leaf.dtype for leaf in jax.tree.leaves(checkpoint.params)} == {np.dtype(np.float64)}  # read as they are
     checkpoint = checkpoint.replace(config=checkpoint.config.replace(**fields))
-    spec = torch_models.random_spec(checkpoint.config)
-    moved = relative(our_stages(checkpoint, spec)["logits"], original_stages(model, spec)["logits"])
+    moved = differences(model, checkpoint, torch_models.random_spec(checkpoint.config))["logits"]
     assert (moved > TOLERANCE[np.float64]) == (mutation != "nothing"), moved
 
 
-def assert_starts_alike(start, state, path, shape, **size):
-    """Compare what the original's constructor and `load` make of a state for another input, but for the new head."""
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("shape", INPUTS, ids=str)
+def test_start_for_another_input_is_the_originals(shape, start, tmp_path):
+    """All stages before the head, which is new and at random in both, of what constructor and `load` make."""
     frames, bins, frequency, time = shape
-    original = start(
-        state, input_tdim=frames, input_fdim=bins, fstride=frequency, tstride=time, label_dim=5, **size
-    )  # fmt: skip
+    sizes = {**SIZES[INPUTS[shape]], "depth": 1}
+    theirs = {"input_tdim": frames, "input_fdim": bins, "fstride": frequency, "tstride": time, "label_dim": 5, **sizes}
+    if start.startswith("AudioSet"):
+        state = randomized(**sizes).state_dict()
+        path = saved(tmp_path, state)
+        original = OriginalAST.from_audioset(state, **theirs)
+    else:
+        state = torch_original.deit_state(**sizes, hw=int(start[-2:]))
+        path = saved(tmp_path, state)
+        original = OriginalAST.from_imagenet(state, **theirs)
     loaded = ast_jax.load(
         path, max_length=frames, num_mel_bins=bins, frequency_stride=frequency, time_stride=time, num_labels=5
     )
     assert loaded.config.grid == original.grid
-    spec = torch_models.random_spec(loaded.config, batch=1).astype(np.float32)
-    want, got = original_stages(original, spec), our_stages(loaded, spec)
-    del want["logits"]
-    found = {name: relative(got[name], want[name]) for name in want}
+    found = differences(original, loaded, torch_models.random_spec(loaded.config, batch=1).astype(np.float32))
+    del found["logits"]
     assert max(found.values()) < TOLERANCE[np.float32], found
-
-
-@pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("shape", INPUTS, ids=str)
-def test_audioset_model_at_another_input_starts_as_the_original_does(shape, size, tmp_path):
-    width, heads = WIDTHS[size]
-    sizes = {"width": width, "heads": heads, "depth": 1}
-    state = randomized(**sizes).state_dict()
-    prefix = "module." if size == "small" else ""
-    assert_starts_alike(OriginalAST.from_audioset, state, saved(tmp_path, state, prefix), shape, **sizes)
-
-
-@pytest.mark.parametrize("hw", [24, 14])
-@pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("shape", INPUTS, ids=str)
-def test_imagenet_model_starts_as_the_original_does(shape, size, hw, tmp_path):
-    width, heads = WIDTHS[size]
-    sizes = {"width": width, "heads": heads, "depth": 1}
-    state = torch_original.deit_state(**sizes, hw=hw)
-    assert_starts_alike(OriginalAST.from_imagenet, state, saved(tmp_path, state), shape, **sizes)

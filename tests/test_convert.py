@@ -1,0 +1,417 @@
+"""Every kind of source gives the same bits, every tensor is accounted for, and what does not fit is one clear line."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch_models
+import torch_original
+import transformers
+import typer.testing
+from torch_original import OriginalAST
+
+import ast_jax
+from ast_jax import CheckpointError, cli
+from ast_jax.checkpoint import flatten
+from ast_jax.labels import label_set_of_size
+
+HF = "audio_spectrogram_transformer."
+WEIGHTS = "model.safetensors"
+LAYERS = 2
+# The original's names in transformers' files; written down a second time, as the tables are what is tested here.
+RENAMED = [
+    ("mlp_head.0", "classifier.layernorm"), ("mlp_head.1", "classifier.dense"), ("v.norm", f"{HF}layernorm"),
+    ("v.cls_token", f"{HF}embeddings.cls_token"), ("v.dist_token", f"{HF}embeddings.distillation_token"),
+    ("v.pos_embed", f"{HF}embeddings.position_embeddings"), ("v.blocks", f"{HF}encoder.layer"),
+    ("v.patch_embed.proj", f"{HF}embeddings.patch_embeddings.projection"), (".norm1", ".layernorm_before"),
+    (".attn.qkv.", ".attention.attention.qkv."), (".attn.proj", ".attention.output.dense"),
+    (".norm2", ".layernorm_after"), (".mlp.fc1", ".intermediate.dense"), (".mlp.fc2", ".output.dense"),
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A live model, the folder that it was saved in, and the tensors under the names that each has."""
+
+    folder: object
+    model: object
+
+    def __post_init__(self):
+        object.__setattr__(self, "live", self.model.state_dict())
+        object.__setattr__(self, "disk", safetensors.torch.load_file(self.folder / WEIGHTS))
+        object.__setattr__(self, "params", flatten(ast_jax.load(self.folder).params))
+
+
+@pytest.fixture(scope="module", params=["with head", "headless"])
+def made(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    cls = transformers.ASTModel if request.param == "headless" else transformers.ASTForAudioClassification
+    return Made(folder, torch_models.saved_model(folder, "stride-10-10", cls, num_hidden_layers=LAYERS))
+
+
+def original(**changes):
+    return torch_original.randomized(OriginalAST(**{"label_dim": 7, "input_tdim": 128, "depth": LAYERS, **changes}))
+
+
+def same(got, want):
+    """Demand the same arrays, dtypes included."""
+    got, want = flatten(got), flatten(want)
+    assert got.keys() == want.keys()
+    for path, leaf in got.items():
+        np.testing.assert_array_equal(leaf, want[path], path, strict=True)
+
+
+def refused(source, **options):
+    """Return the message of the one line that refuses a source."""
+    with pytest.raises(CheckpointError) as caught:
+        ast_jax.from_torch(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def in_shards(made, folder):
+    """Write pytorch_model.bin in two shards with an index, as transformers 4 did."""
+    names, weight_map = sorted(made.disk), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        shard = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: made.disk[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(made.folder / "config.json", folder)
+    return folder
+
+
+def in_bin(made, folder):
+    torch.save(made.disk, folder / "pytorch_model.bin")
+    shutil.copy(made.folder / "config.json", folder)
+    return folder
+
+
+def in_file(name, get, **options):
+    def write(made, folder):
+        torch.save(get(made), folder / name, **options)
+        return folder / name
+
+    return write
+
+
+def with_module(state):
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+def saved_in_shards(made, folder):
+    made.model.save_pretrained(folder, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    return folder
+
+
+SOURCES = {
+    "folder as text": lambda made, _: str(made.folder),
+    "file beside config.json": lambda made, _: made.folder / WEIGHTS,
+    "file alone": lambda made, folder: shutil.copy(made.folder / WEIGHTS, folder),
+    "shards": saved_in_shards,
+    "bin": in_bin,
+    "bin in shards": in_shards,
+    "names of version 4": in_file("w.pth", lambda made: made.disk),
+    "names of version 5": in_file("w.pt", lambda made: made.live),
+    "before PyTorch 1.6": in_file("w.bin", lambda made: made.live, _use_new_zipfile_serialization=False),
+    "in a training checkpoint": in_file("w.ckpt", lambda made: {"epoch": 3, "state_dict": made.live}),
+    "DataParallel's names": in_file("w.pth", lambda made: with_module(made.live)),
+    "tensors in memory": lambda made, _: made.live,
+    "parameters in memory": lambda made, _: dict(made.model.named_parameters()),
+    "arrays in memory": lambda made, _: {name: tensor.numpy() for name, tensor in made.disk.items()},
+    "live model": lambda made, _: made.model,
+    "live model in DataParallel": lambda made, _: torch.nn.DataParallel(made.model),
+}
+WITH_CONFIG = ["folder as text", "file beside config.json", "shards", "bin", "bin in shards", "live model"]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_source_gives_the_same_bits(kind, made, tmp_path):
+    checkpoint = ast_jax.from_torch(SOURCES[kind](made, tmp_path))
+    same(checkpoint.params, made.params)
+    conversion = checkpoint.metadata["conversion"]
+    assert (conversion["tensors"], conversion["ignored"]) == (len(made.live), {})
+    assert (conversion["dtype"], conversion["other_dtypes"]) == ("float32", {})
+    assert any("as in DataParallel" in note for note in conversion["notes"]) == ("DataParallel" in kind)
+    assert any("no config.json: 3 heads of 64 and eps 1e-12" in note for note in conversion["notes"]) != (
+        kind in WITH_CONFIG or kind == "live model in DataParallel"  # whose model has its config
+    )
+    assert any("strides 10, 10 and 128 frames" in note for note in conversion["notes"]) != (
+        kind in WITH_CONFIG or kind == "live model in DataParallel"
+    )
+    want = ast_jax.load(made.folder).config.replace(id2label=(), unknown_keys="{}")
+    if kind not in WITH_CONFIG and "classifier/dense/bias" not in made.params:
+        want = want.replace(num_labels=checkpoint.config.num_labels)  # nothing tells it
+    assert checkpoint.config.replace(id2label=(), unknown_keys="{}") == want
+
+
+def test_what_only_a_live_models_config_tells():
+    """Beside it, DataParallel or not, nothing is assumed."""
+    model = transformers.ASTForAudioClassification(
+        torch_models.torch_config("relu", num_hidden_layers=1, layer_norm_eps=1e-3, num_attention_heads=6)
+    )
+    for source in (model, torch.nn.DataParallel(model)):
+        config = ast_jax.from_torch(source).config
+        assert (config.hidden_act, config.layer_norm_eps, config.num_attention_heads) == ("relu", 1e-3, 6)
+
+
+@pytest.mark.parametrize("kind", ["file alone", "names of version 4", "tensors in memory", "live model"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(dtype, kind, tmp_path):
+    """Half precision is widened, which is exact, and what it was stands in the metadata."""
+    model = torch_models.saved_model(tmp_path, "stride-10-10", num_hidden_layers=1).to(dtype)
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "new").mkdir()
+    checkpoint = ast_jax.from_torch(SOURCES[kind](Made(tmp_path / "saved", model), tmp_path / "new"))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    same(checkpoint.params, ast_jax.from_torch(model.to(wide)).params)
+    assert {leaf.dtype for leaf in flatten(checkpoint.params).values()} == {np.dtype(str(wide).removeprefix("torch."))}
+    conversion = checkpoint.metadata["conversion"]
+    assert (conversion["dtype"], conversion["other_dtypes"]) == (str(dtype).removeprefix("torch."), {})
+
+
+MIXED = {  # format: a state dict, the name of a part of q, k and v, its name when going back, and its place here
+    "disk": (lambda made: made.disk, f"{HF}encoder.layer.1.attention.attention.key.bias", None),
+    "live": (
+        lambda made: made.live, f"{HF}layers.1.attention.k_proj.bias",
+        f"{HF}encoder.layer.1.attention.attention.key.bias",
+    ),
+    "original": (lambda _: with_module(original().state_dict()), "module.v.blocks.1.attn.qkv.bias",
+                 "v.blocks.1.attn.qkv.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("made", ["with head"], indirect=True)
+@pytest.mark.parametrize("form", MIXED)
+def test_mixed_dtypes(form, made):
+    """Each tensor keeps its bits; an array of several has the widest of their dtypes."""
+    get, name, back = MIXED[form]
+    state = {key: tensor.to(torch.bfloat16) for key, tensor in get(made).items()}
+    state[name] = get(made)[name].to(torch.float64) / 3
+    checkpoint = ast_jax.from_torch(state)
+    params, conversion = flatten(checkpoint.params), checkpoint.metadata["conversion"]
+    assert (conversion["dtype"], conversion["other_dtypes"]) == ("bfloat16", {back or name: "float64"})
+    qkv = params.pop("layers/attention/qkv/bias")
+    part = qkv[1] if form == "original" else qkv[1, 1]
+    np.testing.assert_array_equal(part.ravel(), state[name].numpy())
+    same(params | {"": qkv[0]}, {**params, "": qkv[0].astype(np.float32).astype(np.float64)})  # bfloat16's bits
+    assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_originals_files(prefix, tmp_path):
+    state = original(depth=LAYERS).state_dict()
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "ast_10_10_.pth")
+    # A config.json of somebody else's in the same folder is not looked at.
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    checkpoint = ast_jax.from_torch(tmp_path / "ast_10_10_.pth")
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in RENAMED:
+            name = name.replace(old, new)
+        parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True) if ".qkv." in name else [("qkv", tensor)]
+        renamed |= {name.replace("qkv", part): piece for part, piece in parts if not name.startswith("v.head")}
+    same(checkpoint.params, ast_jax.from_torch(renamed).params)
+    config, conversion = checkpoint.config, checkpoint.metadata["conversion"]
+    assert (config.layer_norm_eps, config.head_eps) == (torch_original.BODY_EPS, torch_original.HEAD_EPS)
+    assert (config.grid, config.max_length, config.num_labels, config.id2label) == ((12, 12), 128, 7, ())
+    heads = sorted(f"v.head{which}.{what}" for which in ("", "_dist") for what in ("weight", "bias"))
+    assert list(conversion["ignored"]) == heads
+    assert all("ImageNet" in reason for reason in conversion["ignored"].values())
+    assert conversion["tensors"] == len(state) - 4
+    assert conversion["format"] == "original repository"
+    without_heads = {name: tensor for name, tensor in state.items() if name not in heads}
+    assert ast_jax.from_torch(without_heads).metadata["conversion"]["ignored"] == {}
+
+
+def test_other_json_beside_the_originals_files(tmp_path):
+    """It need not be an object to be somebody else's."""
+    torch.save(original().state_dict(), tmp_path / "ast.pth")
+    (tmp_path / "config.json").write_text("[]")
+    assert ast_jax.from_torch(tmp_path / "ast.pth").config.max_length == 128
+
+
+IMAGENET = [(192, 3, 24, False), (192, 3, 14, True), (384, 6, 14, False), (768, 12, 24, True)]  # tiny, small, base
+
+
+@pytest.mark.parametrize(("width", "heads", "hw", "wrapped"), IMAGENET)
+def test_imagenet_weights(width, heads, hw, wrapped, tmp_path):
+    """They become what the original's constructor makes of them; wrapped is how they are published."""
+    state = {name: tensor.double() for name, tensor in torch_original.deit_state(width, 1, heads, hw).items()}
+    torch.save({"model": state} if wrapped else state, tmp_path / "deit.pth")
+    checkpoint = ast_jax.from_torch(tmp_path / "deit.pth")
+    config, conversion = checkpoint.config, checkpoint.metadata["conversion"]
+    assert (config.grid, config.max_length, config.num_attention_heads) == ((12, 101), 1024, heads)
+    assert sorted(conversion["ignored"]) == ["head.bias", "head.weight", "head_dist.bias", "head_dist.weight"]
+    assert any(note.startswith("ImageNet initialisation") for note in conversion["notes"])
+    want = OriginalAST.from_imagenet(state, width=width, depth=1, heads=heads).v.state_dict()
+    want = flatten(ast_jax.from_torch({f"v.{name}": tensor for name, tensor in want.items()}).params)
+    got = flatten(checkpoint.params)
+    assert got.keys() == want.keys()  # no classifier
+    for path, leaf in got.items():
+        computed = path in ("embeddings/position_embeddings", "embeddings/projection/kernel")
+        # Sums of three numbers and means of two: float64 rounds at 1e-16.
+        np.testing.assert_allclose(leaf, want[path], rtol=0, atol=1e-13 if computed else 0, strict=True)
+    shorter = ast_jax.from_torch(state, max_length=128, num_labels=7)
+    assert (shorter.config.grid, shorter.params["classifier"]["dense"]["kernel"].shape) == ((12, 12), (width, 7))
+
+
+LABELLED = {
+    "config.json": lambda count: transformers.ASTForAudioClassification(
+        torch_models.torch_config("stride-10-10", num_hidden_layers=1, num_labels=count)
+    ),
+    "state dict": lambda count: LABELLED["config.json"](count).state_dict(),
+    "original": lambda count: original(label_dim=count, depth=1).state_dict(),
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+@pytest.mark.parametrize("count", [527, 35, 50, 36])
+def test_known_labels_are_attached(count, kind):
+    """LABEL_0, which is what transformers writes for want of a name, is none."""
+    checkpoint, known = ast_jax.from_torch(LABELLED[kind](count)), label_set_of_size(count)
+    notes = [note for note in checkpoint.metadata["conversion"]["notes"] if "labels" in note]
+    assert notes == ([f"the {count} labels bring no names; those of {known.name} are attached"] if known else [])
+    assert checkpoint.config.labels == (known.labels if known else tuple(f"LABEL_{index}" for index in range(count)))
+    # So do the statistics of the data set, which the original's weights do not tell.
+    means = {35: -6.845978, 50: -6.6268077} if kind == "original" else {}
+    assert checkpoint.frontend.mean == means.get(count, -4.2677393)
+
+
+def test_labels_that_are_there_stay():
+    names = [f"bird {index}" for index in range(50)]
+    config = torch_models.torch_config("stride-10-10", num_hidden_layers=1, id2label=dict(enumerate(names)))
+    for cls in (transformers.ASTForAudioClassification, transformers.ASTModel):
+        checkpoint = ast_jax.from_torch(cls(config))
+        assert checkpoint.config.id2label == tuple(names)
+        assert not any("labels" in note for note in checkpoint.metadata["conversion"]["notes"])
+    headless = transformers.ASTModel(torch_models.torch_config("stride-10-10", num_hidden_layers=1, num_labels=527))
+    assert ast_jax.from_torch(headless).config.labels[0] == "LABEL_0"
+
+
+BAD_VALUES = [  # file, what it says, the field in the message
+    ("config.json", {"hidden_act": "mish"}, "hidden_act"), ("config.json", {"num_attention_heads": 5}, "num_attention"),
+    ("config.json", {"hidden_size": "192"}, "hidden_size"), ("config.json", {"layer_norm_eps": None}, "layer_norm_eps"),
+    ("config.json", {"id2label": {"0": "a", "2": "b"}}, "id2label"), ("config.json", {"model_type": "vit"}, "model_type"),
+    ("preprocessor_config.json", {"std": 0}, "std"), ("preprocessor_config.json", {"mean": "-4"}, "mean"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", ["with head"], indirect=True)
+@pytest.mark.parametrize(("file", "values", "field"), BAD_VALUES)
+def test_bad_values_name_their_file_and_field(file, values, field, made, tmp_path):
+    path = shutil.copytree(made.folder, tmp_path / "model") / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    for source in (path.parent, path.parent / WEIGHTS):
+        assert refused(source).startswith(f"{path}: {field}")
+
+
+@pytest.mark.parametrize("made", ["with head"], indirect=True)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**9), ("num_hidden_layers", 10**30), ("hidden_size", 3 * 10**16),
+        ("intermediate_size", 10**20), ("max_length", 10**17), ("max_length", 10**30), ("num_mel_bins", 10**17),
+    ],
+)  # fmt: skip
+def test_sizes_beyond_any_memory(field, value, made, tmp_path):
+    """They are refused before anything of that size is made or listed."""
+    path = shutil.copytree(made.folder, tmp_path / "model") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    (path.parent / "preprocessor_config.json").unlink()
+    message = refused(path.parent)
+    assert message.startswith(str(path.parent))
+    assert len(message) < 5000
+
+
+@pytest.mark.parametrize("made", ["with head"], indirect=True)
+def test_features_of_another_size(made, tmp_path):
+    path = shutil.copytree(made.folder, tmp_path / "model") / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_length": 1024}))
+    assert "config.json has max_length 128, preprocessor_config.json 1024; set both" in refused(path.parent)
+
+
+@pytest.mark.parametrize("made", ["with head"], indirect=True)
+def test_options_of_the_source_beside_a_configuration(made):
+    """An option that is not needed is refused rather than passed over."""
+    config = ast_jax.load(made.folder).config
+    for option in ({"source_strides": (10, 10)}, {"source_max_length": 128}):
+        with pytest.raises(ValueError, match="source_strides"):
+            ast_jax.from_torch(made.live, config=config, **option)
+        with pytest.raises(ValueError, match="source_strides"):
+            ast_jax.from_torch(made.folder, **option)  # config.json
+        with pytest.raises(ValueError, match="source_strides"):
+            ast_jax.from_torch(torch_original.deit_state(depth=1, hw=4), **option)
+
+
+def test_config_says_what_shapes_cannot():
+    """Heads of another width, an eps, an activation; and it wins over a config.json."""
+    model = transformers.ASTForAudioClassification(
+        torch_models.torch_config("relu", num_hidden_layers=1, hidden_size=96, num_attention_heads=4)
+    )
+    assert "pass config=" in refused(model.state_dict())
+    config = ast_jax.from_torch(model).config
+    checkpoint = ast_jax.from_torch(model.state_dict(), config=config)
+    same(checkpoint.params, ast_jax.from_torch(model).params)
+    assert checkpoint.config == config
+    assert ast_jax.from_torch(model, config=config.replace(layer_norm_eps=0.5)).config.layer_norm_eps == 0.5
+    assert "wrong shape: audio_spectrogram" in refused(model, config=config.replace(max_length=256))
+
+
+def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
+    torch_models.saved_model(tmp_path / "ast", "stride-10-10", num_hidden_layers=1)
+    monkeypatch.chdir(tmp_path / "ast")
+    for source in (".", "../ast", tmp_path / "ast"):
+        assert ast_jax.from_torch(source).metadata["converted_from"] == "ast"
+
+
+RESNET = {"conv1.weight": torch.zeros(2, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}
+BERT = {"encoder.layer.0.attention.self.query.weight": torch.zeros(4, 4), "pooler.dense.bias": torch.zeros(4)}
+BAD_FILES = {  # name of the file: what writes it
+    "resnet.safetensors": lambda path: safetensors.torch.save_file(RESNET, path),
+    "resnet.pth": lambda path: torch.save(RESNET, path),
+    "bert.bin": lambda path: torch.save(BERT, path),
+    "nothing.pth": lambda path: torch.save({}, path),
+    "object.pth": lambda path: torch.save(OriginalAST(label_dim=2, depth=1, input_tdim=32), path),
+    "empty.pth": lambda path: path.touch(),
+    "text.bin": lambda path: path.write_text("not found\n"),
+    "cut.safetensors": lambda path: path.write_bytes(safetensors.torch.save(original().state_dict())[:-9]),
+    "cut.pth": lambda path: (torch.save(original().state_dict(), path), path.write_bytes(path.read_bytes()[:-99])),
+    "missing.pth": lambda path: torch.save(dict(list(original().state_dict().items())[:-1]), path),
+    "high.pth": lambda path: torch.save(  # patches that are higher than the spectrogram
+        original().state_dict() | {"v.patch_embed.proj.weight": torch.zeros(192, 1, 130, 16)}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("target", ["ast-jax", "huggingface", "original"])
+def test_a_bad_file_is_one_line_and_leaves_nothing(name, target, tmp_path):
+    BAD_FILES[name](tmp_path / name)
+    arguments = ["convert", str(tmp_path / name), str(tmp_path / "new" / "out.pth"), "--to", target]
+    done = typer.testing.CliRunner().invoke(cli.app, arguments)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"ast-jax: {tmp_path / name}: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_the_report_says_what_was_found(tmp_path):
+    torch.save(with_module(original(label_dim=527, depth=1).state_dict()), tmp_path / "mine_10_10_0.4.pth")
+    arguments = ["convert", str(tmp_path / "mine_10_10_0.4.pth"), str(tmp_path / "out")]
+    done = typer.testing.CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.stderr
+    for line in (
+        "mine_10_10_0.4.pth: original repository, float32",
+        "tensors: 23 used, 4 passed over",
+        "passed over: v.head.bias, v.head.weight, v.head_dist.bias, v.head_dist.weight: the classifier of 1,000",
+        "note: names lie under `module.`, as in DataParallel",
+        "note: strides 10, 10 and 128 frames: from the file's name",
+        "note: the 527 labels bring no names; those of audioset are attached",
+    ):
+        assert f"  {line}" in done.stdout

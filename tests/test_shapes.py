@@ -1,0 +1,196 @@
+"""What the shapes of tensors tell of an architecture, and what options and file names add."""
+
+import re
+
+import numpy as np
+import pytest
+import torch_models
+import torch_original
+import transformers
+from torch_original import OriginalAST
+
+from ast_jax import CheckpointError
+from ast_jax.formats import HF_PREFIX, LIVE, ORIGINAL, VIT
+from ast_jax.shapes import config_from_shapes
+
+FITTING = {  # patches of the published models, and of shorter inputs: strides and frames
+    1212: (10, 1024), 850: (12, 1024), 657: (14, 1024), 512: (16, 1024), 600: (10, 512), 144: (10, 128),
+    300: (10, 256),
+}  # fmt: skip
+NAMED = {  # file name: patches, what comes of it
+    "audioset_12_12_0.4467.pth": (850, (12, 12, 1024)),
+    "audioset_10_10_0.4593.pth": (1212, (10, 10, 1024)),
+    "mine_10_16_0.4.pth": (768, (10, 16, 1024)),  # without the name: 16 16 with 1536 frames
+    "some/folder_16_16_/mine_10_16.pth": (96, (10, 16, 128)),  # the shapes alone fit nothing
+    "mine.pth": (768, (16, 16, 1536)),
+    "some/audioset_10_16_0.4/mine.pth": (768, (16, 16, 1536)),  # a folder's name is not the file's
+    # Numbers that are no strides, or those of something else, are passed over.
+    "audioset_12_12_0.4467.pt": (1212, (10, 10, 1024)),
+    "run_2020_12_0.9.pth": (1212, (10, 10, 1024)),
+    "mine_0_10_.pth": (1212, (10, 10, 1024)),
+    # Steps beyond the patch would leave gaps, and fit any number of patches in one row: widths, dates, epochs.
+    "tiny_192_768.pth": (1212, (10, 10, 1024)),
+    "ast_2024_128.pth": (144, (10, 10, 128)),
+}
+ASKED = [  # patches, source_strides, source_max_length, what comes of it
+    (96, (10, 16), None, (10, 16, 128)),
+    (768, (10, 16), None, (10, 16, 1024)),
+    (768, None, 1540, (16, 16, 1540)),
+    (768, (10, 16), 1030, (10, 16, 1030)),
+    (1212, None, 1016, (10, 10, 1016)),  # the least and the most that 101 patches have room for
+    (1212, None, 1025, (10, 10, 1025)),
+    (108, None, 100, (10, 10, 100)),  # no multiple of 128
+    (108, (10, 10), None, (10, 10, 96)),  # as short as can be
+    (108, (10, 10), 105, (10, 10, 105)),
+    (1, (200, 200), 16, (200, 200, 16)),  # the user may ask for gaps
+]
+MISFITS = [  # patches, source_strides, source_max_length, what is possible
+    (1212, (12, 12), None, "none"),
+    (1212, (10, 10), 512, "none"),
+    (1212, None, 1015, "none"),
+    (1212, None, 1026, "none"),
+    (108, None, None, "none"),  # 96 to 105 frames
+    (97, None, None, "none"),
+    (0, None, None, "none"),
+]
+
+
+def state_of(patches, width=192, patch=(16, 16), layers=1, labels=7, bias=True):
+    """Return tensors of the original's names as far as they are looked at."""
+    shapes = {
+        "v.pos_embed": (1, 2 + patches, width), "v.patch_embed.proj.weight": (width, 1, *patch),
+        "mlp_head.1.weight": (labels, width),
+        **{f"v.blocks.{layer}.mlp.fc1.weight": (4 * width, width) for layer in range(layers)},
+        **{f"v.blocks.{layer}.attn.qkv.bias": (3 * width,) for layer in range(layers if bias else 0)},
+    }  # fmt: skip
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def read(state, strides=None, max_length=None, name="state dict", form=ORIGINAL, notes=None):
+    has_head = any(row.source in state for row in form.head)
+    return config_from_shapes(state, form, has_head, name, strides, max_length, notes=[] if notes is None else notes)
+
+
+def found(*arguments, **options):
+    config = read(*arguments, **options)
+    return config.frequency_stride, config.time_stride, config.max_length
+
+
+def refused(*arguments, **options):
+    """Return the message, which is one line."""
+    with pytest.raises(CheckpointError) as caught:
+        read(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("patches", FITTING)
+def test_published_shapes(patches):
+    stride, frames = FITTING[patches]
+    rows, columns = torch_original.grid_of(128, frames, stride, stride)
+    assert rows * columns == patches
+    notes = []
+    assert found(state_of(patches), notes=notes) == (stride, stride, frames)
+    assert notes == [f"strides {stride}, {stride} and {frames} frames: the only ones of the paper's that fit"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_file_names(name):
+    patches, want = NAMED[name]
+    notes = []
+    assert found(state_of(patches), name=name, notes=notes) == want
+    by_name = re.search(rf"_{want[0]}_{want[1]}[_.][^/]*$", name)
+    assert notes[0].endswith("from the file's name" if by_name else "the only ones of the paper's that fit")
+
+
+@pytest.mark.parametrize(("patches", "strides", "max_length", "want"), ASKED)
+def test_options(patches, strides, max_length, want):
+    assert found(state_of(patches), strides, max_length) == want
+    # They win over what the file's name says, which by itself would fit.
+    assert found(state_of(patches), strides or want[:2], max_length or want[2], name="mine_16_16_.pth") == want
+
+
+def test_lists_are_strides_too():
+    assert found(state_of(96), [10, 16]) == (10, 16, 128)
+
+
+@pytest.mark.parametrize(("patches", "strides", "max_length", "possible"), MISFITS)
+def test_misfits(patches, strides, max_length, possible):
+    message = refused(state_of(patches), strides, max_length, name="some/file.pth")
+    assert message.startswith(f"some/file.pth: {patches} position embeddings")
+    assert f"(possible: {possible})" in message
+    assert message.endswith("source_strides, source_max_length")
+
+
+def test_ambiguities_list_what_is_possible():
+    """Patches as high as the spectrogram leave one row at any stride."""
+    state = state_of(64, patch=(128, 2))
+    message = refused(state)
+    possible = "10 10 with 640 frames, 12 12 with 768 frames, 14 14 with 896 frames, 16 16 with 1024 frames"
+    assert f"(possible: {possible})" in message
+    assert message.endswith("source_strides, source_max_length")
+    assert found(state, max_length=768) == (12, 12, 768)
+    assert found(state, (16, 16)) == (16, 16, 1024)
+    assert read(state, (16, 16)).patch_size == (128, 2)
+
+
+@pytest.mark.parametrize("strides", [(0, 10), (10, -1), (10,), (10, 10, 10), 10, ("10", "10"), (10.5, 10)], ids=str)
+def test_strides_that_are_none(strides):
+    assert "source_strides: expected two positive" in refused(state_of(1212), strides)
+
+
+@pytest.mark.parametrize("side", [129, 138, 139, 200])
+@pytest.mark.parametrize("patches", [7, 144])
+def test_patches_higher_than_the_spectrogram(side, patches):
+    refused(state_of(patches, patch=(side, 16)))
+
+
+@pytest.mark.parametrize("width", [96, 200])
+def test_width_of_no_whole_heads(width):
+    assert f"heads of 64 do not divide the width {width}; pass config=" in refused(state_of(144, width))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("v.pos_embed", (146, 192)), ("v.patch_embed.proj.weight", (192, 256)), ("v.blocks.0.mlp.fc1.weight", (768,)),
+        ("mlp_head.1.weight", (7, 0)), ("v.pos_embed", ()),
+    ],
+)  # fmt: skip
+def test_tensors_of_another_rank(name, wrong):
+    """The message has the name that the tensor has in the file: no other is known to its owner."""
+    assert name in refused(state_of(144) | {name: np.zeros(wrong, np.float32)})
+
+
+def test_imagenet_grids_are_square():
+    state = torch_original.deit_state(depth=1, hw=5)
+    config = read(state, form=VIT)
+    assert (config.grid, config.max_length, config.num_mel_bins) == ((5, 5), 80, 80)
+    assert (config.layer_norm_eps, config.head_eps) == (1e-6, 1e-5)
+    for patches in (24, 0):
+        message = refused(state | {"pos_embed": np.zeros((1, 2 + patches, 192))}, form=VIT)
+        assert f"expected a square grid of positions, got {patches} of them" in message
+
+
+@pytest.mark.parametrize("width", [64, 192, 384, 768])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sizes_of_the_original(width, bias):
+    config = read(state_of(144, width, layers=11, labels=35, bias=bias))
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (width, width // 64, 4 * width)
+    assert (config.num_hidden_layers, config.num_labels, config.qkv_bias) == (11, 35, bias)
+    assert (config.patch_size, config.layer_norm_eps, config.head_eps, config.hidden_act) == (16, 1e-6, 1e-5, "gelu")
+
+
+def test_live_models_are_read_as_their_own_config_says():
+    model = OriginalAST(label_dim=50, fstride=12, tstride=12, input_tdim=512, depth=2, width=384, heads=6)
+    config = read(model.state_dict())
+    assert (config.grid, config.num_labels, config.hidden_size, config.num_hidden_layers) == (model.grid, 50, 384, 2)
+    for cls, form in (
+        (transformers.ASTForAudioClassification, LIVE),
+        (transformers.ASTModel, LIVE.with_prefix("")),
+    ):
+        own = torch_models.torch_config("stride-16-16", num_hidden_layers=2, qkv_bias=False)
+        config = read(cls(own).state_dict(), form=form)
+        values = config.to_json_dict()
+        assert {key: values[key] for key in values if key != "num_labels"}.items() <= own.to_dict().items()
+        assert values["num_labels"] == (7 if form.prefix == HF_PREFIX else 527)
