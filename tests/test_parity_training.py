@@ -141,7 +141,7 @@ def test_losses_and_gradients_equal_torch(problem, dtype, tmp_path, request):
     value, gradients = value_and_grad(params, batch, config)
     want_value, want_gradients = torch_value_and_grad(model, batch, tmp_path / "gradients")
     assert value.dtype == dtype
-    assert value == pytest.approx(want_value, rel=LOSS_TOLERANCE[dtype], abs=0)
+    assert float(value) == pytest.approx(want_value, rel=LOSS_TOLERANCE[dtype], abs=0)
     found = gradient_differences(tensors(gradients), want_gradients)
     assert sum(map(is_key_bias, found)) == config.num_hidden_layers * config.qkv_bias
     assert max(found.values()) < GRADIENT_TOLERANCE[dtype], found
@@ -166,7 +166,7 @@ def test_wrong_losses_are_seen(mistake, tmp_path):
     batch = make_batch(problem, config, np.float32)
     value, gradients = value_and_grad(params, batch, config, wrong_loss)
     want_value, want_gradients = torch_value_and_grad(model, batch, tmp_path / "gradients")
-    assert value != pytest.approx(want_value, rel=LOSS_TOLERANCE[np.float32], abs=0)
+    assert float(value) != pytest.approx(want_value, rel=LOSS_TOLERANCE[np.float32], abs=0)
     assert max(gradient_differences(tensors(gradients), want_gradients).values()) > GRADIENT_TOLERANCE[np.float32]
 
 

@@ -1,6 +1,8 @@
 """What the shapes of tensors tell of an architecture, and what options and file names add."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch_original
 import transformers
 from torch_original import OriginalAST
 
+import ast_jax
 from ast_jax import CheckpointError
 from ast_jax.formats import HF_PREFIX, LIVE, ORIGINAL, VIT
 from ast_jax.shapes import config_from_shapes
@@ -40,16 +43,16 @@ ASKED = [  # patches, source_strides, source_max_length, what comes of it
     (1212, None, 1016, (10, 10, 1016)),  # the least and the most that 101 patches have room for
     (1212, None, 1025, (10, 10, 1025)),
     (108, None, 100, (10, 10, 100)),  # no multiple of 128
-    (108, (10, 10), None, (10, 10, 96)),  # as short as can be
     (108, (10, 10), 105, (10, 10, 105)),
     (1, (200, 200), 16, (200, 200, 16)),  # the user may ask for gaps
 ]
 MISFITS = [  # patches, source_strides, source_max_length, what is possible
     (1212, (12, 12), None, "none"),
-    (1212, (10, 10), 512, "none"),
-    (1212, None, 1015, "none"),
-    (1212, None, 1026, "none"),
-    (108, None, None, "none"),  # 96 to 105 frames
+    (1212, (10, 10), 512, "10 10 with 1016 to 1025 frames"),
+    (1212, None, 1015, "10 10 with 1016 to 1025 frames"),
+    (1212, None, 1026, "10 10 with 1016 to 1025 frames"),
+    (108, (10, 10), None, "10 10 with 96 to 105 frames"),  # no multiple of 128
+    (108, None, None, "10 10 with 96 to 105 frames, 14 14 with 170 to 183 frames"),
     (97, None, None, "none"),
     (0, None, None, "none"),
 ]
@@ -117,18 +120,19 @@ def test_lists_are_strides_too():
 @pytest.mark.parametrize(("patches", "strides", "max_length", "possible"), MISFITS)
 def test_misfits(patches, strides, max_length, possible):
     message = refused(state_of(patches), strides, max_length, name="some/file.pth")
-    assert message.startswith(f"some/file.pth: {patches} position embeddings")
-    assert f"(possible: {possible})" in message
-    assert message.endswith("source_strides, source_max_length")
+    assert message.startswith("some/file.pth: ")
+    assert f"({patches} patches; possible: {possible})" in message
+    assert re.search("say them: source_strides .* source_max_length", message)
 
 
 def test_ambiguities_list_what_is_possible():
     """Patches as high as the spectrogram leave one row at any stride."""
     state = state_of(64, patch=(128, 2))
     message = refused(state)
-    possible = "10 10 with 640 frames, 12 12 with 768 frames, 14 14 with 896 frames, 16 16 with 1024 frames"
-    assert f"(possible: {possible})" in message
-    assert message.endswith("source_strides, source_max_length")
+    lengths = {10: "632 to 641", 12: "758 to 769", 14: "884 to 897", 16: "1010 to 1025"}
+    possible = ", ".join(f"{stride} {stride} with {frames} frames" for stride, frames in lengths.items())
+    assert f"(64 patches; possible: {possible})" in message
+    assert re.search("say them: source_strides .* source_max_length", message)
     assert found(state, max_length=768) == (12, 12, 768)
     assert found(state, (16, 16)) == (16, 16, 1024)
     assert read(state, (16, 16)).patch_size == (128, 2)
@@ -194,3 +198,56 @@ def test_live_models_are_read_as_their_own_config_says():
         values = config.to_json_dict()
         assert {key: values[key] for key in values if key != "num_labels"}.items() <= own.to_dict().items()
         assert values["num_labels"] == (7 if form.prefix == HF_PREFIX else 527)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return a folder with a config.json, and the live model that it was saved from."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, torch_models.saved_model(folder, "stride-10-10", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("option", [{"source_strides": (10, 10)}, {"source_max_length": 128}], ids=str)
+def test_options_beside_a_configuration(option, saved):
+    """What is not needed is refused rather than passed over: config, config.json, and square pictures tell all."""
+    folder, model = saved
+    for source, config in (
+        (model.state_dict(), ast_jax.load(folder).config), (folder, None), (model, None),
+        (torch_original.deit_state(depth=1, hw=4), None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="source_strides"):
+            ast_jax.from_torch(source, config=config, **option)
+
+
+def test_config_says_what_shapes_cannot():
+    """Heads of another width, an eps, an activation; and it wins over the model's own."""
+    own = torch_models.torch_config("relu", num_hidden_layers=1, hidden_size=96, num_attention_heads=4)
+    model = transformers.ASTForAudioClassification(own)
+    with pytest.raises(CheckpointError, match="pass config="):
+        ast_jax.from_torch(model.state_dict())
+    whole = ast_jax.from_torch(model)
+    checkpoint = ast_jax.from_torch(model.state_dict(), config=whole.config)
+    assert checkpoint.config == whole.config
+    kernels = [model.params["layers"]["attention"]["qkv"]["kernel"] for model in (checkpoint, whole)]
+    np.testing.assert_array_equal(*kernels, strict=True)
+    assert ast_jax.from_torch(model, config=whole.config.replace(layer_norm_eps=0.5)).config.layer_norm_eps == 0.5
+    with pytest.raises(CheckpointError, match="wrong shape: audio_spectrogram_transformer"):
+        ast_jax.from_torch(model, config=whole.config.replace(max_length=256))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**9), ("num_hidden_layers", 10**30), ("hidden_size", 3 * 10**16),
+        ("intermediate_size", 10**20), ("max_length", 10**17), ("max_length", 10**30), ("num_mel_bins", 10**17),
+    ],
+)  # fmt: skip
+def test_sizes_beyond_any_memory(field, value, saved, tmp_path):
+    """They are refused before anything of that size is made or listed."""
+    values = json.loads((saved[0] / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shutil.copy(saved[0] / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        ast_jax.from_torch(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert len(str(caught.value)) < 5000

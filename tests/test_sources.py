@@ -110,6 +110,12 @@ BAD_FILES = {
 }
 
 
+def all_of(path):
+    """Read a source and what lies beside it, which may wait until it is asked for."""
+    found = read_source(path)
+    return found.name, found.state, found.config, found.frontend
+
+
 def one_line(caught):
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -119,7 +125,7 @@ def one_line(caught):
 def test_bad_folders(case, tmp_path):
     files, message = BAD_FOLDERS[case]
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_source(folder_with(tmp_path / "model", files))
+        all_of(folder_with(tmp_path / "model", files))
     assert one_line(caught).startswith(str(tmp_path / "model"))
 
 
@@ -173,12 +179,11 @@ def test_what_lies_beside(tmp_path):
     """For a file as for its folder; a missing one is None."""
     folder_with(tmp_path, {"config.json": {"c": 1}, "model.safetensors": tensors("a"), "w.pth": tensors("a")})
     for source in (tmp_path, tmp_path / "model.safetensors", str(tmp_path / "w.pth")):
-        found = read_source(source)
-        assert (found.name, found.config, found.frontend) == (str(source), {"c": 1}, None)
+        name, _, *beside = all_of(source)
+        assert (name, beside) == (str(source), [{"c": 1}, None])
     (tmp_path / "config.json").unlink()
     (tmp_path / "preprocessor_config.json").write_text('{"p": 1}')
-    found = read_source(tmp_path / "w.pth")
-    assert (found.config, found.frontend) == (None, {"p": 1})
+    assert all_of(tmp_path / "w.pth")[2:] == (None, {"p": 1})
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.pth"])
