@@ -209,7 +209,7 @@ def _config(
         try:
             return ASTConfig.from_json_dict(found.config)
         except ValueError as error:
-            raise CheckpointError(f"{pathlib.Path(found.name) / CONFIG_FILE}: {error}") from error
+            raise CheckpointError(f"{pathlib.Path(found.folder) / CONFIG_FILE}: {error}") from error
     config = config_from_shapes(state, form, has_head, found.name, strides, max_length, notes=notes)
     if form.rows in (HUGGING_FACE.rows, LIVE.rows):
         notes.append(f"no {CONFIG_FILE}: {config.num_attention_heads} heads of 64 and eps 1e-12 are assumed")
@@ -223,7 +223,7 @@ def _frontend(found: Source, form: Format, config: ASTConfig, notes: list[str]) 
         try:
             frontend = FrontendConfig.from_json_dict(found.frontend)
         except ValueError as error:
-            raise CheckpointError(f"{pathlib.Path(found.name) / PREPROCESSOR_FILE}: {error}") from error
+            raise CheckpointError(f"{pathlib.Path(found.folder) / PREPROCESSOR_FILE}: {error}") from error
         check_frontend(frontend, config, found.name)
         return frontend
     mean, std = ORIGINAL_STATISTICS[527]

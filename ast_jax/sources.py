@@ -41,12 +41,14 @@ class Source:
         state: arrays by name.
         config: the content of config.json, or None.
         frontend: the content of preprocessor_config.json, or None.
+        folder: where both lay, for messages.
     """
 
     name: str
     state: Mapping[str, np.ndarray]
     config: Mapping[str, Any] | None = None
     frontend: Mapping[str, Any] | None = None
+    folder: str = ""
 
 
 def read_source(source: Any) -> Source:
@@ -63,11 +65,11 @@ def read_source(source: Any) -> Source:
         return Source(type(source).__name__, state, config and json.loads(json.dumps(config, default=str)))
     path = pathlib.Path(source)
     if path.is_dir():
-        return Source(str(path), _read_folder(path), *_beside(path))
+        return Source(str(path), _read_folder(path), *_beside(path), str(path))
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a folder or a file of weights, found none")
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    return Source(str(path), state, *_beside(path.parent))
+    return Source(str(path), state, *_beside(path.parent), str(path.parent))
 
 
 def _beside(folder: pathlib.Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

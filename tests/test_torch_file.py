@@ -207,7 +207,7 @@ def test_big_endian(tmp_path):
 def test_old_files_of_big_endian_machines(tmp_path):
     path = tmp_path / "model.pth"
     torch.save(a_state(), path, **FORMATS["old"])
-    data, changes = re.subn(rb"(little_endianq.)\x88", rb"\1\x89", path.read_bytes())
+    data, changes = re.subn(rb"(little_endianq.)\x88", b"\\1\x89", path.read_bytes())
     assert changes == 1
     path.write_bytes(data)
     assert_same(read_torch_file(path), torch.load(path))  # PyTorch swaps when it writes this format
