@@ -105,10 +105,12 @@ def convert(
         some = ", ".join(sorted(state)[:3]) or "none"
         raise CheckpointError(f"{found.name}: expected the tensors of an AST, got others: {some}, …")
     has_head = any(row.source in state for row in form.head)
+    told = "config" if config else CONFIG_FILE if _is_transformers(form) and found.config else None
+    told = "a square grid" if form is VIT else told
+    if told and (source_strides or source_max_length):
+        raise ValueError(f"source_strides, source_max_length: expected none where {told} tells them")
     if config is None:
         config = _config(found, state, form, has_head, source_strides, source_max_length, notes)
-    elif source_strides or source_max_length:
-        raise ValueError("source_strides, source_max_length: expected none beside config, which has its own")
     params, dtypes = _fill(state, form, config, has_head, found.name)
     if form is VIT:
         notes.append("ImageNet initialisation: no classifier, kernels summed over red, green and blue")
@@ -190,6 +192,10 @@ def _dtype_record(
     return {"dtype": most, "other_dtypes": others}
 
 
+def _is_transformers(form: Format) -> bool:
+    return form.rows in (HUGGING_FACE.rows, LIVE.rows)
+
+
 def going_back(form: Format) -> Format:
     """Return the format in which transformers writes what it holds in memory; any other as it is."""
     return HUGGING_FACE.with_prefix(form.prefix) if form.rows == LIVE.rows else form
@@ -205,13 +211,13 @@ def _config(
     notes: list[str],
 ) -> ASTConfig:
     """Return the architecture: from config.json for transformers' names, else from the shapes."""
-    if form.rows in (HUGGING_FACE.rows, LIVE.rows) and found.config is not None:
+    if _is_transformers(form) and found.config is not None:
         try:
             return ASTConfig.from_json_dict(found.config)
         except ValueError as error:
             raise CheckpointError(f"{pathlib.Path(found.folder) / CONFIG_FILE}: {error}") from error
     config = config_from_shapes(state, form, has_head, found.name, strides, max_length, notes=notes)
-    if form.rows in (HUGGING_FACE.rows, LIVE.rows):
+    if _is_transformers(form):
         notes.append(f"no {CONFIG_FILE}: {config.num_attention_heads} heads of 64 and eps 1e-12 are assumed")
     return config
 
@@ -219,7 +225,7 @@ def _config(
 def _frontend(found: Source, form: Format, config: ASTConfig, notes: list[str]) -> FrontendConfig:
     """Return the features' settings: from preprocessor_config.json, else the original's or transformers' defaults."""
     size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
-    if form.rows in (HUGGING_FACE.rows, LIVE.rows) and found.frontend is not None:
+    if _is_transformers(form) and found.frontend is not None:
         try:
             frontend = FrontendConfig.from_json_dict(found.frontend)
         except ValueError as error:

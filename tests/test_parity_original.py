@@ -15,8 +15,8 @@ from torch_original import OriginalAST
 import ast_jax
 from ast_jax.model import param_shapes
 
-# Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: those of 1e-16,
-# which the worst conditioned of the norms makes some 1e-13, so that 1e-9 has room to spare and sees every eps.
+# Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: as many of 1e-16,
+# and 1e-9 has room to spare while the least of the mistakes below, an eps of the body, moves the logits by 3e-7.
 TOLERANCE = {np.float32: 1e-4, np.float64: 1e-9}
 SIZES = {  # the original's, of few layers
     "tiny": {"width": 192, "heads": 3}, "small": {"width": 384, "heads": 6}, "base": {"width": 768, "heads": 12},

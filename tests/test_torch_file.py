@@ -347,6 +347,7 @@ FOREIGN = {
     "zip": lambda path: zipped(path, GOOD, root="photos/2021"),
     "empty zip": lambda path: path.write_bytes(b"PK\5\6" + bytes(18)),
     "no directory": lambda path: path.write_bytes(zipped(path, GOOD).read_bytes()[:-22]),
+    "headers": lambda path: path.write_bytes(zipped(path, GOOD).read_bytes().replace(b"PK\3\4", b"PK\3\5")),
     "deflated": lambda path: zipped(path, GOOD, method=zipfile.ZIP_DEFLATED),
     "bomb": lambda path: zipped(path, GOOD, change=gigabyte),
     "in one place": lambda path: zipped(path, pickled({"w": Tensor(), "v": Tensor(key="1")}), change=in_one_place),
@@ -360,7 +361,7 @@ def test_refuses_other_files(tmp_path, kind):
     FOREIGN[kind](tmp_path / "model.pth")
     tracemalloc.start()
     try:
-        refusal(tmp_path / "model.pth")
+        assert {"deflated": "compressed", "bomb": "compressed"}.get(kind, "") in refusal(tmp_path / "model.pth")
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
