@@ -23,6 +23,7 @@ def resize(
     time_stride: int | None = None,
     num_labels: int | None = None,
     labels: Sequence[str] | None = None,
+    keep_classifier: bool = False,
     seed: int = 0,
 ) -> Checkpoint:
     """Return a checkpoint for another input or other labels, as the original repository's constructor makes it.
@@ -38,13 +39,14 @@ def resize(
         time_stride: step between patches in frames.
         num_labels: C; another number than the model's gives it a new classifier, drawn at random.
         labels: names of the classes; other names than the model's give it a new classifier.
+        keep_classifier: `labels` are the right names of the classes that the model has already.
         seed: of the new classifier.
 
     Returns:
         The checkpoint; a new classifier comes with `problem_type` None, and the metadata say what was changed.
 
     Raises:
-        ValueError: a value is out of its range, or `labels` and `num_labels` do not agree.
+        ValueError: a value is out of its range, or `labels`, `num_labels` and `keep_classifier` do not agree.
     """
     old = checkpoint.config
     wanted = {"max_length": max_length, "num_mel_bins": num_mel_bins, "frequency_stride": frequency_stride,
@@ -61,12 +63,20 @@ def resize(
             f"{old.time_stride} to {config.num_mel_bins} x {config.max_length} at {config.frequency_stride}, "
             f"{config.time_stride}: position grid {_describe(old.grid, config.grid)}"
         )
-    names = tuple(labels) if labels is not None else None
-    count = len(names) if names is not None else num_labels
+    names = _checked(labels)
+    count = len(names) if names else num_labels
     if num_labels not in (None, count):
         raise ValueError(f"num_labels: expected {count}, the number of labels, got {num_labels}")
     has_head = "classifier" in params
-    if count is not None and (not has_head or count != old.num_labels or (names and names != old.id2label)):
+    if keep_classifier:
+        if not (names and has_head and count == old.num_labels):
+            raise ValueError(
+                f"keep_classifier: expected labels, a name for each of the {old.num_labels if has_head else 0} classes "
+                f"that the model has, got {len(names or ())}"
+            )
+        config = config.replace(id2label=names)
+        changes += ["labels renamed"] if names != old.labels else []
+    elif count is not None and (not has_head or count != old.num_labels or (names and names != old.labels)):
         config = config.replace(num_labels=count, id2label=names or (), problem_type=None)
         params["classifier"] = new_classifier(config, seed, np.asarray(params["layernorm"]["scale"]).dtype)
         changes.append(f"classifier of {count} labels: new, untrained")
@@ -75,6 +85,22 @@ def resize(
     metadata = checkpoint.metadata
     metadata["adapted"] = [*metadata.get("adapted", []), *changes]
     return checkpoint.replace(params=params, config=config, frontend=frontend, metadata_json=json.dumps(metadata))
+
+
+def _checked(labels: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the names of classes as a tuple.
+
+    Raises:
+        ValueError: a text instead of a list of texts, no names, or a name twice.
+    """
+    if labels is None:
+        return None
+    if isinstance(labels, str):
+        raise ValueError(f"labels: expected a list of names, got {labels!r}")
+    names = tuple(labels)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"labels: expected one name or more, each once, got {names}")
+    return names
 
 
 def resize_positions(positions: np.ndarray, old: Grid, new: Grid) -> np.ndarray:

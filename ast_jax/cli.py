@@ -213,6 +213,9 @@ def convert(
             help="File of label names for a new classifier: a name a line, JSON, or class_labels_indices.csv.",
         ),
     ] = None,
+    keep_classifier: Annotated[
+        bool, typer.Option("--keep-classifier", help="--labels are the right names of the classes SRC has already.")
+    ] = False,
     mean: Annotated[float | None, typer.Option("--mean", help="Mean of the features, where SRC has none.")] = None,
     std: Annotated[float | None, typer.Option("--std", help="Their standard deviation.")] = None,
     source_strides: Annotated[
@@ -241,6 +244,7 @@ def convert(
 
         changes = dict(zip(_SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
         changes |= {"num_labels": num_labels, "labels": read_labels(labels) if labels else None}
+        changes["keep_classifier"] = keep_classifier
         path, proof, told = checkpoints.resolve(source), None, 0
         if checkpoints.is_own(path):
             if source_strides or source_max_length:

@@ -12,13 +12,13 @@ import torch_original
 
 import ast_jax
 from ast_jax.adapt import resize_positions
-from ast_jax.checkpoint import flatten
+from ast_jax.checkpoint import check_params, flatten
 from ast_jax.model import param_shapes
 
 AUDIOSET, GRIDS = torch_original.AUDIOSET_GRID, (torch_original.AUDIOSET_GRID, (24, 24), (14, 14))
 # Positions lie in [0, 1), so a value is wrong by no more than the place between two cells is. float64: places up to
 # 101 are rounded to 1.4e-14, three times. float32: PyTorch works its places out in float32, with a scale rounded by
-# 6e-8 of itself and the product and the sum by 4e-6 each: 1.4e-5 along time, and next to nothing along frequency.
+# 6e-8 of itself and the product and the sum by 4e-6 each: 1.4e-5 along time and a quarter of it along frequency.
 GRID_TOLERANCE = {np.float64: 1e-12, np.float32: 2e-5}
 
 CONFIG = ast_jax.ASTConfig(
@@ -156,7 +156,10 @@ MISTAKES = [
     ({"max_length": 15}, r"patch_size: expected 1 to 15 frames, got 16"),
     ({"num_mel_bins": 15}, r"patch_size: expected 1 to 15 mel bins, got 16"),
     ({"num_labels": 3, "labels": ("a", "b")}, r"num_labels: expected 2, the number of labels, got 3"),
-    ({"labels": ()}, r"num_labels: expected at least 1, got 0"),
+    ({"labels": ()}, r"labels: expected one name or more, each once, got \(\)"),
+    ({"labels": ("a", "b", "a")}, r"labels: expected one name or more, each once, got \('a', 'b', 'a'\)"),
+    ({"keep_classifier": True}, "keep_classifier: expected labels, a name for each of the 3 classes .*, got 0"),
+    ({"labels": ("a", "b"), "keep_classifier": True}, "a name for each of the 3 classes that the model has, got 2"),
     ({"labels": ("a", 2)}, r"id2label: expected names as text, got 2"),
     ({"labels": "audioset"}, r"labels: expected .*, got 'audioset'"),  # one text, not eight names of a letter
     ({"max_length": 64.5}, r"max_length: expected a whole number, got 64\.5"),
@@ -180,6 +183,13 @@ def test_mistakes_say_what_is_wrong(changes, message, checkpoint):
         ast_jax.resize(checkpoint, **changes)
 
 
+def test_the_right_names_of_the_classes_keep_the_head(checkpoint):
+    named = ast_jax.resize(checkpoint, labels=("x", "y", "z"), keep_classifier=True)
+    assert named.config == CONFIG.replace(id2label=("x", "y", "z"))  # problem_type is kept too
+    assert named.params["classifier"] is checkpoint.params["classifier"]
+    assert named.metadata["adapted"][-1] == "labels renamed"
+
+
 @pytest.mark.parametrize(("changes", "names"), OTHER_LABELS, ids=str)
 def test_other_labels_draw_a_new_head(changes, names, checkpoint):
     resized = ast_jax.resize(checkpoint, **changes)
@@ -187,14 +197,9 @@ def test_other_labels_draw_a_new_head(changes, names, checkpoint):
     assert resized.config == CONFIG.replace(num_labels=count, id2label=names, problem_type=None)
     assert resized.frontend == checkpoint.frontend
     assert_same_params(resized.params, checkpoint.params, "classifier/")
-    head = flatten(resized.params["classifier"])
-    assert head["dense/kernel"].shape == (32, count)
-    assert [head[path].shape for path in ("dense/bias", "layernorm/scale", "layernorm/bias")] == [
-        (count,),
-        (32,),
-        (32,),
-    ]
-    assert head["dense/kernel"].std() == pytest.approx(0.02, rel=0.4)  # `initializer_range`, from 64 draws or more
+    check_params(resized.params, resized.config, "of the right shapes")
+    # `initializer_range`, from 64 draws or more, of which that is four standard errors.
+    assert resized.params["classifier"]["dense"]["kernel"].std() == pytest.approx(0.02, rel=0.4)
     assert resized.metadata["adapted"][1:] == [f"classifier of {count} labels: new, untrained"]
     assert_same(ast_jax.resize(checkpoint, **changes), resized)
     other = ast_jax.resize(checkpoint, **changes, seed=1).params

@@ -34,7 +34,7 @@ FLOOR = 2e-3
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Torch's threads wait for one another; beside other processes two took four times as long as one."""
+    """Torch's threads wait for one another; beside other processes two took three times as long as one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -434,6 +434,7 @@ def test_hungry_files(tmp_path):
     for name, data in {
         "sizes": shaped(b"(" + b"K\xff" * (room // 2) + b"t"),
         "big sizes": shaped(b"(" + big + b"q\1" + b"h\1" * 20 + b"t"),
+        "doubled sizes": shaped(b"N" + b"q\1h\1\x86" * 40),
         "keys": b"\x80\2}(" + b"".join(b"\x8a\x0b" + k.to_bytes(11, "little") + b"N" for k in equal) + b"u.",
         "memo": b"\x80\2N" + b"".join(b"p%d\n" % k for k in equal) + b".",
         "marks": b"\x80\2" + b"(" * room + b".",
@@ -444,11 +445,11 @@ def test_hungry_files(tmp_path):
         zipped(tmp_path / name, data)
     for name, keys in {"nested keys": b"\x85" * (room // 2), "doubled keys": b"q\1h\1\x86" * 40}.items():
         old(tmp_path / name, GOOD, keys=b"\x80\2]N" + keys + b"a.")  # tuples, which a dict would hash
-    many = pickled({str(key): Tensor(key=str(key)) for key in range(1000)})
-    zipped(tmp_path / "one place", many, [bytes(1 << 24)], change=lambda archive: in_one_place(archive, 1000))
+    many = pickled({str(key): Tensor(key=str(key)) for key in range(4000)})
+    zipped(tmp_path / "one place", many, [bytes(1 << 24)], change=lambda archive: in_one_place(archive, 4000))
     swapped = pickled({str(key): Tensor() for key in range(300)})
     zipped(tmp_path / "swapped", swapped, [bytes(1 << 22)], byteorder=b"big")
-    directory(tmp_path / "directory", 300_000)
+    directory(tmp_path / "directory", 600_000)
     read_apart(tmp_path, seconds=8, megabytes=256)
 
 
