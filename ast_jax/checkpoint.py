@@ -28,6 +28,7 @@ FORMAT = 1
 FORMAT_FILE = "ast_jax.json"
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
+LONGEST_LIST = 20  # of what does not fit: more would hide the beginning
 SHIPPED = pathlib.Path(__file__).parent / "models"
 
 
@@ -124,8 +125,9 @@ def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
 
         return resize(_load(path), **changes)
     from .convert import from_torch
+    from .sources import read_source
 
-    return from_torch(path, **changes)
+    return from_torch(read_source(path, os.fspath(source)), **changes)
 
 
 def is_own(path: pathlib.Path) -> bool:
@@ -233,16 +235,13 @@ def check_frontend(frontend: FrontendConfig, config: ASTConfig, name: str) -> No
 
 def raise_differences(name: str, missing: Any, unexpected: Any, misshaped: Mapping[str, tuple[Any, Any]]) -> None:
     """Raise one error with titled, sorted lists, or return where all of them are empty."""
+    shapes = [f"{path} (expected {tuple(want)}, got {tuple(got)})" for path, (want, got) in sorted(misshaped.items())]
+    titled = {"missing": sorted(missing), "unexpected": sorted(unexpected), "wrong shape": shapes}
     lists = []
-    if missing:
-        lists.append(f"missing: {', '.join(sorted(missing))}")
-    if unexpected:
-        lists.append(f"unexpected: {', '.join(sorted(unexpected))}")
-    if misshaped:
-        shapes = (
-            f"{path} (expected {tuple(want)}, got {tuple(got)})" for path, (want, got) in sorted(misshaped.items())
-        )
-        lists.append(f"wrong shape: {', '.join(shapes)}")
+    for title, entries in titled.items():
+        more = f", and {len(entries) - LONGEST_LIST} more" if len(entries) > LONGEST_LIST else ""
+        if entries:
+            lists.append(f"{title}: {', '.join(entries[:LONGEST_LIST])}{more}")
     if lists:
         raise CheckpointError(f"{name}: the weights do not fit the configuration; {'; '.join(lists)}")
 
@@ -297,7 +296,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a JSON file ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -253,7 +253,7 @@ def convert(
             told = len(_conversion_lines(checkpoint.metadata))
             checkpoint = adapt.resize(checkpoint, **changes)
         else:
-            found = read_source(path)
+            found = read_source(path, source)
             checkpoint = converter.convert(found, None, source_strides, source_max_length)
             proof = verify(found, checkpoint) if check else None
             checkpoint = converter.adapt(checkpoint, **changes)

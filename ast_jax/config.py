@@ -121,6 +121,8 @@ class ASTConfig:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
                      "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name, most in _MODEL_BOUNDS.items():
+            _require(getattr(self, name) <= most, name, f"at most {most:,}", getattr(self, name))
         for name in ("layer_norm_eps", "head_layer_norm_eps"):
             _require((getattr(self, name) or 0) >= 0, name, "0 or more", getattr(self, name))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -218,6 +220,11 @@ class ASTConfig:
 
 
 MODEL_TYPE = "audio-spectrogram-transformer"
+# Beyond these lie typing errors and damaged files, which would ask for more memory than there is.
+_MODEL_BOUNDS = {
+    "hidden_size": 1_000_000, "num_hidden_layers": 10_000, "intermediate_size": 10_000_000, "num_labels": 10_000_000,
+    "max_length": 10_000_000, "num_mel_bins": 10_000,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import json
-import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +70,7 @@ def from_torch(
             lists what is missing, unexpected and of the wrong shape.
         ValueError: an option does not fit the source.
     """
-    found = read_source(source)
+    found = source if isinstance(source, Source) else read_source(source)
     return adapt(convert(found, config, source_strides, source_max_length), **changes)
 
 
@@ -105,12 +103,13 @@ def convert(
         some = ", ".join(sorted(state)[:3]) or "none"
         raise CheckpointError(f"{found.name}: expected the tensors of an AST, got others: {some}, …")
     has_head = any(row.source in state for row in form.head)
-    told = "config" if config else CONFIG_FILE if _is_transformers(form) and found.config else None
+    json_config = found.read_json(CONFIG_FILE) if _is_transformers(form) and config is None else None
+    told = "config" if config else CONFIG_FILE if json_config is not None else None
     told = "a square grid" if form is VIT else told
     if told and (source_strides or source_max_length):
         raise ValueError(f"source_strides, source_max_length: expected none where {told} tells them")
     if config is None:
-        config = _config(found, state, form, has_head, source_strides, source_max_length, notes)
+        config = _config(found, json_config, state, form, has_head, source_strides, source_max_length, notes)
     params, dtypes = _fill(state, form, config, has_head, found.name)
     if form is VIT:
         notes.append("ImageNet initialisation: no classifier, kernels summed over red, green and blue")
@@ -121,7 +120,7 @@ def convert(
         "format": form.name, "tensors": len(dtypes), "ignored": ignored, "notes": notes,
         **_dtype_record(dtypes, form, config, has_head),
     }  # fmt: skip
-    metadata = {"converted_from": pathlib.PurePath(found.name).name, "conversion": conversion}
+    metadata = {"converted_from": found.label, "conversion": conversion}
     return Checkpoint(params, config, frontend, json.dumps(metadata))
 
 
@@ -135,9 +134,6 @@ def _fill(
     """
     from .model import param_shapes
 
-    layers = 1 + max((int(match[1]) for key in state if (match := re.search(r"\.(\d+)\.", f".{key}"))), default=0)
-    if config.num_hidden_layers > 10 * layers + 100:  # nobody wants the list of what is missing
-        raise CheckpointError(f"{name}: expected {config.num_hidden_layers} layers, as its configuration says")
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
     places = form.places(config, has_head)
     misshaped, dtypes, widest = {}, {}, {}
@@ -203,6 +199,7 @@ def going_back(form: Format) -> Format:
 
 def _config(
     found: Source,
+    json_config: Mapping[str, Any] | None,
     state: Mapping[str, np.ndarray],
     form: Format,
     has_head: bool,
@@ -211,11 +208,11 @@ def _config(
     notes: list[str],
 ) -> ASTConfig:
     """Return the architecture: from config.json for transformers' names, else from the shapes."""
-    if _is_transformers(form) and found.config is not None:
+    if json_config is not None:
         try:
-            return ASTConfig.from_json_dict(found.config)
+            return ASTConfig.from_json_dict(json_config)
         except ValueError as error:
-            raise CheckpointError(f"{pathlib.Path(found.folder) / CONFIG_FILE}: {error}") from error
+            raise CheckpointError(f"{found.where(CONFIG_FILE)}: {error}") from error
     config = config_from_shapes(state, form, has_head, found.name, strides, max_length, notes=notes)
     if _is_transformers(form):
         notes.append(f"no {CONFIG_FILE}: {config.num_attention_heads} heads of 64 and eps 1e-12 are assumed")
@@ -225,11 +222,12 @@ def _config(
 def _frontend(found: Source, form: Format, config: ASTConfig, notes: list[str]) -> FrontendConfig:
     """Return the features' settings: from preprocessor_config.json, else the original's or transformers' defaults."""
     size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
-    if _is_transformers(form) and found.frontend is not None:
+    json_frontend = found.read_json(PREPROCESSOR_FILE) if _is_transformers(form) else None
+    if json_frontend is not None:
         try:
-            frontend = FrontendConfig.from_json_dict(found.frontend)
+            frontend = FrontendConfig.from_json_dict(json_frontend)
         except ValueError as error:
-            raise CheckpointError(f"{pathlib.Path(found.folder) / PREPROCESSOR_FILE}: {error}") from error
+            raise CheckpointError(f"{found.where(PREPROCESSOR_FILE)}: {error}") from error
         check_frontend(frontend, config, found.name)
         return frontend
     mean, std = ORIGINAL_STATISTICS[527]

@@ -202,13 +202,14 @@ class Format:
                 places[row.source.format(n=layer)] = row, index
         return places
 
-    def find(self, names: Iterable[str], target: str, part: int | None = None) -> str | None:
-        """Return the name of the first tensor of a target that is among `names`, or None."""
-        for row in self.all_rows(with_head=True):
-            if row.target == target and row.part in (part, None):
-                pattern = re.compile(re.escape(row.source).replace(r"\{n\}", r"\d+"))
-                return min((name for name in names if pattern.fullmatch(name)), default=None)
-        return None
+    def name_of(self, target: str) -> str:
+        """Return the name, with {n} for the layer, of the first tensor that goes to a target."""
+        return next(row.source for row in self.all_rows(with_head=True) if row.target == target)
+
+    def find(self, names: Iterable[str], target: str) -> str | None:
+        """Return such a name, of any layer, that is among `names`, or None."""
+        pattern = re.compile(re.escape(self.name_of(target)).replace(r"\{n\}", r"\d+"))
+        return min((name for name in names if pattern.fullmatch(name)), default=None)
 
 
 HF_PREFIX = "audio_spectrogram_transformer."

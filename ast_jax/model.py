@@ -358,15 +358,38 @@ def encode(
 
 
 def param_shapes(config: ASTConfig) -> dict[str, Any]:
-    """Return the parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
-    nameless = config.replace(id2label=(), problem_type=None, unknown_keys="{}")
-    return _traced_shapes(nameless, jax.config.jax_enable_x64)
+    """Return the parameter tree that `init` makes as `jax.ShapeDtypeStruct`s, without tracing or computing anything."""
+    width, layers, hidden = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    heads = (config.num_attention_heads, width // config.num_attention_heads)
+    dtype = jnp.zeros(0).dtype
 
+    def leaves(**shapes: tuple[int, ...]) -> dict[str, Any]:
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
-@functools.lru_cache
-def _traced_shapes(config: ASTConfig, x64: bool) -> dict[str, Any]:
-    """Trace `init`, once for configurations that differ in names alone."""
-    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+    norms = leaves(scale=(layers, width), bias=(layers, width))
+    qkv = leaves(kernel=(layers, width, 3, *heads), bias=(layers, 3, *heads))
+    if not config.qkv_bias:
+        del qkv["bias"]
+    return {
+        "embeddings": {
+            **leaves(cls_token=(width,), distillation_token=(width,), position_embeddings=(config.num_tokens, width)),
+            "projection": leaves(kernel=(*config.patch_shape, 1, width), bias=(width,)),
+        },
+        "layers": {
+            "layernorm_before": norms,
+            "layernorm_after": norms,
+            "attention": {"qkv": qkv, "out": leaves(kernel=(layers, *heads, width), bias=(layers, width))},
+            "mlp": {
+                "fc1": leaves(kernel=(layers, width, hidden), bias=(layers, hidden)),
+                "fc2": leaves(kernel=(layers, hidden, width), bias=(layers, width)),
+            },
+        },
+        "layernorm": leaves(scale=(width,), bias=(width,)),
+        "classifier": {
+            "layernorm": leaves(scale=(width,), bias=(width,)),
+            "dense": leaves(kernel=(width, config.num_labels), bias=(config.num_labels,)),
+        },
+    }
 
 
 def num_params(params: Params) -> int:
@@ -438,12 +461,6 @@ def _batched(spec: jax.Array, lengths: Any, config: ASTConfig) -> tuple[jax.Arra
     return batch, lengths, single
 
 
-@functools.lru_cache
-def _expected_shapes(config: ASTConfig) -> dict[str, tuple[int, ...]]:
-    """Return {path: shape} of the whole parameter tree."""
-    return _shapes(param_shapes(config))
-
-
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
@@ -451,7 +468,7 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
     """Compare the shapes of params and config: Flax passes over what it does not know."""
-    expected, got = _expected_shapes(config), _shapes(params)
+    expected, got = _shapes(param_shapes(config)), _shapes(params)
     (stored,) = got.get("embeddings/position_embeddings", ())[:1] or (config.num_tokens,)
     if stored != config.num_tokens:  # by far the most common misfit
         raise ValueError(f"params hold {stored} position embeddings, but config makes {config.num_tokens} tokens")

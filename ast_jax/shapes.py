@@ -32,11 +32,17 @@ def config_from_shapes(
     Raises:
         CheckpointError: a tensor is missing, or no or several strides and lengths fit the position embeddings.
     """
+    pair = isinstance(strides, tuple | list) and len(strides) == 2
+    if strides is not None and not (pair and all(isinstance(step, int) and step > 0 for step in strides)):
+        raise CheckpointError(f"source_strides: expected two positive whole numbers, got {strides}")
 
-    def shape(target: str, rank: int, part: int | None = None) -> tuple[int, ...]:
-        source = form.find(state, target, part)
-        if source is None or state[source].ndim != rank or 0 in state[source].shape:
-            raise CheckpointError(f"{name}: expected a {rank}-dimensional tensor for {target}, found none")
+    def shape(target: str, rank: int) -> tuple[int, ...]:
+        pattern = form.name_of(target)
+        source = form.find(state, target)
+        if source is None:
+            raise CheckpointError(f"{name}: the weights are not whole; missing: {pattern.format(n=0)}")
+        if state[source].ndim != rank or 0 in state[source].shape:
+            raise CheckpointError(f"{name}: {source}: expected {rank} dimensions, got {state[source].shape}")
         return state[source].shape
 
     width, _, *patch = shape("embeddings/projection/kernel", 4)
@@ -48,7 +54,7 @@ def config_from_shapes(
         "num_attention_heads": width // 64,
         "num_hidden_layers": 1 + max(int(match[1]) for key in state if (match := layer_of.match(key))),
         "intermediate_size": shape("layers/mlp/fc1/kernel", 2)[0],
-        "qkv_bias": form.find(state, "layers/attention/qkv/bias", 0) is not None,
+        "qkv_bias": form.find(state, "layers/attention/qkv/bias") is not None,
         "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
         "layer_norm_eps": form.eps[0],
         "head_layer_norm_eps": None if form.eps[0] == form.eps[1] else form.eps[1],
@@ -60,10 +66,18 @@ def config_from_shapes(
         if not side or side * side != patches:
             raise CheckpointError(f"{name}: expected a square grid of positions, got {patches} of them")
         pixels = {"max_length": side * patch[1], "num_mel_bins": side * patch[0]}
-        return ASTConfig(**fields, **pixels, frequency_stride=patch[0], time_stride=patch[1])
+        return _checked(name, **fields, **pixels, frequency_stride=patch[0], time_stride=patch[1])
     (frequency, time), frames, why = _strides(patches, patch, name, strides, max_length)
     notes.append(f"strides {frequency}, {time} and {frames} frames: {why}")
-    return ASTConfig(**fields, max_length=frames, frequency_stride=frequency, time_stride=time)
+    return _checked(name, **fields, max_length=frames, frequency_stride=frequency, time_stride=time)
+
+
+def _checked(name: str, **fields: Any) -> ASTConfig:
+    """Return a configuration; one that is out of range is the file's fault."""
+    try:
+        return ASTConfig(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _strides(
@@ -85,13 +99,11 @@ def _strides(
             return max_length if max_length in lengths(pair) else None
         return next((frames for frames in lengths(pair) if frames % 128 == 0), None)
 
-    if strides is not None and min(strides) < 1:
-        raise CheckpointError(f"source_strides: expected two positive numbers, got {strides}")
     named = re.search(r"_(\d+)_(\d+)(?=[_.])", pathlib.PurePath(name).name)
     in_name = (int(named[1]), int(named[2])) if named else (0, 0)
     if strides is not None:
         pairs, why = [tuple(strides)], "as asked for"
-    elif min(in_name) >= 1 and likely(in_name):
+    elif min(in_name) >= 1 and max(in_name) <= max(patch) and likely(in_name):
         pairs, why = [in_name], "from the file's name"
     else:
         pairs, why = [(stride, stride) for stride in PAPER_STRIDES], "the only ones of the paper's that fit"

@@ -16,14 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .checkpoint import CONFIG_FILE, CheckpointError, read_json
-from .features import PREPROCESSOR_FILE
+from .checkpoint import CONFIG_FILE, CheckpointError, read_json, resolve
 from .torch_file import read_torch_file
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")  # the first that is there is read
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _SAFETENSORS_DTYPES = {
@@ -37,47 +35,74 @@ class Source:
     """A state dict and what lay beside it.
 
     Attributes:
-        name: for messages.
+        name: for messages, and for a file's strides.
+        label: what is kept as the place where the weights came from: a file's name without its folder, a Hub id.
         state: arrays by name.
-        config: the content of config.json, or None.
-        frontend: the content of preprocessor_config.json, or None.
-        folder: where both lay, for messages.
+        folder: where `config.json` and `preprocessor_config.json` may lie, or None.
+        live_config: of a live model, as it would write it, or None.
     """
 
     name: str
+    label: str
     state: Mapping[str, np.ndarray]
-    config: Mapping[str, Any] | None = None
-    frontend: Mapping[str, Any] | None = None
-    folder: str = ""
+    folder: pathlib.Path | None = None
+    live_config: Mapping[str, Any] | None = None
+
+    def read_json(self, name: str) -> Mapping[str, Any] | None:
+        """Return the content of a JSON file beside the weights, None where there is none.
+
+        Raises:
+            CheckpointError: it is there, and no JSON object.
+        """
+        if name == CONFIG_FILE and self.live_config is not None:
+            return self.live_config
+        if self.folder is None or not (self.folder / name).is_file():
+            return None
+        return read_json(self.folder / name)
+
+    def where(self, name: str) -> str:
+        """Return what to call a JSON file beside the weights in a message."""
+        return f"{self.folder or self.name}/{name}"
 
 
-def read_source(source: Any) -> Source:
-    """Read the weights of a folder, a file, a state dict in memory, or a live PyTorch model.
+def read_source(source: Any, name: str | None = None) -> Source:
+    """Read the weights of a folder, a file, a Hub id, a state dict in memory, or a live PyTorch model.
+
+    Args:
+        source: what to read.
+        name: what it is called, where `source` is a download's folder.
 
     Raises:
         CheckpointError: nothing there, or files that are damaged, incomplete or of another kind.
+        ConnectionError: a Hub id, and the Hub cannot be reached.
     """
     if isinstance(source, Mapping):
-        return Source("state dict", {name: _as_numpy(name, value) for name, value in source.items()})
+        for key in source:
+            if not isinstance(key, str):
+                raise CheckpointError(f"state dict: {key!r}: expected a name, got {type(key).__name__}")
+        return Source("state dict", "state dict", {key: _as_numpy(key, value) for key, value in source.items()})
     if hasattr(source, "state_dict"):
-        config = source.config.to_dict() if hasattr(getattr(source, "config", None), "to_dict") else None
-        state = read_source(source.state_dict()).state
-        return Source(type(source).__name__, state, config and json.loads(json.dumps(config, default=str)))
-    path = pathlib.Path(source)
+        model = getattr(source, "module", source)  # DataParallel's
+        config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else None
+        live = config and json.loads(json.dumps(config, default=str))
+        kind = type(model).__name__
+        return Source(kind, kind, read_source(source.state_dict()).state, live_config=live)
+    try:
+        path = pathlib.Path(source)
+    except TypeError as error:
+        raise CheckpointError(
+            f"expected a folder, a file, a Hub id, a state dict or a model, got {type(source).__name__}"
+        ) from error
+    name = os.fspath(source) if name is None else name
+    path = path if path.exists() else resolve(source)
+    label = path.resolve().name if pathlib.Path(name).exists() else name
     if path.is_dir():
-        return Source(str(path), _read_folder(path), *_beside(path), str(path))
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a folder or a file of weights, found none")
-    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    return Source(str(path), state, *_beside(path.parent), str(path.parent))
+        return Source(name, label, _read_folder(path), path)
+    return Source(name, label, _read_file(path), path.parent)
 
 
-def _beside(folder: pathlib.Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return the content of the two JSON files of a Hugging Face folder, None for one that is not there."""
-    config, frontend = (
-        read_json(folder / name) if (folder / name).is_file() else None for name in (CONFIG_FILE, PREPROCESSOR_FILE)
-    )
-    return config, frontend
+def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -91,7 +116,7 @@ def _read_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
     if not present:
         raise CheckpointError(f"{folder}: expected {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}, found none of them")
     if not present[0].endswith(".json"):
-        return read_source(folder / present[0]).state
+        return _read_file(folder / present[0])
     index = folder / present[0]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -100,7 +125,7 @@ def _read_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
     for shard in sorted(set(shards.values())):
         if pathlib.PurePath(shard).name != shard or not (folder / shard).is_file():
             raise CheckpointError(f"{index}: names the file {shard!r}, which is not in {folder}")
-        tensors = read_source(folder / shard).state
+        tensors = _read_file(folder / shard)
         listed = {name for name, file in shards.items() if file == shard}
         if tensors.keys() != listed:
             wrong = ", ".join(sorted(tensors.keys() ^ listed))
@@ -142,14 +167,17 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def _as_numpy(name: str, value: Any) -> np.ndarray:
     """Return a tensor of any library as a NumPy array; PyTorch's bfloat16, which NumPy lacks, by its bits."""
-    if type(value).__module__.split(".")[0] == "torch":
-        import torch
+    try:
+        if type(value).__module__.split(".")[0] == "torch":
+            import torch
 
-        value = value.detach().cpu()
-        if value.dtype == torch.bfloat16:
-            return value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
-        return value.numpy()
-    array = np.asarray(value)
+            value = value.detach().cpu()
+            if value.dtype == torch.bfloat16:
+                return value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
+            return value.numpy()
+        array = np.asarray(value)
+    except Exception as error:  # a library's tensor without data, of a dtype that NumPy lacks, or no tensor at all
+        raise CheckpointError(f"state dict: {name}: expected a tensor of numbers ({error})") from error
     if array.dtype == object:
         raise CheckpointError(f"state dict: {name}: expected a tensor, got {type(value).__name__}")
     return array

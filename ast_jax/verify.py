@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import Checkpoint, CheckpointError, flatten, is_own, load, widen
+from .checkpoint import CONFIG_FILE, Checkpoint, CheckpointError, flatten, is_own, load, widen
 from .convert import convert, going_back, unwrapped
 from .formats import ORIGINAL, VIT, Format, detect
 from .model import apply, encode
@@ -202,7 +202,7 @@ def _transformers_stages(
     import transformers
 
     kind = transformers.ASTForAudioClassification if "classifier" in checkpoint.params else transformers.ASTModel
-    values = dict(source.config or checkpoint.config.to_json_dict())
+    values = dict(source.read_json(CONFIG_FILE) or checkpoint.config.to_json_dict())
     config = transformers.ASTConfig.from_dict({**values, "dtype": "float32"})
     tensors = {name: _tensor(array) for name, array in state.items()}
     bars = transformers.utils.logging.is_progress_bar_enabled()

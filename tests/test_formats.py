@@ -161,9 +161,9 @@ def test_find():
     names = list(LIVE.places(CONFIG, True))
     prefix = f"{HF_PREFIX}layers.0."
     assert LIVE.find(names, "layers/mlp/fc1/kernel") == f"{prefix}mlp.fc1.weight"
-    assert LIVE.find(names, "layers/attention/qkv/bias", 1) == f"{prefix}attention.k_proj.bias"
+    assert LIVE.find(names, "layers/attention/qkv/bias") == f"{prefix}attention.q_proj.bias"
     assert LIVE.find(names, "classifier/dense/kernel") == "classifier.dense.weight"
-    assert ORIGINAL.find(["v.blocks.3.attn.qkv.bias"], "layers/attention/qkv/bias", 1) == "v.blocks.3.attn.qkv.bias"
+    assert ORIGINAL.find(["v.blocks.3.attn.qkv.bias"], "layers/attention/qkv/bias") == "v.blocks.3.attn.qkv.bias"
     assert LIVE.find(["classifier.dense.bias"], "classifier/dense/kernel") is None
 
 

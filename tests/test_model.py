@@ -91,9 +91,11 @@ def test_parameter_tree_is_format_1():
     assert "layers/attention/qkv/bias" not in flatten(model.param_shapes(SMALL.replace(qkv_bias=False)))
 
 
-def test_init_gives_arrays_of_the_declared_shapes():
-    drawn = ast_jax.init(jax.random.key(0), SMALL)
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.param_shapes(SMALL))
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_init_gives_arrays_of_the_declared_shapes(qkv_bias):
+    config = SMALL.replace(qkv_bias=qkv_bias)
+    drawn = ast_jax.init(jax.random.key(0), config)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.param_shapes(config))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), drawn) == shapes
     fan_in = np.std(drawn["layers"]["mlp"]["fc1"]["kernel"])
     assert abs(fan_in - 48**-0.5) < 0.02  # 13,824 draws around 0.144: a standard error of 0.001

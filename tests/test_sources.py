@@ -113,7 +113,7 @@ BAD_FILES = {
 def all_of(path):
     """Read a source and what lies beside it, which may wait until it is asked for."""
     found = read_source(path)
-    return found.name, found.state, found.config, found.frontend
+    return found.name, found.state, found.read_json("config.json"), found.read_json("preprocessor_config.json")
 
 
 def one_line(caught):
@@ -141,7 +141,7 @@ def test_bad_safetensors(case, tmp_path):
 
 @pytest.mark.parametrize("name", ["none", "none.safetensors", "none/none.pth"])
 def test_nothing_there(name, tmp_path):
-    with pytest.raises(CheckpointError, match="expected a folder or a file of weights, found none"):
+    with pytest.raises(CheckpointError, match="a checkpoint folder, PyTorch weights or a Hub id like owner/name, got"):
         read_source(tmp_path / name)
 
 
@@ -233,17 +233,15 @@ def fake_hub(tmp_path, monkeypatch):
     return made
 
 
-OTHERS = {"README.md": b"x", "pytorch_model.bin": tensors("a"), "rust_model.ot": b"x", "tf_model.h5": b"x"}
+BIN_INDEX = "pytorch_model.bin.index.json"
+OTHERS = {"README.md": b"x", "pytorch_model.bin": tensors("a"), BIN_INDEX: index_of(a="s.bin"), "tf_model.h5": b"x"}
 JSON = {"config.json", "preprocessor_config.json"}
 REPOSITORIES = {  # what it has beside config.json: what is fetched, in how many calls
     "safetensors": ({"model.safetensors": tensors("a"), **OTHERS}, {*JSON, "model.safetensors"}, 1),
     "shards": ({INDEX: index_of(a=SHARD), SHARD: tensors("a"), **OTHERS}, {*JSON, INDEX, SHARD}, 1),
     "our own": ({"ast_jax.json": {}, "params/d/0": b"x", **OTHERS}, {*JSON, "ast_jax.json", "params/d/0"}, 1),
-    "torch": (OTHERS, {*JSON, "pytorch_model.bin"}, 2),
-    "torch shards": (
-        {"pytorch_model.bin.index.json": index_of(a="s.bin"), "s.bin": tensors("a")},
-        {*JSON, "pytorch_model.bin.index.json", "s.bin"}, 2,
-    ),
+    "torch": (OTHERS, {*JSON, "pytorch_model.bin", BIN_INDEX}, 2),
+    "torch shards": ({BIN_INDEX: index_of(a="s.bin"), "s.bin": tensors("a")}, {*JSON, BIN_INDEX, "s.bin"}, 2),
 }  # fmt: skip
 
 
@@ -265,10 +263,11 @@ def test_a_hub_id_loads_as_its_folder_does(safe, fake_hub):
     if not safe:
         (fake_hub.remote / "model.safetensors").unlink()
         torch.save(model.state_dict(), fake_hub.remote / "pytorch_model.bin")
-    got = ast_jax.load("owner/name")
-    assert flatten(got.params).keys() == want.keys()
-    assert all(np.array_equal(leaf, want[path]) for path, leaf in flatten(got.params).items())
-    assert got.metadata["converted_from"] == "name"
+    for read in (ast_jax.load, ast_jax.from_torch):
+        got = read("owner/name")
+        assert flatten(got.params).keys() == want.keys()
+        assert all(np.array_equal(leaf, want[path]) for path, leaf in flatten(got.params).items())
+        assert got.metadata["converted_from"] == "owner/name"
 
 
 @pytest.mark.parametrize(
