@@ -231,6 +231,14 @@ def test_a_layer_far_away(name, form, head, state):
     assert len(refused(tensors | {form.prefix + layer: np.zeros(192, np.float32)})) < 5000
 
 
+def test_long_lists_are_cut_and_counted(state):
+    """Hundreds of names would hide the first of them."""
+    message = refused(state("original", True) | {f"x{number:03}": np.zeros(1) for number in range(200)})
+    shown = re.search(r"unexpected: (x000(?:, x\d{3})*), and (\d+) more$", message)
+    assert len(shown[1].split(", ")) + int(shown[2]) == 200
+    assert len(message) < 500
+
+
 FOREIGN = {
     "nothing": (), "a resnet": ("conv1.weight", "layer1.0.bn1.weight", "layer1.0.conv1.weight", "fc.bias"),
     "a BERT": ("encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"),
