@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import pathlib
 import re
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def config_from_shapes(
         CheckpointError: a tensor is missing, or no or several strides and lengths fit the position embeddings.
     """
     pair = isinstance(strides, tuple | list) and len(strides) == 2
-    if strides is not None and not (pair and all(isinstance(step, int) and step > 0 for step in strides)):
+    if strides is not None and not (pair and all(isinstance(step, numbers.Integral) and step > 0 for step in strides)):
         raise CheckpointError(f"source_strides: expected two positive whole numbers, got {strides}")
 
     def shape(target: str, rank: int) -> tuple[int, ...]:
@@ -48,7 +49,7 @@ def config_from_shapes(
     width, _, *patch = shape("embeddings/projection/kernel", 4)
     if width % 64:
         raise CheckpointError(f"{name}: heads of 64 do not divide the width {width}; pass config=ASTConfig(…)")
-    layer_of = re.compile(re.escape(form.prefix) + r"(?:encoder\.layer|layers|blocks)\.(\d+)\.")
+    layer_of = re.compile(re.escape(form.prefix) + r"(?:encoder\.layer|layers|blocks)\.(\d{1,9})\.")
     fields: dict[str, Any] = {
         "hidden_size": width,
         "num_attention_heads": width // 64,

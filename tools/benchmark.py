@@ -85,6 +85,7 @@ def _make_sources(place: pathlib.Path) -> None:
 
 def _in_fresh_process(*arguments: str) -> dict[str, float]:
     """Run `measure` in a process of its own and return what it prints."""
+    os.sync()  # what earlier measurements wrote goes to the disk before this one, not during it
     command = [sys.executable, __file__, "measure", *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
