@@ -178,7 +178,9 @@ def test_tensors_of_whole_numbers_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     safetensors.torch.save_file({**tensors, "classifier.dense.bias": torch.zeros(7, dtype=torch.int64)}, path)
-    with pytest.raises(ast_jax.CheckpointError, match=r"classifier.dense.bias: expected one of bfloat16, .*, got int64"):
+    with pytest.raises(
+        ast_jax.CheckpointError, match=r"classifier.dense.bias: expected one of bfloat16, .*, got int64"
+    ):
         ast_jax.load(tmp_path)
 
 
