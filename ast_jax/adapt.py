@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .checkpoint import Checkpoint
+from .formats import VIT
 
 Grid = tuple[int, int]
 
@@ -46,13 +47,19 @@ def resize(
         The checkpoint; a new classifier comes with `problem_type` None, and the metadata say what was changed.
 
     Raises:
-        ValueError: a value is out of its range, or `labels`, `num_labels` and `keep_classifier` do not agree.
+        ValueError: an ImageNet model was fitted to another input before; a value is out of its range; or `labels`,
+            `num_labels` and `keep_classifier` do not agree.
     """
     old = checkpoint.config
     wanted = {"max_length": max_length, "num_mel_bins": num_mel_bins, "frequency_stride": frequency_stride,
               "time_stride": time_stride}  # fmt: skip
     given = {name: value for name, value in wanted.items() if value is not None}
     config, frontend, params, changes = old.replace(**given), checkpoint.frontend, dict(checkpoint.params), []
+    if config.grid != old.grid and started_from_pictures(checkpoint) and "adapted" in checkpoint.metadata:
+        raise ValueError(
+            f"the checkpoint is an ImageNet model's, fitted to a grid of {old.grid[0]}x{old.grid[1]} already; to fit "
+            "it again would not give what the original makes of it: convert the ImageNet model itself for this input"
+        )
     if config != old:
         frontend = frontend.replace(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
         positions = params["embeddings"]["position_embeddings"]
@@ -85,6 +92,11 @@ def resize(
     metadata = checkpoint.metadata
     metadata["adapted"] = [*metadata.get("adapted", []), *changes]
     return checkpoint.replace(params=params, config=config, frontend=frontend, metadata_json=json.dumps(metadata))
+
+
+def started_from_pictures(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an ImageNet model's, made to start from: it has heard nothing yet."""
+    return checkpoint.metadata.get("conversion", {}).get("format") == VIT.name
 
 
 def _checked(labels: Sequence[str] | None) -> tuple[str, ...] | None:

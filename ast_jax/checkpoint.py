@@ -88,8 +88,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         OSError: the folder cannot be written.
     """
     folder = pathlib.Path(folder)
-    if folder.exists() and not (folder / FORMAT_FILE).is_file() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: expected a new folder or a checkpoint to replace, got something else")
+    check_destination(folder)
     check_frontend(checkpoint.frontend, checkpoint.config, str(folder))
     check_params(checkpoint.params, checkpoint.config, str(folder))
     with whole_folder(folder) as new:
@@ -103,6 +102,16 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
             (FORMAT_FILE, description),
         ):
             write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_destination(folder: pathlib.Path) -> None:
+    """Refuse a place where a checkpoint cannot be written.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if folder.exists() and not (folder.is_dir() and (is_own(folder) or not any(folder.iterdir()))):
+        raise CheckpointError(f"{folder}: expected a new folder or a checkpoint to replace, got something else")
 
 
 def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:

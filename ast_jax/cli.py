@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MODEL_HELP = "Name of a shipped model, a checkpoint folder, a Hugging Face folder, or a Hub id."
+MODEL_HELP = "Name of a shipped model, a checkpoint folder, PyTorch weights (folder or file), or a Hub id."
 
 
 class Schedule(enum.StrEnum):
@@ -151,10 +151,14 @@ def classify(
     """
     failed = False
     with _user_errors():
-        from .checkpoint import load
+        from .checkpoint import is_own, load
         from .predict import classify_each
 
-        for result in classify_each(files, load(model), top_k=top_k):
+        checkpoint = load(model)
+        if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
+            for note in checkpoint.metadata["conversion"]["notes"]:
+                _complain(f"{model}: {note}")
+        for result in classify_each(files, checkpoint, top_k=top_k):
             if result.error:
                 failed = True
                 _complain(result.error)
@@ -196,7 +200,7 @@ def convert(
         typer.Option(
             "--verify",
             help="Turn every tensor back and compare; where PyTorch is installed, also run its model beside ours, "
-            "layer by layer. The table goes into DST/verification.json too.",
+            "layer by layer. The table is kept as verification.json.",
         ),
     ] = False,
     max_length: MaxLength = None,
@@ -216,7 +220,10 @@ def convert(
     keep_classifier: Annotated[
         bool, typer.Option("--keep-classifier", help="--labels are the right names of the classes SRC has already.")
     ] = False,
-    mean: Annotated[float | None, typer.Option("--mean", help="Mean of the features, where SRC has none.")] = None,
+    mean: Annotated[
+        float | None,
+        typer.Option("--mean", help="Mean of the features: where SRC does not say it, or anew."),
+    ] = None,
     std: Annotated[float | None, typer.Option("--std", help="Their standard deviation.")] = None,
     source_strides: Annotated[
         tuple[int, int] | None,
@@ -225,6 +232,12 @@ def convert(
     source_max_length: Annotated[
         int | None, typer.Option("--source-max-length", min=1, help="Frames of SRC's input, likewise.")
     ] = None,
+    source_num_mel_bins: Annotated[
+        int | None, typer.Option("--source-num-mel-bins", min=1, help="Mel bins of SRC's input; else 128 are assumed.")
+    ] = None,
+    source_heads: Annotated[
+        int | None, typer.Option("--source-heads", min=1, help="Heads of SRC; else one for 64 of the width is assumed.")
+    ] = None,
 ) -> None:
     """Convert a PyTorch checkpoint to a checkpoint folder of ast_jax, or back; no PyTorch needed.
 
@@ -232,68 +245,18 @@ def convert(
     the middle or interpolated, as the original does.
     """
     with _user_errors():
-        from . import adapt
-        from . import checkpoint as checkpoints
-        from . import convert as converter
-        from .files import write_text
+        from .conversion import convert_to
         from .labels import read_labels
-        from .model import num_params
-        from .revert import to_torch
-        from .sources import read_source
-        from .verify import VERIFICATION_FILE, read_back, verify
+        from .shapes import Hints
 
         changes = dict(zip(_SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
         changes |= {"num_labels": num_labels, "labels": read_labels(labels) if labels else None}
         changes["keep_classifier"] = keep_classifier
-        path, proof, told = checkpoints.resolve(source), None, 0
-        if checkpoints.is_own(path):
-            if source_strides or source_max_length:
-                _wrong_usage("--source-strides, --source-max-length: SRC is a checkpoint of ast_jax and has its own")
-            checkpoint = checkpoints.load(path)
-            told = len(_conversion_lines(checkpoint.metadata))
-            checkpoint = adapt.resize(checkpoint, **changes)
-        else:
-            found = read_source(path, source)
-            checkpoint = converter.convert(found, None, source_strides, source_max_length)
-            proof = verify(found, checkpoint) if check else None
-            checkpoint = converter.adapt(checkpoint, **changes)
-        statistics = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
-        config = checkpoint.config.replace(problem_type=checkpoint.config.resolved_problem_type)
-        checkpoint = checkpoint.replace(config=config, frontend=checkpoint.frontend.replace(**statistics))
-        if proof is not None and not proof.passed:
-            print(proof, flush=True)
-            raise ValueError(f"{source}: does not give the same numbers after conversion; nothing was written")
-        notes: tuple[str, ...] = ()
-        if to is Target.ast_jax:
-            checkpoints.save(destination, checkpoint)
-        else:
-            notes = to_torch(checkpoint, destination, format=to.value)
-        print(f"{destination}: {num_params(checkpoint.params):,} parameters, {config.num_labels} labels")
-        for line in _conversion_lines(checkpoint.metadata)[told:]:
-            print(f"  {_one_line(line)}")
-        for note in notes:
-            print(f"  note: {note}")
-        if check:
-            count = read_back(destination, checkpoint)
-            print(f"{count} arrays written and read back: none different")
-        if proof is not None:
-            print(proof)
-            if destination.is_dir():
-                write_text(destination / VERIFICATION_FILE, json.dumps(proof.to_json_dict(), indent=2) + "\n")
-
-
-def _conversion_lines(metadata: dict[str, Any]) -> list[str]:
-    """Return what a conversion found, a line each."""
-    conversion = metadata.get("conversion")
-    lines = []
-    if conversion:
-        lines.append(f"{metadata['converted_from']}: {conversion['format']}, {conversion['dtype']}")
-        lines.append(f"tensors: {conversion['tensors']} used, {len(conversion['ignored'])} passed over")
-        for reason in sorted(set(conversion["ignored"].values())):
-            names = (name for name, why in conversion["ignored"].items() if why == reason)
-            lines.append(f"passed over: {', '.join(names)}: {reason}")
-        lines += [f"note: {note}" for note in conversion["notes"]]
-    return lines + [f"changed: {change}" for change in metadata.get("adapted", [])]
+        hints = Hints(source_strides, source_max_length, source_num_mel_bins, source_heads)
+        convert_to(
+            source, destination, to.value, check=check, hints=hints, mean=mean, std=std, changes=changes,
+            say=lambda text: print(*map(_one_line, text.splitlines()), sep="\n", flush=True),
+        )  # fmt: skip
 
 
 @app.command()
@@ -304,10 +267,12 @@ def info(
     """Say what a model is: its size, its input, its labels and where its weights came from."""
     with _user_errors():
         from .checkpoint import load
+        from .conversion import report
         from .model import num_params
 
         checkpoint = load(model)
         config, frontend = checkpoint.config, checkpoint.frontend
+        has_head = "classifier" in checkpoint.params
         if as_json:
             content = {
                 "parameters": num_params(checkpoint.params),
@@ -328,10 +293,16 @@ def info(
             f"  patches       {frequency} x {time}, strides {config.frequency_stride} and {config.time_stride}: "
             f"{rows} x {columns} grid, {config.num_tokens} tokens",
             f"  normalised    mean {frontend.mean:g}, standard deviation {frontend.std:g}",
-            f"  labels        {config.num_labels}, {config.resolved_problem_type}: {_short_list(config.labels)}",
+            f"  labels        {config.num_labels}, {config.resolved_problem_type}: {_short_list(config.labels)}"
+            if has_head
+            else "  labels        no classifier",
             sep="\n",
         )
+        for line in report(checkpoint.metadata):
+            print(f"  {_one_line(line)}")
         for key, value in checkpoint.metadata.items():
+            if key in ("converted_from", "conversion", "adapted"):
+                continue  # told above
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             more = " … (whole with --json)" if len(text) > LONGEST else ""
             print(f"  {key:13} {_one_line(text[:LONGEST])}{more}")

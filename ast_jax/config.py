@@ -137,6 +137,8 @@ class ASTConfig:
         frequency, time = self.patch_shape
         _require(1 <= frequency <= self.num_mel_bins, "patch_size", f"1 to {self.num_mel_bins} mel bins", frequency)
         _require(1 <= time <= self.max_length, "patch_size", f"1 to {self.max_length} frames", time)
+        _require(self.num_tokens <= MOST_TOKENS, "max_length and the strides", f"at most {MOST_TOKENS:,} tokens",
+                 self.num_tokens)  # fmt: skip
 
     @property
     def patch_shape(self) -> tuple[int, int]:
@@ -225,6 +227,7 @@ _MODEL_BOUNDS = {
     "hidden_size": 1_000_000, "num_hidden_layers": 10_000, "intermediate_size": 10_000_000, "num_labels": 10_000_000,
     "max_length": 10_000_000, "num_mel_bins": 10_000,
 }  # fmt: skip
+MOST_TOKENS = 1_000_000  # two hours of sound in one piece
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .adapt import resize
+from .adapt import resize, started_from_pictures
 from .checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -27,9 +27,9 @@ from .checkpoint import (
 )
 from .config import ASTConfig, FrontendConfig
 from .features import PREPROCESSOR_FILE
-from .formats import HUGGING_FACE, LIVE, ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
+from .formats import ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
 from .labels import label_set_of_size
-from .shapes import config_from_shapes
+from .shapes import Hints, config_from_shapes
 from .sources import BFLOAT16, Source, read_source
 
 FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
@@ -44,22 +44,30 @@ def from_torch(
     config: ASTConfig | None = None,
     source_strides: tuple[int, int] | None = None,
     source_max_length: int | None = None,
+    source_num_mel_bins: int | None = None,
+    source_num_attention_heads: int | None = None,
+    mean: float | None = None,
+    std: float | None = None,
     **changes: Any,
 ) -> Checkpoint:
     """Convert the weights of a PyTorch AST; no PyTorch needed.
 
     Args:
         source: a Hugging Face folder (`model.safetensors` or `pytorch_model.bin`, whole or in shards, beside
-            `config.json`); one such file, or the original repository's `.pth`; a state dict in memory; or a live model
-            of transformers. Names are those of transformers' files, of a live transformers 5 model, of the original
-            repository, or of timm's distilled vision transformer (DeiT), which becomes the original's ImageNet
+            `config.json`) or Hub id; one such file, or the original repository's `.pth`; a state dict in memory; or a
+            live model of transformers. Names are those of transformers' files, of a live transformers 5 model, of the
+            original repository, or of timm's distilled vision transformer (DeiT), which becomes the original's ImageNet
             initialisation: kernels summed over the colours, the position grid cut or interpolated, no classifier.
-        config: the architecture, where neither a `config.json` nor the shapes tell it (heads of another width than 64).
-        source_strides: of the source, (frequency, time), where the position embeddings fit several. Else they are
-            taken from a file name like `audioset_12_12_0.4467.pth`, or from the shapes where only one pair fits.
+        config: the architecture, instead of `config.json` or what the shapes tell.
+        source_strides: of the source, (frequency, time). Where nothing is said they are taken from a file name like
+            `audioset_12_12_0.4467.pth`, or from the shapes where only one published model has such.
         source_max_length: frames of the source's input, likewise.
+        source_num_mel_bins: mel bins of the source's input; 128 where nothing is said.
+        source_num_attention_heads: heads of the source; one for every 64 of its width where nothing is said.
+        mean: of the log-mel features that the source was trained on; in place of what `preprocessor_config.json` says.
+        std: their standard deviation.
         **changes: another input or other labels: `max_length`, `num_mel_bins`, `frequency_stride`, `time_stride`,
-            `num_labels`, `labels`; see `resize`.
+            `num_labels`, `labels`, `keep_classifier`; see `resize`.
 
     Returns:
         A checkpoint whose params are NumPy arrays, half precision widened to float32. Its metadata say under
@@ -71,25 +79,22 @@ def from_torch(
         ValueError: an option does not fit the source.
     """
     found = source if isinstance(source, Source) else read_source(source)
-    return adapt(convert(found, config, source_strides, source_max_length), **changes)
+    hints = Hints(source_strides, source_max_length, source_num_mel_bins, source_num_attention_heads)
+    return fit(convert(found, config, hints, mean, std), **changes)
 
 
-def adapt(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
+def fit(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
     """Return what `convert` gave with the input and labels asked for; an ImageNet model always becomes an AST."""
     start = AST_INPUT if started_from_pictures(checkpoint) else {}
     return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
 
 
-def started_from_pictures(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is an ImageNet model's, made to start from: it has heard nothing yet."""
-    return checkpoint.metadata.get("conversion", {}).get("format") == VIT.name
-
-
 def convert(
     found: Source,
     config: ASTConfig | None = None,
-    source_strides: tuple[int, int] | None = None,
-    source_max_length: int | None = None,
+    hints: Hints = Hints(),  # noqa: B008 (frozen)
+    mean: float | None = None,
+    std: float | None = None,
 ) -> Checkpoint:
     """Do what `from_torch` says, but leave the input and the labels as they are in the source.
 
@@ -103,22 +108,29 @@ def convert(
         some = ", ".join(sorted(state)[:3]) or "none"
         raise CheckpointError(f"{found.name}: expected the tensors of an AST, got others: {some}, …")
     has_head = any(row.source in state for row in form.head)
-    json_config = found.read_json(CONFIG_FILE) if _is_transformers(form) and config is None else None
+    json_config = found.read_json(CONFIG_FILE) if form.is_transformers and config is None else None
     told = "config" if config else CONFIG_FILE if json_config is not None else None
-    told = "a square grid" if form is VIT else told
-    if told and (source_strides or source_max_length):
-        raise ValueError(f"source_strides, source_max_length: expected none where {told} tells them")
-    if config is None:
-        config = _config(found, json_config, state, form, has_head, source_strides, source_max_length, notes)
+    told = "a square grid" if form is VIT and (hints.strides or hints.max_length or hints.num_mel_bins) else told
+    if told and hints:
+        raise ValueError(f"source_strides, source_max_length and so on: expected none where {told} tells them")
+    if json_config is not None:
+        try:
+            config = ASTConfig.from_json_dict(json_config)
+        except ValueError as error:
+            raise CheckpointError(f"{found.where(CONFIG_FILE)}: {error}") from error
+    elif config is None:
+        config = config_from_shapes(state, form, has_head, found.name, hints, notes)
+        if form.is_transformers:
+            notes.append(f"no {CONFIG_FILE}: eps 1e-12 is assumed")
     params, dtypes = _fill(state, form, config, has_head, found.name)
     if form is VIT:
         notes.append("ImageNet initialisation: no classifier, kernels summed over red, green and blue")
-    frontend = _frontend(found, form, config, notes)
+    frontend, assumed = _frontend(found, form, config, mean, std, notes)
     config = _labelled(config, has_head, notes)
     ignored = {name: form.ignored[name] for name in sorted(state) if name in form.ignored}
     conversion = {
         "format": form.name, "tensors": len(dtypes), "ignored": ignored, "notes": notes,
-        **_dtype_record(dtypes, form, config, has_head),
+        "statistics_assumed": assumed, **_dtype_record(dtypes, form, config, has_head),
     }  # fmt: skip
     metadata = {"converted_from": found.label, "conversion": conversion}
     return Checkpoint(params, config, frontend, json.dumps(metadata))
@@ -180,61 +192,43 @@ def unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 def _dtype_record(
     dtypes: Mapping[str, np.dtype], form: Format, config: ASTConfig, has_head: bool
 ) -> dict[str, str | dict[str, str]]:
-    """Return the dtype that most tensors have, and those of others by the names they have when going back."""
+    """Return the dtype that most tensors have, and those of others by their names when going back, without prefix."""
     most = collections.Counter(dtype.name for dtype in dtypes.values()).most_common(1)[0][0]
-    back = going_back(form)
-    names = dict(zip(form.places(config, has_head), back.places(config, has_head), strict=True))
-    others = {names[name]: dtype.name for name, dtype in dtypes.items() if dtype.name != most}
+    names = form.names_back(config, has_head)
+    others = {names[name].removeprefix(form.prefix): dtype.name for name, dtype in dtypes.items() if dtype.name != most}
     return {"dtype": most, "other_dtypes": others}
 
 
-def _is_transformers(form: Format) -> bool:
-    return form.rows in (HUGGING_FACE.rows, LIVE.rows)
+def _frontend(
+    found: Source, form: Format, config: ASTConfig, mean: float | None, std: float | None, notes: list[str]
+) -> tuple[FrontendConfig, bool]:
+    """Return the features' settings, and whether mean and standard deviation had to be assumed.
 
-
-def going_back(form: Format) -> Format:
-    """Return the format in which transformers writes what it holds in memory; any other as it is."""
-    return HUGGING_FACE.with_prefix(form.prefix) if form.rows == LIVE.rows else form
-
-
-def _config(
-    found: Source,
-    json_config: Mapping[str, Any] | None,
-    state: Mapping[str, np.ndarray],
-    form: Format,
-    has_head: bool,
-    strides: tuple[int, int] | None,
-    max_length: int | None,
-    notes: list[str],
-) -> ASTConfig:
-    """Return the architecture: from config.json for transformers' names, else from the shapes."""
-    if json_config is not None:
-        try:
-            return ASTConfig.from_json_dict(json_config)
-        except ValueError as error:
-            raise CheckpointError(f"{found.where(CONFIG_FILE)}: {error}") from error
-    config = config_from_shapes(state, form, has_head, found.name, strides, max_length, notes=notes)
-    if _is_transformers(form):
-        notes.append(f"no {CONFIG_FILE}: {config.num_attention_heads} heads of 64 and eps 1e-12 are assumed")
-    return config
-
-
-def _frontend(found: Source, form: Format, config: ASTConfig, notes: list[str]) -> FrontendConfig:
-    """Return the features' settings: from preprocessor_config.json, else the original's or transformers' defaults."""
-    size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
-    json_frontend = found.read_json(PREPROCESSOR_FILE) if _is_transformers(form) else None
+    They come from preprocessor_config.json, else from what is said, else they are the original's for the data set that
+    has so many labels, else transformers' defaults.
+    """
+    json_frontend = found.read_json(PREPROCESSOR_FILE) if form.is_transformers else None
     if json_frontend is not None:
         try:
             frontend = FrontendConfig.from_json_dict(json_frontend)
         except ValueError as error:
             raise CheckpointError(f"{found.where(PREPROCESSOR_FILE)}: {error}") from error
         check_frontend(frontend, config, found.name)
-        return frontend
-    mean, std = ORIGINAL_STATISTICS[527]
-    if form is ORIGINAL:
-        mean, std = ORIGINAL_STATISTICS.get(config.num_labels, (mean, std))
-    notes.append(f"features are normalised with mean {mean:g} and std {std:g}, which the weights do not tell")
-    return FrontendConfig(**size, mean=mean, std=std)
+        said = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+        if said:
+            was = f"mean {frontend.mean:g} and std {frontend.std:g}"
+            frontend = frontend.replace(**said)
+            notes.append(f"features are normalised with mean {frontend.mean:g} and std {frontend.std:g}: as said, the "
+                         f"source has {was}")  # fmt: skip
+        return frontend, False
+    known = ORIGINAL_STATISTICS.get(config.num_labels) if form is ORIGINAL else None
+    usual = known or ORIGINAL_STATISTICS[527]
+    told = mean is not None and std is not None
+    mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
+    why = "as said" if told else "those of the data set of this size" if known else "AudioSet's, which is assumed"
+    notes.append(f"features are normalised with mean {mean:g} and std {std:g}: {why}")
+    size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
+    return FrontendConfig(**size, mean=mean, std=std), not (told or known)
 
 
 def _labelled(config: ASTConfig, has_head: bool, notes: list[str]) -> ASTConfig:

@@ -35,7 +35,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import data, distill, model, train
 from .checkpoint import Checkpoint, load, restore_numpy, save, write_numpy
 from .config import ASTConfig, FrontendConfig
-from .convert import started_from_pictures
 from .files import remove_scratch, sole_use, whole_folder, write_text
 from .metrics import evaluate_logits
 
@@ -140,7 +139,8 @@ def start(
     config = (initial.config if initial else architecture or ASTConfig()).replace(
         num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind
     )
-    heard = initial is not None and not started_from_pictures(initial)
+    conversion = initial.metadata.get("conversion", {}) if initial else {}
+    heard = initial is not None and not conversion.get("statistics_assumed")
     drawn = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
     frontend = initial.frontend if heard else drawn
     used = dataset.splits["train"] + dataset.splits["validation"]
@@ -151,6 +151,8 @@ def start(
         mean, std = data.statistics(dataset.splits["train"], frontend)
         frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
         say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")
+    for note in conversion.get("notes", ()):
+        say(f"the model to start from: {note}")
     if dataset.passed_over:
         say(f"passed over: {len(dataset.passed_over)} files that are no sound files of a class, the first is "
             f"{dataset.passed_over[0]}")  # fmt: skip

@@ -202,6 +202,19 @@ class Format:
                 places[row.source.format(n=layer)] = row, index
         return places
 
+    def going_back(self) -> Format:
+        """Return the format in which transformers writes what it holds in memory; any other as it is."""
+        return HUGGING_FACE.with_prefix(self.prefix) if self.rows == LIVE_ROWS else self
+
+    def names_back(self, config: ASTConfig, with_head: bool) -> dict[str, str]:
+        """Return {name here: the name that the same tensor has when it goes back}."""
+        return dict(zip(self.places(config, with_head), self.going_back().places(config, with_head), strict=True))
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether the names are those of transformers, on disk or in memory."""
+        return self.rows in (HUGGING_FACE_ROWS, LIVE_ROWS)
+
     def name_of(self, target: str) -> str:
         """Return the name, with {n} for the layer, of the first tensor that goes to a target."""
         return next(row.source for row in self.all_rows(with_head=True) if row.target == target)

@@ -14,11 +14,7 @@ import pathlib
 from typing import Any
 
 _FOLDER = pathlib.Path(__file__).parent / "label_sets"
-LABEL_SETS = {  # name: its file, and the problem type of models trained on it
-    "audioset": ("audioset.csv", "multi_label_classification"),
-    "speech-commands": ("speech_commands.txt", "single_label_classification"),
-    "esc50": ("esc50.txt", "single_label_classification"),
-}
+LABEL_SETS = {"audioset": "audioset.csv", "speech-commands": "speech_commands.txt", "esc50": "esc50.txt"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +24,10 @@ class LabelSet:
     Args:
         name: a key of `LABEL_SETS`.
         labels: names of the classes in index order.
-        problem_type: "multi_label_classification", or "single_label_classification" where a sound has one class.
     """
 
     name: str
     labels: tuple[str, ...]
-    problem_type: str
 
 
 @functools.cache
@@ -48,19 +42,12 @@ def label_set(name: str) -> LabelSet:
     """
     if name not in LABEL_SETS:
         raise ValueError(f"label set: expected one of {', '.join(LABEL_SETS)}, got {name!r}")
-    file, problem_type = LABEL_SETS[name]
-    return LabelSet(name, read_labels(_FOLDER / file), problem_type)
+    return LabelSet(name, read_labels(_FOLDER / LABEL_SETS[name]))
 
 
 def label_set_of_size(num_labels: int) -> LabelSet | None:
     """Return the label set with so many classes (527, 35, 50), None where there is none."""
     return next((found for found in map(label_set, LABEL_SETS) if len(found.labels) == num_labels), None)
-
-
-@functools.cache
-def audioset_mids() -> tuple[str, ...]:
-    """Return AudioSet's identifiers, such as "/m/09x0r" for speech, in the order of `label_set("audioset").labels`."""
-    return tuple(row["mid"] for row in _csv_rows(_FOLDER / LABEL_SETS["audioset"][0]))
 
 
 def read_labels(path: str | pathlib.Path) -> tuple[str, ...]:

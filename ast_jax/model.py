@@ -361,7 +361,7 @@ def param_shapes(config: ASTConfig) -> dict[str, Any]:
     """Return the parameter tree that `init` makes as `jax.ShapeDtypeStruct`s, without tracing or computing anything."""
     width, layers, hidden = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     heads = (config.num_attention_heads, width // config.num_attention_heads)
-    dtype = jnp.zeros(0).dtype
+    dtype = jax.dtypes.canonicalize_dtype(float)
 
     def leaves(**shapes: tuple[int, ...]) -> dict[str, Any]:
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}

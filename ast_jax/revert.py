@@ -6,10 +6,10 @@ effect.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,12 @@ TARGETS = ("huggingface", "original")
 # Width and heads of the sizes that the original's class knows; all have 12 layers and an MLP of four times the width.
 ORIGINAL_SIZES = {(192, 3): "tiny224", (384, 6): "small224", (768, 12): "base384"}
 IMAGENET_CLASSES = 1000
-FEATURES_OF_OURS = ("frame_length", "frame_shift", "low_freq", "high_freq", "window_type", "preemphasis_coefficient",
-                    "dither", "remove_dc_offset")  # fmt: skip
+# What we can set and neither transformers' extractor nor the original's scripts can, and what they use.
+FEATURES_OF_OURS = {
+    name: getattr(FrontendConfig, name)
+    for name in ("frame_length", "frame_shift", "low_freq", "high_freq", "window_type", "preemphasis_coefficient",
+                 "dither", "remove_dc_offset")
+}  # fmt: skip
 
 
 def to_torch(
@@ -53,10 +57,29 @@ def to_torch(
     if format not in TARGETS:
         raise ValueError(f"format: expected one of {', '.join(TARGETS)}, got {format!r}")
     destination = pathlib.Path(destination)
+    check_destination(destination, format)
     check_params(checkpoint.params, checkpoint.config, str(destination))
     if format == "original":
         return _write_original(checkpoint, destination)
     return _write_hugging_face(checkpoint, destination)
+
+
+def check_destination(destination: pathlib.Path, format: str) -> None:
+    """Refuse a place where `to_torch` cannot write.
+
+    Raises:
+        ValueError: it is in use, or no name that the format's users can load.
+    """
+    if format == "original" and destination.suffix != ".pth":
+        raise ValueError(
+            f"{destination}: expected a name that ends in .pth, which is what the original repository loads"
+        )
+    if format == "original" and destination.exists():
+        raise ValueError(f"{destination}: expected a new file, got one that is there already")
+    empty = destination.is_dir() and not any(destination.iterdir())
+    if format == "huggingface" and destination.exists() and not empty:
+        kind = "folder in use" if destination.is_dir() else "file"
+        raise ValueError(f"{destination}: expected a new or empty folder, got a {kind}")
 
 
 def state_dict(checkpoint: Checkpoint, form: Format) -> dict[str, np.ndarray]:
@@ -64,14 +87,19 @@ def state_dict(checkpoint: Checkpoint, form: Format) -> dict[str, np.ndarray]:
 
     A tensor that has changed since, and no longer fits the half precision it came with, stays as it is.
     """
-    conversion = checkpoint.metadata.get("conversion", {})
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(checkpoint.params).items()}
     state = {}
     for name, (row, index) in form.places(checkpoint.config, "classifier" in checkpoint.params).items():
         tensor = row.turn.there(leaves[row.target][index], checkpoint.config)
-        dtype = conversion.get("other_dtypes", {}).get(name, conversion.get("dtype", tensor.dtype.name))
-        state[name] = _narrowed(tensor, _DTYPES[dtype])
+        state[name] = _narrowed(tensor, _recorded_dtype(checkpoint, form, name) or tensor.dtype)
     return state
+
+
+def _recorded_dtype(checkpoint: Checkpoint, form: Format, name: str) -> np.dtype | None:
+    """Return the dtype that a tensor came with from PyTorch, None where it did not."""
+    conversion = checkpoint.metadata.get("conversion", {})
+    recorded = conversion.get("other_dtypes", {}).get(name.removeprefix(form.prefix), conversion.get("dtype"))
+    return _DTYPES.get(recorded)
 
 
 _DTYPES = {dtype.name: dtype for dtype in FLOATS}
@@ -89,27 +117,25 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
     from safetensors.numpy import save_file  # it writes bfloat16, which it does not read
 
     config, notes = checkpoint.config, []
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder}: expected a new or empty folder, got one that is in use")
     if config.patch_shape[0] != config.patch_shape[1]:
         raise ValueError(f"transformers has square patches only, the model has {config.patch_shape}")
     has_head = "classifier" in checkpoint.params
     if has_head and config.head_eps != config.layer_norm_eps:
         notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, config.layer_norm_eps, "transformers"))
+    notes += _feature_notes(checkpoint.frontend, "transformers' extractor")
     features = checkpoint.frontend.to_json_dict()
-    for name in FEATURES_OF_OURS:
-        if features[name] == getattr(FrontendConfig, name):
+    for name, usual in FEATURES_OF_OURS.items():
+        if features[name] == usual:
             del features[name]
-        else:
-            notes.append(f"the features have {name} {features[name]}, which transformers' extractor does not know")
-    state = state_dict(checkpoint, HUGGING_FACE.with_prefix(HF_PREFIX if has_head else ""))
+    form = HUGGING_FACE.with_prefix(HF_PREFIX if has_head else "")
+    state = state_dict(checkpoint, form)
     values = config.to_json_dict()
     values["architectures"] = ["ASTForAudioClassification" if has_head else "ASTModel"]
-    kinds = {tensor.dtype for tensor in state.values()}
-    kind = kinds.pop().name if len(kinds) == 1 else "float32"
-    for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
-        if values.get(key) not in (None, kind):
-            values[key] = kind
+    if checkpoint.metadata.get("conversion", {}).get("problem_type_resolved") and config == _resolved(config):
+        values["problem_type"] = None  # as it came
+    if any(tensor.dtype != _recorded_dtype(checkpoint, form, name) for name, tensor in state.items()):
+        widest = functools.reduce(np.promote_types, {tensor.dtype for tensor in state.values()}, np.float32).name
+        values |= {key: widest for key in ("dtype", "torch_dtype") if values.get(key)}  # transformers 5 and 4
     with whole_folder(folder) as new:
         whole = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
         with whole_file(new / SAFETENSORS) as file:  # safetensors makes files private
@@ -119,26 +145,39 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
     return tuple(notes)
 
 
+def _resolved(config: ASTConfig) -> ASTConfig:
+    """Return a configuration whose problem type is what None would stand for."""
+    return config.replace(problem_type=config.replace(problem_type=None).resolved_problem_type)
+
+
+def _feature_notes(frontend: FrontendConfig, whose: str, **more: Any) -> list[str]:
+    """Say which settings of the features the target does not have, and that its features will be others."""
+    fixed = {**FEATURES_OF_OURS, "padding_value": 0.0, **more}
+    return [
+        f"the features have {name} {getattr(frontend, name)}, {whose} uses {value}: it hears other features"
+        for name, value in fixed.items()
+        if getattr(frontend, name) != value
+    ]
+
+
 def _write_original(checkpoint: Checkpoint, path: pathlib.Path) -> tuple[str, ...]:
     """Write a state dict that the original repository's class loads."""
     config = checkpoint.config
-    if path.suffix != ".pth":
-        raise ValueError(f"{path}: expected a name that ends in .pth, which is what the original repository loads")
-    if path.exists():
-        raise ValueError(f"{path}: expected a new file, got one that is there already")
     size = _original_size(config)
     if "classifier" not in checkpoint.params:
-        raise ValueError("the original's class has a classifier, the model has none; give it one with --num-labels")
+        raise ValueError(
+            "the original's class has a classifier, the model has none; give it one: num_labels (--num-labels)"
+        )
     eps, head_eps = ORIGINAL.eps
     notes = []
     if config.layer_norm_eps != eps:
         notes.append(_eps_note("every LayerNorm of the body", config.layer_norm_eps, eps, "the original"))
     if config.head_eps != head_eps:
         notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, head_eps, "the original"))
+    notes += _feature_notes(checkpoint.frontend, "the original", sampling_rate=16000, do_normalize=True)
     if not config.qkv_bias:
         notes.append("query, key and value have no bias, the original's have: written as zeros, which is the same")
-    with_bias = config.replace(qkv_bias=True)
-    state = state_dict(checkpoint.replace(params=_with_qkv_bias(checkpoint.params), config=with_bias), ORIGINAL)
+    state = state_dict(with_qkv_bias(checkpoint), ORIGINAL)
     dtype = state["v.pos_embed"].dtype
     for name in IMAGENET_HEADS:
         shape = (IMAGENET_CLASSES, config.hidden_size) if name.endswith("weight") else (IMAGENET_CLASSES,)
@@ -176,13 +215,14 @@ def _original_size(config: ASTConfig) -> str:
     return size
 
 
-def _with_qkv_bias(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return params in which query, key and value have a bias: their own or zeros."""
-    qkv = params["layers"]["attention"]["qkv"]
+def with_qkv_bias(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint in which query, key and value have a bias: their own or zeros, which is the same."""
+    qkv = checkpoint.params["layers"]["attention"]["qkv"]
     layers, _, three, heads, width = np.shape(qkv["kernel"])
     zeros = np.zeros((layers, three, heads, width), np.asarray(qkv["kernel"]).dtype)
-    attention = {**params["layers"]["attention"], "qkv": {"bias": zeros, **qkv}}
-    return {**params, "layers": {**params["layers"], "attention": attention}}
+    attention = {**checkpoint.params["layers"]["attention"], "qkv": {"bias": zeros, **qkv}}
+    params = {**checkpoint.params, "layers": {**checkpoint.params["layers"], "attention": attention}}
+    return checkpoint.replace(params=params, config=checkpoint.config.replace(qkv_bias=True))
 
 
 def _eps_note(where: str, ours: float, theirs: float, target: str) -> str:

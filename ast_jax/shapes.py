@@ -1,59 +1,97 @@
-"""The architecture of a model without a `config.json`, as far as the shapes of its tensors tell it."""
+"""The architecture of a model without a `config.json`, as far as the names and shapes of its tensors tell it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, raise_differences
 from .config import ASTConfig
-from .formats import VIT, Format
+from .formats import ORIGINAL, VIT, Format
 
-PAPER_STRIDES = (10, 12, 14, 16)
+# What the original repository has published: equal strides on both axes, and these input lengths.
+PUBLISHED_STRIDES = (10, 12, 14, 16)
+PUBLISHED_LENGTHS = (1024, 512, 256, 128)
+DEEPEST = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What is said of a source that its shapes do not tell; None for what is not said.
+
+    Attributes:
+        strides: (frequency, time).
+        max_length: frames.
+        num_mel_bins: 128 where nothing is said.
+        num_attention_heads: a head for every 64 of the width where nothing is said.
+
+    Raises:
+        ValueError: a number is none, or not positive.
+    """
+
+    strides: tuple[int, int] | None = None
+    max_length: int | None = None
+    num_mel_bins: int | None = None
+    num_attention_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        pair = isinstance(self.strides, tuple | list) and len(self.strides) == 2
+        if self.strides is not None and not (pair and all(map(_positive, self.strides))):
+            raise ValueError(f"source_strides: expected two positive whole numbers, got {self.strides}")
+        for name in ("max_length", "num_mel_bins", "num_attention_heads"):
+            value = getattr(self, name)
+            if value is not None and not _positive(value):
+                raise ValueError(f"source_{name}: expected a positive whole number, got {value!r}")
+
+    def __bool__(self) -> bool:
+        """Whether anything is said."""
+        return any(value is not None for value in dataclasses.astuple(self))
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
 
 
 def config_from_shapes(
-    state: Mapping[str, np.ndarray],
-    form: Format,
-    has_head: bool,
-    name: str,
-    strides: tuple[int, int] | None = None,
-    max_length: int | None = None,
-    *,
-    notes: list[str],
+    state: Mapping[str, np.ndarray], form: Format, has_head: bool, name: str, hints: Hints, notes: list[str]
 ) -> ASTConfig:
-    """Read off the shapes what they tell: all but heads (64 wide in every published model), and most strides.
+    """Read off names and shapes what they tell, take the rest from `hints`, and note what had to be assumed.
 
     Raises:
-        CheckpointError: a tensor is missing, or no or several strides and lengths fit the position embeddings.
+        CheckpointError: a tensor is missing or has another rank, or no or several strides and lengths fit the position
+            embeddings.
     """
-    pair = isinstance(strides, tuple | list) and len(strides) == 2
-    if strides is not None and not (pair and all(isinstance(step, numbers.Integral) and step > 0 for step in strides)):
-        raise CheckpointError(f"source_strides: expected two positive whole numbers, got {strides}")
+    layers = _depth(state, form, has_head, name)
 
     def shape(target: str, rank: int) -> tuple[int, ...]:
-        pattern = form.name_of(target)
         source = form.find(state, target)
-        if source is None:
-            raise CheckpointError(f"{name}: the weights are not whole; missing: {pattern.format(n=0)}")
         if state[source].ndim != rank or 0 in state[source].shape:
             raise CheckpointError(f"{name}: {source}: expected {rank} dimensions, got {state[source].shape}")
         return state[source].shape
 
     width, _, *patch = shape("embeddings/projection/kernel", 4)
-    if width % 64:
-        raise CheckpointError(f"{name}: heads of 64 do not divide the width {width}; pass config=ASTConfig(…)")
-    layer_of = re.compile(re.escape(form.prefix) + r"(?:encoder\.layer|layers|blocks)\.(\d{1,9})\.")
+    heads = hints.num_attention_heads or (0 if width % 64 else width // 64)
+    if not heads or width % heads:
+        raise CheckpointError(
+            f"{name}: {f'{heads} heads' if heads else 'heads of 64'} do not divide the width {width}; say how many "
+            "there are to `ast-jax convert`: --source-heads (source_num_attention_heads in Python)"
+        )
+    if hints.num_attention_heads is None:
+        notes.append(f"{heads} heads of 64 are assumed")
+    if form is ORIGINAL and layers != 12:
+        notes.append(f"{layers} layers were found; the published models have 12")
     fields: dict[str, Any] = {
         "hidden_size": width,
-        "num_attention_heads": width // 64,
-        "num_hidden_layers": 1 + max(int(match[1]) for key in state if (match := layer_of.match(key))),
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
         "intermediate_size": shape("layers/mlp/fc1/kernel", 2)[0],
         "qkv_bias": form.find(state, "layers/attention/qkv/bias") is not None,
         "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
@@ -66,55 +104,90 @@ def config_from_shapes(
         side = math.isqrt(max(patches, 0))
         if not side or side * side != patches:
             raise CheckpointError(f"{name}: expected a square grid of positions, got {patches} of them")
-        pixels = {"max_length": side * patch[1], "num_mel_bins": side * patch[0]}
-        return _checked(name, **fields, **pixels, frequency_stride=patch[0], time_stride=patch[1])
-    (frequency, time), frames, why = _strides(patches, patch, name, strides, max_length)
-    notes.append(f"strides {frequency}, {time} and {frames} frames: {why}")
-    return _checked(name, **fields, max_length=frames, frequency_stride=frequency, time_stride=time)
-
-
-def _checked(name: str, **fields: Any) -> ASTConfig:
-    """Return a configuration; one that is out of range is the file's fault."""
+        fields |= {"max_length": side * patch[1], "num_mel_bins": side * patch[0]}
+        fields |= {"frequency_stride": patch[0], "time_stride": patch[1]}
+    else:
+        (frequency, time), frames, bins = _grid(patches, patch, name, hints, notes)
+        fields |= {"max_length": frames, "num_mel_bins": bins, "frequency_stride": frequency, "time_stride": time}
     try:
         return ASTConfig(**fields)
-    except ValueError as error:
+    except ValueError as error:  # out of range: the file's fault
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _strides(
-    patches: int, patch: list[int], name: str, strides: tuple[int, int] | None, max_length: int | None
-) -> tuple[tuple[int, int], int, str]:
-    """Return the strides and the length that make so many patches of 128 mel bins, and how they were found."""
+def _depth(names: Iterable[str], form: Format, has_head: bool, name: str) -> int:
+    """Return the number of layers; the names have to have all that sizes are read from.
+
+    Raises:
+        CheckpointError: with sorted lists of what is missing and unexpected.
+    """
+    names = set(names)
+    pattern = re.compile(re.escape(form.prefix) + r"(?:encoder\.layer|layers|blocks)\.(\d{1,9})\.")
+    layers = 1 + max(int(match[1]) for key in names if (match := pattern.match(key)))
+    if layers > DEEPEST:
+        raise CheckpointError(f"{name}: expected at most {DEEPEST:,} layers, got one with the number {layers - 1:,}")
+    has_bias = form.find(names, "layers/attention/qkv/bias") is not None
+    rows = [row for row in form.all_rows(has_head) if has_bias or row.target != "layers/attention/qkv/bias"]
+    expected = {row.source.format(n=layer) for row in rows for layer in range(layers if "{n}" in row.source else 1)}
+    if form is VIT and "dist_token" not in names:
+        raise CheckpointError(
+            f"{name}: expected a distilled vision transformer, got one without dist_token; AST starts from DeiT's "
+            "distilled models"
+        )
+    needed = ["embeddings/projection/kernel", "embeddings/position_embeddings", "layers/mlp/fc1/kernel"]
+    needed += ["classifier/dense/kernel"] if has_head else []
+    if any(form.find(names, target) is None for target in needed):  # else shapes will be compared too
+        raise_differences(name, expected - names, names - expected - form.ignored.keys(), {})
+    return layers
+
+
+def _grid(
+    patches: int, patch: list[int], name: str, hints: Hints, notes: list[str]
+) -> tuple[tuple[int, int], int, int]:
+    """Return strides, length and mel bins that make so many patches: as said, as named, or as published.
+
+    Raises:
+        CheckpointError: what is said or named does not fit, or leaves the length open, or nothing published fits.
+    """
+    bins = hints.num_mel_bins or ASTConfig.num_mel_bins
 
     def lengths(pair: tuple[int, int]) -> range:
         """Return the numbers of frames that make so many patches with a pair of strides."""
-        rows = (ASTConfig.num_mel_bins - patch[0]) // pair[0] + 1
+        rows = (bins - patch[0]) // pair[0] + 1
         if patches < 1 or rows < 1 or patches % rows:
             return range(0)
         shortest = (patches // rows - 1) * pair[1] + patch[1]
         return range(shortest, shortest + pair[1])
 
-    def likely(pair: tuple[int, int]) -> int | None:
-        """Return the length that was asked for, or a multiple of 128, where one fits."""
-        if max_length is not None:
-            return max_length if max_length in lengths(pair) else None
-        return next((frames for frames in lengths(pair) if frames % 128 == 0), None)
+    def fitting(pair: tuple[int, int], rounded: bool) -> int | None:
+        """Return the length that was said, or a published one, or where that may be, a multiple of 128."""
+        if hints.max_length is not None:
+            return hints.max_length if hints.max_length in lengths(pair) else None
+        likely = PUBLISHED_LENGTHS if patch == [16, 16] else ()
+        return next((frames for frames in lengths(pair) if frames in likely or (rounded and frames % 128 == 0)), None)
 
-    named = re.search(r"_(\d+)_(\d+)(?=[_.])", pathlib.PurePath(name).name)
+    named = re.search(r"_(\d{1,4})_(\d{1,4})(?=[_.])", pathlib.PurePath(name).name)
     in_name = (int(named[1]), int(named[2])) if named else (0, 0)
-    if strides is not None:
-        pairs, why = [tuple(strides)], "as asked for"
-    elif min(in_name) >= 1 and max(in_name) <= max(patch) and likely(in_name):
-        pairs, why = [in_name], "from the file's name"
+    published = [(stride, stride) for stride in PUBLISHED_STRIDES]
+    if hints.strides is not None:
+        pairs, why = [tuple(map(int, hints.strides))], "as said"
+    elif min(in_name) >= 1 and max(in_name) <= max(patch) and lengths(in_name):
+        pairs, why = [in_name], "from the file's name"  # and no other pair, even if its length stays open
     else:
-        pairs, why = [(stride, stride) for stride in PAPER_STRIDES], "the only ones of the paper's that fit"
-    fits = {pair: frames for pair in pairs if (frames := likely(pair))}
+        pairs, why = published, "as published"
+    fits = {pair: frames for pair in pairs if (frames := fitting(pair, why != "as published"))}
+    possible = {pair: lengths(pair) for pair in dict.fromkeys([*pairs, *published]) if lengths(pair)}
+    listed = [f"{pair[0]} {pair[1]} with {some[0]} to {some[-1]} frames" for pair, some in possible.items()]
     if len(fits) == 1:
-        return *next(iter(fits.items())), why
-    possible = ", ".join(
-        f"{pair[0]} {pair[1]} with {fitting[0]} to {fitting[-1]} frames" for pair in pairs if (fitting := lengths(pair))
-    )
+        ((pair, frames),) = fits.items()
+        others = [text for text, other in zip(listed, possible, strict=True) if other != pair]
+        doubt = f"; {' or '.join(others)} would fit too" if others and why == "as published" else ""
+        notes.append(f"strides {pair[0]} {pair[1]} and {frames} frames: {why}{doubt}")
+        if hints.num_mel_bins is None:
+            notes.append(f"{bins} mel bins are assumed")
+        return pair, frames, bins
     raise CheckpointError(
-        f"{name}: the shapes do not tell strides and input length ({patches} patches; possible: {possible or 'none'}); "
-        "say them: source_strides (--source-strides) and source_max_length (--source-max-length)"
+        f"{name}: the shapes do not tell strides and input length ({patches} patches; with {bins} mel bins possible: "
+        f"{', '.join(listed) or 'none'}); say them to `ast-jax convert`: --source-strides, --source-max-length, "
+        "--source-num-mel-bins (source_strides and so on in Python)"
     )

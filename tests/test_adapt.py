@@ -245,3 +245,13 @@ def test_at_load_equals_resizing_what_was_loaded(kind, checkpoint, tmp_path):
         assert loaded.config.num_labels == len(changes.get("labels", "four"))
         assert loaded.metadata["adapted"]
     assert_same(ast_jax.load(path, max_length=None, labels=None), plain)
+
+
+def test_an_imagenet_start_is_fitted_once(tmp_path):
+    """What was cut to one grid cannot be stretched to another as the original would do it: that is refused."""
+    torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
+    ast_jax.save(tmp_path / "full", ast_jax.load(tmp_path / "deit.pth"))
+    with pytest.raises(ValueError, match="fitted to a grid of 12x101 already"):
+        ast_jax.load(tmp_path / "full", max_length=128)
+    labelled = ast_jax.load(tmp_path / "full", num_labels=3)  # the grid stays
+    assert labelled.config.num_labels == 3

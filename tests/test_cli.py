@@ -305,6 +305,7 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
         "(frequency cut, time kept)",
         "  changed: classifier of 2 labels: new, untrained",
     ]
+    assert "mean -5.5 and std 4.25: as said, the source has mean -4.26774 and std 4.569" in done.stdout
     checkpoint = ast_jax.load(tmp_path / "direct")
     config, frontend = checkpoint.config, checkpoint.frontend
     assert (config.max_length, config.num_mel_bins, config.frequency_stride, config.time_stride) == (200, 64, 12, 16)
@@ -312,7 +313,8 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
     assert (frontend.max_length, frontend.num_mel_bins, frontend.mean, frontend.std) == (200, 64, -5.5, 4.25)
     assert ast_cli("convert", tmp_path / "hf", tmp_path / "ours").returncode == 0
     done = ast_cli("convert", tmp_path / "ours", tmp_path / "later", *options)
-    assert [line for line in done.stdout.splitlines()[1:]] == changed  # what was told before is not told again
+    told = [*changed, "  changed: normalisation from mean -4.26774, std 4.569 to -5.5, 4.25"]
+    assert done.stdout.splitlines()[1:] == told  # and what was told before is not told again
     later = ast_jax.load(tmp_path / "later")
     assert (later.config, later.frontend) == (config, frontend)
     for path, leaf in flatten(later.params).items():
@@ -325,15 +327,15 @@ def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
     done = ast_cli("convert", tmp_path / "own.pth", tmp_path / "out")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "108 patches; possible: 10 10 with 96 to 105 frames" in done.stderr
-    assert "say them: source_strides (--source-strides) and source_max_length (--source-max-length)" in done.stderr
+    assert "108 patches; with 128 mel bins possible: 10 10 with 96 to 105 frames" in done.stderr
+    assert "say them to `ast-jax convert`: --source-strides, --source-max-length" in done.stderr
     assert not (tmp_path / "out").exists()
     said = ["--source-strides", "10", "10", "--source-max-length", "100"]
     assert ast_cli("convert", tmp_path / "own.pth", tmp_path / "out", *said).returncode == 0
     assert ast_jax.load(tmp_path / "out").config.max_length == 100
     done = ast_cli("convert", tmp_path / "out", tmp_path / "again", *said)
-    assert done.returncode == 2
-    assert done.stderr.startswith("ast-jax: --source-strides, --source-max-length: SRC is a checkpoint of ast_jax")
+    assert done.returncode == 1
+    assert "is a checkpoint of ast_jax, which tells its strides, length and heads itself" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -359,6 +361,47 @@ def test_what_convert_cannot_do_is_one_line_and_leaves_nothing(arguments, messag
         assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
+
+
+def test_config_keys_come_back_by_the_command_line(tmp_path):
+    torch_models.saved_model(tmp_path / "hf", "stride-10-10", num_hidden_layers=1)
+    want = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"our_own": [1], "problem_type": None}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(want))
+    for source, target, kind in (
+        ("hf", "direct", "huggingface"),
+        ("hf", "ours", "ast-jax"),
+        ("ours", "back", "huggingface"),
+    ):
+        assert ast_cli("convert", tmp_path / source, tmp_path / target, "--to", kind).returncode == 0
+    assert ast_jax.load(tmp_path / "ours").config.problem_type == "single_label_classification"  # is written out
+    for target in ("direct", "back"):
+        got = json.loads((tmp_path / target / "config.json").read_text())
+        assert {key: got.get(key, "missing") for key in want} == want
+
+
+def test_statistics_that_are_said_are_what_the_report_says(tmp_path):
+    model = torch_original.OriginalAST(label_dim=2, input_tdim=128, depth=1)
+    torch.save(model.state_dict(), tmp_path / "own_10_10_.pth")
+    done = ast_cli("convert", tmp_path / "own_10_10_.pth", tmp_path / "a", "--mean", "-5", "--std", "3")
+    assert "  note: features are normalised with mean -5 and std 3: as said" in done.stdout.splitlines()
+    done = ast_cli("convert", tmp_path / "a", tmp_path / "b", "--std", "4")
+    assert done.stdout.splitlines()[1:] == ["  changed: normalisation from mean -5, std 3 to -5, 4"]
+    done = ast_cli("convert", tmp_path / "own_10_10_.pth", tmp_path / "c")
+    assert "std 4.569: AudioSet's, which is assumed" in done.stdout
+    # What has to be assumed is said wherever such a file is used.
+    done = ast_cli("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "own_10_10_.pth", "-k", "1")
+    assert done.returncode == 0
+    assert "own_10_10_.pth: features are normalised with mean -4.26774 and std 4.569: AudioSet's" in done.stderr
+    assert ast_cli("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "c").stderr == ""
+
+
+def test_a_headless_model_has_no_labels(tmp_path):
+    torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
+    done = ast_cli("convert", tmp_path / "deit.pth", tmp_path / "out")
+    assert done.stdout.splitlines()[0].endswith("parameters, no classifier")
+    shown = ast_cli("info", tmp_path / "out").stdout
+    assert "labels        no classifier" in shown
+    assert "note: ImageNet initialisation" in shown
 
 
 def test_a_run_folder_as_a_model_names_its_checkpoint(tmp_path):

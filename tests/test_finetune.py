@@ -695,6 +695,11 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
     np.testing.assert_allclose((best.frontend.mean, best.frontend.std), measured, atol=1e-4)  # four decimals are kept
     moved = flatten(best.params)["embeddings/projection/kernel"] - initial.params["embeddings"]["projection"]["kernel"]
     assert 0 < np.abs(moved).max() < 0.02  # five steps of Adam at 0.001 from there
-    # Another start from what has heard sounds keeps its features.
+    # Statistics that were said are kept, and so are those of what has heard sounds.
+    told = ast_jax.from_torch(tmp_path / "deit.pth", mean=-7.0, std=3.0, **size)
+    said = []
+    again = finetune.start(sounds, tmp_path / "told", settings, initial=told, say=said.append)
+    assert (again.frontend.mean, again.frontend.std) == (-7.0, 3.0)
+    assert "the model to start from: features are normalised with mean -7 and std 3: as said" in said
     again = finetune.start(sounds, tmp_path / "again", settings, initial=best, say=lambda _: None)
     assert again.frontend == best.frontend

@@ -65,6 +65,44 @@ def test_mixed_dtypes_come_back(tmp_path):
     assert all(torch.equal(got[name], mixed[name]) for name in mixed)
 
 
+def test_dtypes_come_back_under_another_prefix(tmp_path):
+    """A headless model whose names keep the prefix, and one that gets a head: the body's names are told without it."""
+    model = torch_models.saved_model(tmp_path / "hf", "stride-10-10")
+    odd = "audio_spectrogram_transformer.encoder.layer.0.output.dense.weight"
+    state = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+    checkpoint = ast_jax.from_torch({**body, odd: body[odd].half()}, config=ast_jax.from_torch(model).config)
+    ast_jax.to_torch(checkpoint, tmp_path / "headless")
+    ast_jax.to_torch(ast_jax.resize(checkpoint, num_labels=3), tmp_path / "with_head")
+    for folder, prefix in (("headless", ""), ("with_head", "audio_spectrogram_transformer.")):
+        got = safetensors.torch.load_file(tmp_path / folder / "model.safetensors")
+        name = odd.removeprefix("audio_spectrogram_transformer.")
+        halves = [key for key, tensor in got.items() if tensor.dtype == torch.float16]
+        assert halves == [prefix + name]
+
+
+def test_config_says_the_dtype_that_it_said(tmp_path):
+    """Half precision with norms in float32: the key stays, as transformers loads by it."""
+    torch_models.saved_model(tmp_path / "hf", "stride-10-10").half().save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors = {name: tensor.float() if "layernorm" in name else tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path)
+    ast_jax.to_torch(ast_jax.load(tmp_path / "hf"), tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_features_that_the_original_does_not_know_are_reported(tmp_path):
+    checkpoint = ast_jax.load(saved_original(tmp_path / "a_10_10_0.5.pth", original_model()))
+    odd = {"padding_value": -3.0, "do_normalize": False, "sampling_rate": 32000, "window_type": "povey"}
+    changed = checkpoint.replace(frontend=checkpoint.frontend.replace(**odd))
+    notes = ast_jax.to_torch(changed, tmp_path / "o.pth", format="original")
+    for name, value in odd.items():
+        assert any(note.startswith(f"the features have {name} {value}, the original uses ") for note in notes)
+    padded = checkpoint.replace(frontend=checkpoint.frontend.replace(padding_value=-3.0))
+    assert any("padding_value -3.0" in note for note in ast_jax.to_torch(padded, tmp_path / "hf"))
+
+
 def test_what_was_changed_is_not_rounded(tmp_path):
     """A model that came in bfloat16 and was trained on in float32 goes back in float32."""
     torch_models.saved_model(tmp_path / "hf", "stride-10-10").to(torch.bfloat16).save_pretrained(tmp_path / "hf")
@@ -131,8 +169,8 @@ def test_features_that_transformers_does_not_know_are_reported(tmp_path):
     changed = checkpoint.replace(frontend=checkpoint.frontend.replace(window_type="povey", low_freq=50.0))
     notes = ast_jax.to_torch(changed, tmp_path / "back")
     assert notes == (
-        "the features have low_freq 50.0, which transformers' extractor does not know",
-        "the features have window_type povey, which transformers' extractor does not know",
+        "the features have low_freq 50.0, transformers' extractor uses 20.0: it hears other features",
+        "the features have window_type povey, transformers' extractor uses hanning: it hears other features",
     )
     assert ast_jax.load(tmp_path / "back").frontend == changed.frontend
 
@@ -242,7 +280,7 @@ def test_what_cannot_be_said_is_refused(changes, format, message, tmp_path):
 def test_headless_models_and_names_the_original_does_not_load(tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-10-10", cls=transformers.ASTModel, num_hidden_layers=12)
     checkpoint = ast_jax.load(tmp_path / "hf")
-    with pytest.raises(ValueError, match="the model has none; give it one with --num-labels"):
+    with pytest.raises(ValueError, match="the model has none; give it one: num_labels"):
         ast_jax.to_torch(checkpoint, tmp_path / "o.pth", format="original")
     with pytest.raises(ValueError, match=r"expected a name that ends in \.pth"):
         ast_jax.to_torch(ast_jax.resize(checkpoint, num_labels=2), tmp_path / "o", format="original")

@@ -14,7 +14,7 @@ from torch_original import OriginalAST
 import ast_jax
 from ast_jax import CheckpointError
 from ast_jax.formats import HF_PREFIX, LIVE, ORIGINAL, VIT
-from ast_jax.shapes import config_from_shapes
+from ast_jax.shapes import Hints, config_from_shapes
 
 FITTING = {  # patches of the published models, and of shorter inputs: strides and frames
     1212: (10, 1024), 850: (12, 1024), 657: (14, 1024), 512: (16, 1024), 600: (10, 512), 144: (10, 128),
@@ -23,10 +23,10 @@ FITTING = {  # patches of the published models, and of shorter inputs: strides a
 NAMED = {  # file name: patches, what comes of it
     "audioset_12_12_0.4467.pth": (850, (12, 12, 1024)),
     "audioset_10_10_0.4593.pth": (1212, (10, 10, 1024)),
-    "mine_10_16_0.4.pth": (768, (10, 16, 1024)),  # without the name: 16 16 with 1536 frames
+    "mine_10_16_0.4.pth": (768, (10, 16, 1024)),  # without the name the shapes are refused
+    "mine_16_16_0.4.pth": (768, (16, 16, 1536)),
     "some/folder_16_16_/mine_10_16.pth": (96, (10, 16, 128)),  # the shapes alone fit nothing
-    "mine.pth": (768, (16, 16, 1536)),
-    "some/audioset_10_16_0.4/mine.pth": (768, (16, 16, 1536)),  # a folder's name is not the file's
+    "some/audioset_10_16_0.4/mine.pth": (1212, (10, 10, 1024)),  # a folder's name is not the file's
     # Numbers that are no strides, or those of something else, are passed over.
     "audioset_12_12_0.4467.pt": (1212, (10, 10, 1024)),
     "run_2020_12_0.9.pth": (1212, (10, 10, 1024)),
@@ -47,12 +47,13 @@ ASKED = [  # patches, source_strides, source_max_length, what comes of it
     (1, (200, 200), 16, (200, 200, 16)),  # the user may ask for gaps
 ]
 MISFITS = [  # patches, source_strides, source_max_length, what is possible
-    (1212, (12, 12), None, "none"),
+    (1212, (12, 12), None, "10 10 with 1016 to 1025 frames"),
     (1212, (10, 10), 512, "10 10 with 1016 to 1025 frames"),
     (1212, None, 1015, "10 10 with 1016 to 1025 frames"),
     (1212, None, 1026, "10 10 with 1016 to 1025 frames"),
-    (108, (10, 10), None, "10 10 with 96 to 105 frames"),  # no multiple of 128
+    (108, (10, 10), None, "10 10 with 96 to 105 frames, 14 14 with 170 to 183 frames"),  # no multiple of 128
     (108, None, None, "10 10 with 96 to 105 frames, 14 14 with 170 to 183 frames"),
+    (768, None, None, "10 10 with 646 to 655 frames, 16 16 with 1536 to 1551 frames"),  # or 10 16 with 1024
     (97, None, None, "none"),
     (0, None, None, "none"),
 ]
@@ -69,9 +70,10 @@ def state_of(patches, width=192, patch=(16, 16), layers=1, labels=7, bias=True):
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
-def read(state, strides=None, max_length=None, name="state dict", form=ORIGINAL, notes=None):
+def read(state, strides=None, max_length=None, bins=None, heads=None, name="state dict", form=ORIGINAL, notes=None):
     has_head = any(row.source in state for row in form.head)
-    return config_from_shapes(state, form, has_head, name, strides, max_length, notes=[] if notes is None else notes)
+    hints = Hints(strides, max_length, bins, heads)
+    return config_from_shapes(state, form, has_head, name, hints, [] if notes is None else notes)
 
 
 def found(*arguments, **options):
@@ -94,7 +96,8 @@ def test_published_shapes(patches):
     assert rows * columns == patches
     notes = []
     assert found(state_of(patches), notes=notes) == (stride, stride, frames)
-    assert notes == [f"strides {stride}, {stride} and {frames} frames: the only ones of the paper's that fit"]
+    assert any(note.startswith(f"strides {stride} {stride} and {frames} frames: as published") for note in notes)
+    assert {"3 heads of 64 are assumed", "128 mel bins are assumed"} <= set(notes)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -103,13 +106,14 @@ def test_file_names(name):
     notes = []
     assert found(state_of(patches), name=name, notes=notes) == want
     by_name = re.search(rf"_{want[0]}_{want[1]}[_.][^/]*$", name)
-    assert notes[0].endswith("from the file's name" if by_name else "the only ones of the paper's that fit")
+    (note,) = (note for note in notes if note.startswith("strides"))
+    assert (": from the file's name" if by_name else ": as published") in note
 
 
 @pytest.mark.parametrize(("patches", "strides", "max_length", "want"), ASKED)
 def test_options(patches, strides, max_length, want):
     assert found(state_of(patches), strides, max_length) == want
-    # They win over what the file's name says, which by itself would fit.
+    # They win over what the file's name says, which by itself may fit.
     assert found(state_of(patches), strides or want[:2], max_length or want[2], name="mine_16_16_.pth") == want
 
 
@@ -121,8 +125,59 @@ def test_lists_are_strides_too():
 def test_misfits(patches, strides, max_length, possible):
     message = refused(state_of(patches), strides, max_length, name="some/file.pth")
     assert message.startswith("some/file.pth: ")
-    assert f"({patches} patches; possible: {possible})" in message
-    assert re.search("say them: source_strides .* source_max_length", message)
+    assert f"({patches} patches; with 128 mel bins possible: {possible})" in message
+    assert "say them to `ast-jax convert`: --source-strides, --source-max-length" in message
+
+
+def test_what_else_would_fit_is_noted():
+    """A grid of 8 x 18 at strides of 16 is one of 12 x 12 at 10 too: what was published is taken, and said."""
+    notes = []
+    assert found(state_of(144), notes=notes) == (10, 10, 128)
+    assert (
+        "strides 10 10 and 128 frames: as published; 14 14 with 226 to 239 frames or 16 16 with 288 to 303 frames "
+        "would fit too"
+    ) in notes
+
+
+@pytest.mark.parametrize(("fstride", "tstride", "frames"), [(16, 16, 300), (10, 16, 120), (12, 14, 500)])
+def test_a_name_that_leaves_the_length_open_is_not_passed_over(fstride, tstride, frames):
+    """No other pair is tried: the file says which it is, and only the length is asked for."""
+    rows, columns = torch_original.grid_of(128, frames, fstride, tstride)
+    name = f"mine_{fstride}_{tstride}_0.4.pth"
+    message = refused(state_of(rows * columns), name=name)
+    assert f"possible: {fstride} {tstride} with " in message
+    assert found(state_of(rows * columns), max_length=frames, name=name) == (fstride, tstride, frames)
+
+
+def test_other_mel_bins_and_heads():
+    rows, columns = torch_original.grid_of(64, 1024, 16, 16)
+    notes = []
+    config = read(state_of(rows * columns), (16, 16), 1024, 64, 6, notes=notes)
+    assert (config.grid, config.num_mel_bins, config.num_attention_heads) == ((rows, columns), 64, 6)
+    assert not any("assumed" in note for note in notes)
+    assert "7 heads do not divide the width 192" in refused(state_of(144), heads=7)
+
+
+@pytest.mark.parametrize("field", ["max_length", "num_mel_bins", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
+def test_hints_that_are_none(field, value):
+    with pytest.raises(ValueError, match=f"source_{field}: expected a positive whole number, got {value!r}"):
+        Hints(**{field: value})
+
+
+def test_a_plain_vision_transformer_is_called_one():
+    state = torch_original.deit_state(depth=1, hw=4)
+    del state["dist_token"]
+    assert "expected a distilled vision transformer, got one without dist_token" in refused(state, form=VIT)
+
+
+def test_an_unusual_depth_is_noted():
+    notes = []
+    read(state_of(144, layers=3), notes=notes)
+    assert "3 layers were found; the published models have 12" in notes
+    notes = []
+    read(state_of(144, layers=12), notes=notes)
+    assert not any("layers" in note for note in notes)
 
 
 def test_ambiguities_list_what_is_possible():
@@ -131,8 +186,7 @@ def test_ambiguities_list_what_is_possible():
     message = refused(state)
     lengths = {10: "632 to 641", 12: "758 to 769", 14: "884 to 897", 16: "1010 to 1025"}
     possible = ", ".join(f"{stride} {stride} with {frames} frames" for stride, frames in lengths.items())
-    assert f"(64 patches; possible: {possible})" in message
-    assert re.search("say them: source_strides .* source_max_length", message)
+    assert f"(64 patches; with 128 mel bins possible: {possible})" in message
     assert found(state, max_length=768) == (12, 12, 768)
     assert found(state, (16, 16)) == (16, 16, 1024)
     assert read(state, (16, 16)).patch_size == (128, 2)
@@ -152,7 +206,9 @@ def test_patches_higher_than_the_spectrogram(side, patches):
 
 @pytest.mark.parametrize("width", [96, 200])
 def test_width_of_no_whole_heads(width):
-    assert f"heads of 64 do not divide the width {width}; pass config=" in refused(state_of(144, width))
+    message = refused(state_of(144, width))
+    assert f"heads of 64 do not divide the width {width}; say how many there are to `ast-jax convert`" in message
+    assert read(state_of(144, width), heads=4).num_attention_heads == 4
 
 
 @pytest.mark.parametrize(
@@ -224,7 +280,7 @@ def test_config_says_what_shapes_cannot():
     """Heads of another width, an eps, an activation; and it wins over the model's own."""
     own = torch_models.torch_config("relu", num_hidden_layers=1, hidden_size=96, num_attention_heads=4)
     model = transformers.ASTForAudioClassification(own)
-    with pytest.raises(CheckpointError, match="pass config="):
+    with pytest.raises(CheckpointError, match="--source-heads"):
         ast_jax.from_torch(model.state_dict())
     whole = ast_jax.from_torch(model)
     checkpoint = ast_jax.from_torch(model.state_dict(), config=whole.config)

@@ -86,12 +86,17 @@ def test_mistakes_are_seen_twice(mistake, name, files):
     assert f"{proof.different[0]} is different" in str(proof)
 
 
-def test_another_activation_is_seen_in_the_stages_alone(files):
-    found = read_source(files / "hf")
+@pytest.mark.parametrize("name", ["hf", "lone/own_10_10_0.5.pth"])
+@pytest.mark.parametrize(
+    "mistake", [{"hidden_act": "relu"}, {"hidden_act": "gelu_new"}, {"layer_norm_eps": 1e-3}], ids=str
+)
+def test_another_architecture_is_seen_in_the_stages_alone(mistake, name, files):
+    """Down to tanh instead of erf in GELU."""
+    found = read_source(files / name)
     checkpoint = convert.convert(found)
-    proof = verify.verify(found, checkpoint.replace(config=checkpoint.config.replace(hidden_act="relu")))
+    proof = verify.verify(found, checkpoint.replace(config=checkpoint.config.replace(**mistake)))
     assert proof.different == ()
-    assert [stage.passed for stage in proof.stages][:2] == [True, False]
+    assert proof.stages[0].passed
     assert not proof.passed
 
 
@@ -153,11 +158,46 @@ def test_verify_reads_back_what_goes_to_pytorch(target, name, files, tmp_path, m
     torch.save(deep.state_dict(), tmp_path / "own_10_10_0.5.pth")
     done = run("convert", tmp_path / "own_10_10_0.5.pth", tmp_path / name, "--to", target, "--verify")
     assert done.exit_code == 0, done.output
-    assert "23 arrays written and read back: none different" in done.stdout
-    assert (tmp_path / name / "verification.json").is_file() == (target == "huggingface")
+    written = 203 if target == "huggingface" else 155  # query, key and value apart or together
+    assert "compared: own_10_10_0.5.pth\n155 tensors turned back: none different" in done.stdout
+    assert f"compared: {name}\n{written} tensors turned back: none different" in done.stdout
+    kept = "back/verification.json" if target == "huggingface" else "back.verification.json"
+    content = json.loads((tmp_path / kept).read_text())
+    assert content["passed"] is True
+    assert content["of"] == name
+    assert content["stages"][-1]["name"] == "logits"
     checkpoint = convert.convert(read_source(tmp_path / "own_10_10_0.5.pth"))
-    with pytest.raises(ast_jax.CheckpointError, match=r"read others back: layernorm/scale$"):
-        verify.read_back(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
+    proof = verify.verify_written(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
+    assert len(proof.different) == 1
+    assert [stage.name for stage in proof.stages if not stage.passed] == ["norm", "pooled", "logits"]
+
+
+def test_what_was_written_wrongly_is_removed(files, tmp_path, monkeypatch):
+    ast_jax.save(tmp_path / "ours", ast_jax.load(files / "hf"))
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)  # rounding alone is too much
+    done = run("convert", tmp_path / "ours", tmp_path / "hf", "--to", "huggingface", "--verify")
+    assert done.exit_code == 1
+    assert done.stderr.endswith(": does not give the same numbers; it was removed\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
+    lone = run("convert", files / "lone" / "own_10_10_0.5.pth", tmp_path / "a", "--verify", "--num-labels", "2")
+    given = "taken as given, not proved: strides, input length, heads, mean and standard deviation of the features"
+    assert given in lone.stdout
+    assert "compared: own_10_10_0.5.pth, before classifier of 2 labels: new, untrained" in lone.stdout
+    assert json.loads((tmp_path / "a" / "verification.json").read_text())["of"].startswith("own_10_10_0.5.pth, before")
+    assert "taken as given" not in run("convert", files / "hf", tmp_path / "b", "--verify").stdout
+
+
+def test_what_is_read_back_is_compared(files, tmp_path):
+    checkpoint = ast_jax.load(files / "hf")
+    ast_jax.save(tmp_path / "ours", checkpoint)
+    assert verify.read_back(tmp_path / "ours", checkpoint) == 23
+    other = changed(checkpoint, "layernorm/scale", lambda x: x * 2)
+    other = other.replace(frontend=other.frontend.replace(mean=-1.0))
+    with pytest.raises(ast_jax.CheckpointError, match=r"read others back: layernorm/scale, frontend$"):
+        verify.read_back(tmp_path / "ours", other)
 
 
 def test_json_has_every_field(files):
