@@ -14,6 +14,8 @@ from ast_jax import model
 from ast_jax.checkpoint import flatten
 from ast_jax.config import HIDDEN_ACTS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = ast_jax.ASTConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, num_labels=5,
     max_length=64, num_mel_bins=32, frequency_stride=8, time_stride=8, layer_norm_eps=1e-6,

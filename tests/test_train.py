@@ -66,7 +66,7 @@ def assert_same_state(got, want):
         np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-9, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_eight_devices_give_the_run_of_one(dropout, x64):
     """Augmentation, dropout and all.
 

@@ -208,6 +208,16 @@ def test_json_has_every_field(files):
     assert len(content["stages"]) == len(proof.stages)
 
 
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __reduce__(self):
+        return open, (self.name, "w")
+
+
 @pytest.mark.slow
 def test_in_an_environment_without_torch(files, tmp_path):
     """The package as users install it: every format converts, verifies and equals what the tests' environment makes."""
@@ -225,6 +235,14 @@ def test_in_an_environment_without_torch(files, tmp_path):
         assert "tensors turned back: none different" in done.stdout
         assert done.stderr == ""
         jax.tree.map(np.testing.assert_array_equal, ast_jax.load(out).params, ast_jax.load(files / name).params)
+    torch.save({"a": Touch(str(tmp_path / "was-run"))}, tmp_path / "hostile.pth")
+    command = [tmp_path / "plain" / "bin" / "ast-jax", "convert", tmp_path / "hostile.pth", tmp_path / "never"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "got io.open in the pickle, which was not run" in done.stderr
+    assert not (tmp_path / "was-run").exists()
+    assert not (tmp_path / "never").exists()
     back = [tmp_path / "plain" / "bin" / "ast-jax", "convert", tmp_path / "0", tmp_path / "hf", "--to", "huggingface"]
     assert subprocess.run(back, capture_output=True, env=environment, cwd=tmp_path).returncode == 0
     transformers.ASTForAudioClassification.from_pretrained(tmp_path / "hf")
