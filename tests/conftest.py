@@ -38,7 +38,7 @@ def x64():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compile without most optimisations, for modules that compile much, run little, and do not compare with PyTorch."""
+    """Compile without most optimisations: for what compiles much, runs little and is no parity test."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
