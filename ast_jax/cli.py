@@ -192,7 +192,10 @@ def convert(
         ),
     ],
     destination: Annotated[
-        pathlib.Path, typer.Argument(metavar="DST", help="The folder to write; for --to original a .pth file.")
+        pathlib.Path,
+        typer.Argument(
+            metavar="DST", help="The folder to write (a checkpoint there is replaced); for --to original a .pth file."
+        ),
     ],
     to: Annotated[Target, typer.Option("--to", help="What to write.")] = Target.ast_jax,
     check: Annotated[
@@ -208,7 +211,7 @@ def convert(
     frequency_stride: FrequencyStride = None,
     time_stride: TimeStride = None,
     num_labels: Annotated[
-        int | None, typer.Option("--num-labels", min=1, help="Another number of labels: a new classifier.")
+        int | None, typer.Option("--num-labels", min=1, help="Another number of labels than SRC's: a new classifier.")
     ] = None,
     labels: Annotated[
         pathlib.Path | None,

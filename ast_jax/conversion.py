@@ -148,6 +148,8 @@ def _prove(
     """Compare what was written with what should have been, print the proofs and keep one."""
     if proof is not None:
         say(str(proof))
+    elif target == OURS:
+        say("the source is a checkpoint of ast_jax: there is no PyTorch model to compare with")
     if target == OURS:
         say(f"{read_back(destination, checkpoint)} arrays written and read back: none different")
     else:

@@ -225,7 +225,13 @@ def _frontend(
     usual = known or ORIGINAL_STATISTICS[527]
     told = mean is not None and std is not None
     mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
-    why = "as said" if told else "those of the data set of this size" if known else "AudioSet's, which is assumed"
+    why = (
+        "as said"
+        if told
+        else "those of the data set of this size, which is assumed"
+        if known
+        else "AudioSet's, which is assumed"
+    )
     notes.append(f"features are normalised with mean {mean:g} and std {std:g}: {why}")
     size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
     return FrontendConfig(**size, mean=mean, std=std), not (told or known)
@@ -237,5 +243,8 @@ def _labelled(config: ASTConfig, has_head: bool, notes: list[str]) -> ASTConfig:
     unnamed = not config.id2label or config.id2label == config.replace(id2label=()).labels
     if not (has_head and known and unnamed):
         return config
-    notes.append(f"the {config.num_labels} labels bring no names; those of {known.name} are attached")
+    notes.append(
+        f"the {config.num_labels} labels bring no names; those of {known.name} are attached, for their number alone "
+        "(others: --labels FILE --keep-classifier)"
+    )
     return config.replace(id2label=known.labels)

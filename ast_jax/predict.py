@@ -107,6 +107,8 @@ def classify_each(
     """
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")
+    if "classifier" not in checkpoint.params:
+        raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
     params = jax.device_put(checkpoint.params)
     pending: list[tuple[str, Sound | str]] = []
     for source in sources:

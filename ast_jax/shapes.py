@@ -174,20 +174,22 @@ def _grid(
     elif min(in_name) >= 1 and max(in_name) <= max(patch) and lengths(in_name):
         pairs, why = [in_name], "from the file's name"  # and no other pair, even if its length stays open
     else:
-        pairs, why = published, "as published"
-    fits = {pair: frames for pair in pairs if (frames := fitting(pair, why != "as published"))}
+        pairs, why = published, "as published" if hints.max_length is None else "the length as said"
+    fits = {pair: frames for pair in pairs if (frames := fitting(pair, pairs is not published))}
     possible = {pair: lengths(pair) for pair in dict.fromkeys([*pairs, *published]) if lengths(pair)}
     listed = [f"{pair[0]} {pair[1]} with {some[0]} to {some[-1]} frames" for pair, some in possible.items()]
     if len(fits) == 1:
         ((pair, frames),) = fits.items()
         others = [text for text, other in zip(listed, possible, strict=True) if other != pair]
-        doubt = f"; {' or '.join(others)} would fit too" if others and why == "as published" else ""
+        doubt = f"; {' or '.join(others)} would fit too" if others and pairs is published else ""
         notes.append(f"strides {pair[0]} {pair[1]} and {frames} frames: {why}{doubt}")
         if hints.num_mel_bins is None:
             notes.append(f"{bins} mel bins are assumed")
         return pair, frames, bins
+    said = "what was said of" if hints.strides or hints.max_length else "the shapes do not tell"
+    verb = " does not fit" if hints.strides or hints.max_length else ""
     raise CheckpointError(
-        f"{name}: the shapes do not tell strides and input length ({patches} patches; with {bins} mel bins possible: "
+        f"{name}: {said} strides and input length{verb} ({patches} patches; with {bins} mel bins possible: "
         f"{', '.join(listed) or 'none'}); say them to `ast-jax convert`: --source-strides, --source-max-length, "
         "--source-num-mel-bins (source_strides and so on in Python)"
     )

@@ -19,6 +19,7 @@ from .checkpoint import CONFIG_FILE, Checkpoint, CheckpointError, flatten, load,
 from .convert import unwrapped
 from .features import PREPROCESSOR_FILE
 from .formats import ORIGINAL, VIT, Format, detect
+from .labels import label_set_of_size
 from .model import apply, encode
 from .revert import state_dict, with_qkv_bias
 from .sources import Source, read_source
@@ -121,6 +122,9 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
         name for name, other in names.items() if name not in summed and not _same(state[name], back[other])
     )
     given = () if form.is_transformers and source.read_json(CONFIG_FILE) else ("strides", "input length", "heads")
+    known = label_set_of_size(checkpoint.config.num_labels)
+    if has_head and known and checkpoint.config.id2label == known.labels and not _names_in(source):
+        given += ("names of the labels",)
     if not (form.is_transformers and source.read_json(PREPROCESSOR_FILE)):
         given += ("mean and standard deviation of the features",)
     try:
@@ -134,6 +138,12 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     except ImportError as error:
         stages, reference = (), f"none: {error.name or error} is not installed or cannot be imported here"
     return Verification(len(names) - len(summed), different, summed, reference, stages, source.label, given)
+
+
+def _names_in(source: Source) -> bool:
+    """Whether a source names its labels, other than by numbers."""
+    names = (source.read_json(CONFIG_FILE) or {}).get("id2label") or {}
+    return any(str(name) != f"LABEL_{index}" for index, name in names.items())
 
 
 def _same(first: np.ndarray, second: np.ndarray) -> bool:

@@ -198,3 +198,10 @@ def test_a_file_named_as_the_standard_input(model, tmp_path, monkeypatch):
     (tmp_path / "-").write_bytes((SOUNDS / "siren.flac").read_bytes())
     monkeypatch.chdir(tmp_path)
     assert ast_jax.classify("-", model)[0][0] in HEARD["siren.flac"]
+
+
+def test_a_model_without_a_classifier_says_so():
+    model = ast_jax.load("sounds-tiny")
+    body = model.replace(params={name: part for name, part in model.params.items() if name != "classifier"})
+    with pytest.raises(ValueError, match="the model has no classifier and can name nothing"):
+        ast_jax.classify(np.zeros(16000, np.float32), body, sampling_rate=16000)

@@ -129,6 +129,14 @@ def test_misfits(patches, strides, max_length, possible):
     assert "say them to `ast-jax convert`: --source-strides, --source-max-length" in message
 
 
+def test_what_is_said_and_does_not_fit_is_called_that():
+    message = refused(state_of(1212), (12, 12), 1024)
+    assert "what was said of strides and input length does not fit (1212 patches; " in message
+    notes = []
+    read(state_of(108), max_length=100, notes=notes)
+    assert "strides 10 10 and 100 frames: the length as said" in "; ".join(notes)
+
+
 def test_what_else_would_fit_is_noted():
     """A grid of 8 x 18 at strides of 16 is one of 12 x 12 at 10 too: what was published is taken, and said."""
     notes = []

@@ -188,6 +188,11 @@ def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
     assert "compared: own_10_10_0.5.pth, before classifier of 2 labels: new, untrained" in lone.stdout
     assert json.loads((tmp_path / "a" / "verification.json").read_text())["of"].startswith("own_10_10_0.5.pth, before")
     assert "taken as given" not in run("convert", files / "hf", tmp_path / "b", "--verify").stdout
+    torch_models.saved_model(tmp_path / "hf", "stride-10-10", num_hidden_layers=1, num_labels=35)
+    attached = run("convert", tmp_path / "hf", tmp_path / "c", "--verify").stdout
+    assert "taken as given, not proved: names of the labels" in attached.splitlines()
+    again = run("convert", tmp_path / "c", tmp_path / "d", "--verify").stdout
+    assert "the source is a checkpoint of ast_jax: there is no PyTorch model to compare with" in again
 
 
 def test_what_is_read_back_is_compared(files, tmp_path):
