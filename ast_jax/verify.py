@@ -121,7 +121,7 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     different = tuple(
         name for name, other in names.items() if name not in summed and not _same(state[name], back[other])
     )
-    given = () if form.is_transformers and source.read_json(CONFIG_FILE) else ("strides", "input length", "heads")
+    given = () if form.is_transformers and source.read_json(CONFIG_FILE) else ("strides", "input size", "heads")
     known = label_set_of_size(checkpoint.config.num_labels)
     if has_head and known and checkpoint.config.id2label == known.labels and not _names_in(source):
         given += ("names of the labels",)

@@ -183,7 +183,7 @@ def test_what_was_written_wrongly_is_removed(files, tmp_path, monkeypatch):
 
 def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
     lone = run("convert", files / "lone" / "own_10_10_0.5.pth", tmp_path / "a", "--verify", "--num-labels", "2")
-    given = "taken as given, not proved: strides, input length, heads, mean and standard deviation of the features"
+    given = "taken as given, not proved: strides, input size, heads, mean and standard deviation of the features"
     assert given in lone.stdout
     assert "compared: own_10_10_0.5.pth, before classifier of 2 labels: new, untrained" in lone.stdout
     assert json.loads((tmp_path / "a" / "verification.json").read_text())["of"].startswith("own_10_10_0.5.pth, before")
