@@ -404,7 +404,7 @@ def finetune(
         _need_train_extra()
         from . import finetune as loop
         from .checkpoint import load
-        from .train import TrainConfig
+        from .settings import TrainConfig
 
         try:
             training = TrainConfig(**settings)

@@ -32,11 +32,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import data, distill, model, train
+from . import data, datasets, distill, model, optimizers, survey, train
 from .checkpoint import Checkpoint, load, restore_numpy, save, write_numpy
 from .config import ASTConfig, FrontendConfig
 from .files import remove_scratch, sole_use, whole_folder, write_text
 from .metrics import evaluate_logits
+from .parallel import DataParallel
+from .settings import TrainConfig
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
@@ -51,7 +53,7 @@ class Run:
     data: str
     config: ASTConfig
     frontend: FrontendConfig
-    training: train.TrainConfig
+    training: TrainConfig
     metadata: dict[str, Any]
     teacher: str | None = None
 
@@ -80,7 +82,7 @@ class Run:
             content["data"],
             ASTConfig.from_json_dict(content["config"]),
             FrontendConfig.from_json_dict(content["frontend"]),
-            train.TrainConfig(**content["training"]),
+            TrainConfig(**content["training"]),
             content["metadata"],
             teacher,
         )
@@ -89,7 +91,7 @@ class Run:
 def start(
     source: str | pathlib.Path,
     output: str | pathlib.Path,
-    training: train.TrainConfig,
+    training: TrainConfig,
     *,
     initial: Checkpoint | None = None,
     architecture: ASTConfig | None = None,
@@ -100,7 +102,7 @@ def start(
     """Train a model on a data set, from `initial` or from scratch, into a new run folder.
 
     Args:
-        source: data set, see `data.read_dataset`.
+        source: data set, see `datasets.read_dataset`.
         output: run folder, new or empty.
         training: the settings.
         initial: a checkpoint to start from; its classifier is kept where it has the data set's labels, else drawn anew.
@@ -122,17 +124,17 @@ def start(
     if output.exists():
         with sole_use(output):
             _refuse_occupied(output)
-    dataset = data.read_dataset(source, training.seed)
+    dataset = datasets.read_dataset(source, training.seed)
     has_head = initial is not None and "classifier" in initial.params
     keeps_head = has_head and set(initial.config.labels) == set(dataset.labels)
     if keeps_head:
         dataset = dataset.reordered(initial.config.labels)
     kind = problem_type or ("multi_label_classification" if dataset.multi_label else "single_label_classification")
     if kind == "single_label_classification" and dataset.multi_label:
-        raise data.DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
-    train.DataParallel().check_batch_size(training.batch_size)
+        raise datasets.DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
+    DataParallel().check_batch_size(training.batch_size)
     if len(dataset.splits["train"]) < training.batch_size:
-        raise data.DataError(
+        raise datasets.DataError(
             f"{source}: {len(dataset.splits['train'])} training examples are less than one batch of "
             f"{training.batch_size}; choose a smaller --batch-size"
         )
@@ -144,11 +146,11 @@ def start(
     drawn = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
     frontend = initial.frontend if heard else drawn
     used = dataset.splits["train"] + dataset.splits["validation"]
-    if longer := data.check_headers(used, frontend):
+    if longer := survey.check_headers(used, frontend):
         say(f"{longer} of {len(used)} sounds are longer than the model's input: their first {frontend.max_seconds:.2f} "
             "s are used")  # fmt: skip
     if not heard:
-        mean, std = data.statistics(dataset.splits["train"], frontend)
+        mean, std = survey.statistics(dataset.splits["train"], frontend)
         frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
         say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")
     for note in conversion.get("notes", ()):
@@ -162,7 +164,7 @@ def start(
     metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name}
     if teacher is not None:
         teacher = str(pathlib.Path(teacher).absolute() if pathlib.Path(teacher).exists() else teacher)
-        per_device = training.batch_size // len(train.DataParallel().devices)
+        per_device = training.batch_size // len(DataParallel().devices)
         distill.load_teacher(teacher, config, frontend, per_device)  # before anything is written
         metadata |= {"teacher": pathlib.Path(teacher).name, "teacher_weight": training.teacher_weight}
     run = Run(str(pathlib.Path(source).absolute()), config, frontend, training, metadata, teacher)
@@ -225,9 +227,9 @@ def _resume(output: pathlib.Path, source: str | pathlib.Path | None, say: Say) -
     history = _read_history(state)
     if source is not None:
         run = dataclasses.replace(run, data=str(pathlib.Path(source).absolute()))
-    dataset = data.read_dataset(run.data, run.training.seed)
+    dataset = datasets.read_dataset(run.data, run.training.seed)
     if set(dataset.labels) != set(run.config.labels):
-        raise data.DataError(f"{run.data}: its labels are no longer those that the run was started with")
+        raise datasets.DataError(f"{run.data}: its labels are no longer those that the run was started with")
     dataset = dataset.reordered(run.config.labels)
     params = model.init(jax.random.key(run.training.seed), run.config)
     remove_scratch(output, OURS)
@@ -259,10 +261,10 @@ def can_resume(output: str | pathlib.Path) -> bool:
 
 
 def evaluate(
-    checkpoint: Checkpoint, examples: Sequence[data.Example], batch_size: int = 32
+    checkpoint: Checkpoint, examples: Sequence[datasets.Example], batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits and labels, each [N, C], of all examples in order, using all local devices."""
-    parallel = train.DataParallel()
+    parallel = DataParallel()
     parallel.check_batch_size(batch_size)
     step = functools.partial(train.eval_step, config=checkpoint.config, frontend=checkpoint.frontend)
     params = parallel.replicate(checkpoint.params)
@@ -272,7 +274,7 @@ def evaluate(
 def _predict(
     run_batch: Callable[..., np.ndarray],
     params: Any,
-    examples: Sequence[data.Example],
+    examples: Sequence[datasets.Example],
     checkpoint: Checkpoint,
     batch_size: int,
     stop_here: Callable[[], None] = lambda: None,
@@ -290,7 +292,7 @@ def _predict(
 
 def _train(
     run: Run,
-    dataset: data.DataSet,
+    dataset: datasets.DataSet,
     params: Any,
     output: pathlib.Path,
     history: list[dict[str, Any]],
@@ -299,17 +301,17 @@ def _train(
 ) -> Checkpoint:
     """Train from after the last epoch in `history` to the end; see `start`."""
     training, examples = run.training, dataset.splits["train"]
-    parallel = train.DataParallel()
+    parallel = DataParallel()
     parallel.check_batch_size(training.batch_size)
     steps_per_epoch = len(examples) // training.batch_size
     if not steps_per_epoch:
-        raise data.DataError(f"{run.data}: its training examples have become less than one batch")
-    optimizer = train.make_optimizer(training, steps_per_epoch)
+        raise datasets.DataError(f"{run.data}: its training examples have become less than one batch")
+    optimizer = optimizers.make_optimizer(training, steps_per_epoch)
     state = train.init_state(params, optimizer, training)
     if saved is not None:
         state = _restore_state(saved, state)
         if int(state.step) != len(history) * steps_per_epoch:
-            raise data.DataError(
+            raise datasets.DataError(
                 f"{run.data}: {len(examples)} training examples make {steps_per_epoch} steps an epoch, but the run "
                 f"took {int(state.step)} in {len(history)} epochs; give it the data it was started with"
             )
@@ -320,7 +322,7 @@ def _train(
         )
     )
     run_eval = parallel.wrap_eval(functools.partial(train.eval_step, **settings))
-    rate = train.learning_rate_schedule(training, steps_per_epoch)
+    rate = optimizers.learning_rate_schedule(training, steps_per_epoch)
     soften = _softener(run, parallel)
     with _interrupts() as stop_here:
         write_text(output / RUN_FILE, run.to_json())
@@ -371,7 +373,7 @@ def _train(
     return load((output / "best").absolute())
 
 
-def _softener(run: Run, parallel: train.DataParallel) -> Callable[[data.Batch], data.Batch]:
+def _softener(run: Run, parallel: DataParallel) -> Callable[[data.Batch], data.Batch]:
     """Return what a teacher, if there is one, makes of a batch's labels."""
     if run.teacher is None:
         return lambda batch: batch
@@ -389,7 +391,7 @@ def _softener(run: Run, parallel: train.DataParallel) -> Callable[[data.Batch], 
 
 def _train_epoch(
     run: Run,
-    examples: Sequence[data.Example],
+    examples: Sequence[datasets.Example],
     step: Callable[..., tuple[train.TrainState, jax.Array]],
     soften: Callable[[data.Batch], data.Batch],
     state: train.TrainState,

@@ -1,4 +1,4 @@
-"""Training: optimizer, schedule, the step for one device, and the one place where `pmap` stands.
+"""Training: the state, and the step for one device.
 
 The step is written for one device and averages its gradients over a named axis where there is one. Random keys fold in
 the seed, the step and an example's place in the whole batch, never the device, so that a run is the same on 1 and on 8.
@@ -6,14 +6,11 @@ the seed, the step and an example's place in the whole batch, never the device, 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 
@@ -21,114 +18,7 @@ from . import augment, model
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
 from .losses import loss
-
-SCHEDULES = ("constant", "step", "cosine")
-AXIS = "devices"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train; the defaults are the original's optimizer with no augmentation.
-
-    Args:
-        batch_size: over all devices.
-        epochs: passes over the training split.
-        learning_rate: after warm-up and before decay.
-        schedule: "constant", "step" (as the original: at the end of epoch `decay_start` and of every `decay_step`
-            epochs after it the rate is multiplied by `decay_factor`), or "cosine" to zero.
-        warmup_steps: steps of linear warm-up.
-        decay_start: epoch, counted from 1.
-        decay_step: epochs.
-        decay_factor: multiplier.
-        weight_decay: L2 added to the gradient, as in torch's Adam; not AdamW.
-        beta1: of Adam.
-        beta2: of Adam.
-        mixup: probability that an example is mixed with another.
-        frequency_mask: upper bound of the masked mel bins.
-        time_mask: upper bound of the masked frames.
-        frequency_shift: upper bound of the mel bins that a spectrogram is moved by, either way.
-        time_shift: the same in frames, the end coming round to the beginning.
-        noise: whether to add noise and roll in time by up to 10 frames.
-        ramp_epochs: epochs over which mixup and masks grow to full strength; 0 starts at full strength.
-        ema: decay at each step of an exponential moving average of the parameters, which then is what is evaluated and
-            kept; 0 evaluates and keeps the parameters themselves.
-        teacher_weight: share of a teacher's scores in the targets, where there is a teacher.
-        seed: of everything random.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    batch_size: int = 32
-    epochs: int = 25
-    learning_rate: float = 1e-4
-    schedule: str = "step"
-    warmup_steps: int = 0
-    decay_start: int = 10
-    decay_step: int = 5
-    decay_factor: float = 0.5
-    weight_decay: float = 5e-7
-    beta1: float = 0.95
-    beta2: float = 0.999
-    mixup: float = 0.0
-    frequency_mask: int = 0
-    time_mask: int = 0
-    frequency_shift: int = 0
-    time_shift: int = 0
-    noise: bool = False
-    ramp_epochs: float = 0.0
-    ema: float = 0.0
-    teacher_weight: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        checks = {
-            "batch_size": self.batch_size >= 1, "epochs": 1 <= self.epochs < 10_000,
-            "learning_rate": self.learning_rate > 0,
-            "warmup_steps": self.warmup_steps >= 0, "decay_start": self.decay_start >= 0,
-            "decay_step": self.decay_step >= 1, "decay_factor": 0 < self.decay_factor <= 1,
-            "weight_decay": self.weight_decay >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
-            "mixup": 0 <= self.mixup <= 1, "frequency_mask": self.frequency_mask >= 0, "time_mask": self.time_mask >= 0,
-            "frequency_shift": self.frequency_shift >= 0, "time_shift": self.time_shift >= 0,
-            "ramp_epochs": self.ramp_epochs >= 0, "ema": 0 <= self.ema < 1,
-            "teacher_weight": 0 <= self.teacher_weight <= 1,
-            "schedule": self.schedule in SCHEDULES, "seed": self.seed >= 0,
-        }  # fmt: skip
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int | float) and not -(2**31) < value < 2**31:
-                raise ValueError(f"{name}: {value!r} is out of range; expected a number below 2**31")
-        for name, good in checks.items():
-            if not good:
-                raise ValueError(
-                    f"{name}: {getattr(self, name)!r} is out of range; {_RANGES.get(name, 'see TrainConfig')}"
-                )
-
-
-_RANGES = {
-    **dict.fromkeys(("batch_size", "decay_step"), "expected 1 or more"),
-    "epochs": "expected 1 to 9999",
-    **dict.fromkeys(
-        (
-            "warmup_steps",
-            "decay_start",
-            "weight_decay",
-            "frequency_mask",
-            "time_mask",
-            "frequency_shift",
-            "time_shift",
-            "ramp_epochs",
-            "seed",
-        ),
-        "expected 0 or more",
-    ),
-    **dict.fromkeys(("beta1", "beta2", "ema"), "expected a number in [0, 1)"),
-    "learning_rate": "expected more than 0",
-    "decay_factor": "expected a number in (0, 1]",
-    "mixup": "expected a probability in [0, 1]",
-    "teacher_weight": "expected a number in [0, 1]",
-    "schedule": f"expected one of {', '.join(SCHEDULES)}",
-}
+from .settings import TrainConfig
 
 
 @struct.dataclass
@@ -144,40 +34,6 @@ class TrainState:
     def kept(self) -> Any:
         """The parameters to evaluate and to keep: the average where there is one."""
         return self.params if self.average is None else self.average
-
-
-def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step, counted from 0 at the start of training.
-
-    Warm-up and decay are factors side by side: an epoch at whose end the rate falls counts during warm-up too. The
-    cosine alone begins where warm-up ends.
-    """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule == "cosine":
-        cosine = optax.cosine_decay_schedule(peak, max(config.epochs * steps_per_epoch - warmup, 1))
-
-        def decayed(step: Any) -> Any:
-            return cosine(jnp.maximum(step - warmup, 0))
-
-    elif config.schedule == "step":
-        epochs = range(config.decay_start, config.epochs, config.decay_step)
-        decayed = optax.piecewise_constant_schedule(
-            peak, {epoch * steps_per_epoch: config.decay_factor for epoch in epochs}
-        )
-    else:
-        decayed = optax.constant_schedule(peak)
-    if not warmup:
-        return decayed
-    return lambda step: decayed(step) * jnp.minimum((step + 1) / warmup, 1.0)
-
-
-def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Return Adam with L2 in the gradient (torch's `Adam(weight_decay=…)`) and the schedule."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_adam(config.beta1, config.beta2),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, steps_per_epoch)),
-    )
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainState:
@@ -287,58 +143,3 @@ def eval_step(params: Any, batch: dict[str, jax.Array], *, config: ASTConfig, fr
     """Return logits [b, C] of one device's share of the batch, without augmentation or dither."""
     spec = normalize(padded_log_mel(batch["waveform"], batch["num_samples"], frontend.replace(dither=0.0)), frontend)
     return model.apply(params, spec, config)
-
-
-class DataParallel:
-    """Run steps on all devices: state replicated, batch split along its first axis.
-
-    This is the one place where `pmap` stands.
-    """
-
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
-        """Take the devices; None means all local ones."""
-        self.devices = list(devices or jax.local_devices())
-
-    def check_batch_size(self, batch_size: int) -> None:
-        """Refuse a global batch that does not divide over the devices, naming the nearest sizes that do."""
-        count = len(self.devices)
-        if batch_size % count:
-            lower = batch_size // count * count
-            sizes = f"{lower} or {lower + count}" if lower else str(count)
-            raise ValueError(f"batch_size: {batch_size} does not divide over {count} devices; the nearest are {sizes}")
-
-    def wrap_train(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a step on replicated state and a whole batch from `step(state, batch, axis=…)`."""
-        mapped = jax.pmap(functools.partial(step, axis=AXIS), AXIS, devices=self.devices, donate_argnums=0)
-
-        def run(state: TrainState, batch: dict[str, np.ndarray]) -> tuple[TrainState, jax.Array]:
-            position = np.arange(len(batch["labels"]), dtype=np.int32)
-            state, value = mapped(state, self.split({**batch, "position": position}))
-            # The first device's own copy: value[0] would be a program over all devices at every step.
-            return state, value.addressable_shards[0].data.reshape(())
-
-        return run
-
-    def wrap_eval(self, step: Callable[..., Any]) -> Callable[..., np.ndarray]:
-        """Return a function of replicated params and a whole batch whose results are put together again."""
-        mapped = jax.pmap(step, AXIS, devices=self.devices)
-
-        def run(params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-            results = np.asarray(mapped(params, self.split(batch)))
-            return results.reshape(-1, *results.shape[2:])
-
-        return run
-
-    def split(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Split every array of a batch [B, …] into [devices, B / devices, …]."""
-        return {key: value.reshape(len(self.devices), -1, *value.shape[1:]) for key, value in batch.items()}
-
-    def replicate(self, tree: Any) -> Any:
-        """Copy a tree to every device, with a new first axis."""
-        copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=self.devices)
-        return copy(np.arange(len(self.devices)), tree)
-
-    @staticmethod
-    def unreplicate(tree: Any) -> Any:
-        """Return the first device's copy as NumPy arrays."""
-        return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data).reshape(x.shape[1:]), tree)

@@ -17,8 +17,9 @@ import torch_original
 import typer.testing
 
 import ast_jax
-from ast_jax import cli, finetune, train
+from ast_jax import cli, finetune
 from ast_jax.checkpoint import flatten
+from ast_jax.settings import TrainConfig
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 
@@ -116,7 +117,7 @@ def test_wrong_usage_of_finetune_is_one_line(arguments, message, tmp_path):
 
 def test_resume_refuses_what_contradicts_the_run(tmp_path):
     config = ast_jax.PRESETS["tiny"](num_labels=2, id2label=("a", "b"), problem_type="single_label_classification")
-    training = train.TrainConfig(epochs=3, learning_rate=1e-3, schedule="cosine")
+    training = TrainConfig(epochs=3, learning_rate=1e-3, schedule="cosine")
     run = finetune.Run(str(tmp_path / "gone"), config, ast_jax.FrontendConfig(), training, {"trained_from": "scratch"})
     (tmp_path / "run.json").write_text(run.to_json())
     resume = ["finetune", "--output", tmp_path, "--resume"]
@@ -206,12 +207,12 @@ def test_finetune_hands_every_option_on(monkeypatch, tmp_path):
     command += ["--noise", "--problem-type", "multi_label_classification", "--max-length", "128", *options]
     done = typer.testing.CliRunner().invoke(cli.app, command)
     assert done.exit_code == 0, done.output
-    assert asked["training"] == train.TrainConfig(**settings, noise=True)
+    assert asked["training"] == TrainConfig(**settings, noise=True)
     assert (str(asked["source"]), asked["output"]) == ("data", tmp_path / "run")
     assert (asked["teacher"], asked["problem_type"]) == ("t.stablehlo", "multi_label_classification")
     assert asked["initial"].config == ast_jax.load("sounds-tiny").config.replace(max_length=128)
     defaults = {"batch_size", "noise"} | {name for name in settings}
-    assert all(getattr(train.TrainConfig(), name) != getattr(asked["training"], name) for name in defaults)
+    assert all(getattr(TrainConfig(), name) != getattr(asked["training"], name) for name in defaults)
 
 
 def test_out_of_memory_is_one_line(monkeypatch, tmp_path):

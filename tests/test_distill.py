@@ -10,9 +10,11 @@ import soundfile
 from jax import export
 
 import ast_jax
-from ast_jax import distill, finetune, losses, train
+from ast_jax import distill, finetune, losses
 from ast_jax.checkpoint import Checkpoint, save
 from ast_jax.config import FrontendConfig
+from ast_jax.parallel import DataParallel
+from ast_jax.settings import TrainConfig
 
 LABELS = ("a", "b", "c")
 STUDENT = ast_jax.ASTConfig(
@@ -64,7 +66,7 @@ def test_softened_targets_are_the_weighted_mean_of_two_losses(config, scores, x6
 
 def test_a_program_teaches_on_every_device(tmp_path):
     teacher = distill.load_teacher(write_program(tmp_path / "t.stablehlo"), STUDENT, FRONTEND)
-    parallel = train.DataParallel()
+    parallel = DataParallel()
     batch = some_batch()
     got = parallel.wrap_eval(teacher.logits)(parallel.replicate(teacher.params), batch)
     energy = [np.square(wave[:count]).sum() for wave, count in zip(*batch.values(), strict=True)]
@@ -103,7 +105,7 @@ def sounds(tmp_path_factory):
 def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
     """Labels are drawn at random: only a teacher that says "c" of everything can make the student say so."""
     program = write_program(tmp_path / "t.stablehlo", ("b", "a", "c"), slope=1.0)
-    settings = train.TrainConfig(batch_size=16, epochs=4, learning_rate=3e-3, teacher_weight=1.0)
+    settings = TrainConfig(batch_size=16, epochs=4, learning_rate=3e-3, teacher_weight=1.0)
     stopped = []
 
     def stop(line):
@@ -119,7 +121,7 @@ def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, best.params, whole.params)
     assert best.metadata["teacher"] == "t.stablehlo"
-    last = finetune.evaluate(best, finetune.data.read_dataset(sounds).splits["train"][:16], 16)[0]
+    last = finetune.evaluate(best, finetune.datasets.read_dataset(sounds).splits["train"][:16], 16)[0]
     assert (last.argmax(1) == 2).all()
     program.unlink()
     with pytest.raises(FileNotFoundError):
@@ -142,7 +144,7 @@ def test_teachers_that_do_not_fit_are_refused(sounds, tmp_path):
         distill.load_teacher(tmp_path / "slow", STUDENT, FRONTEND)
     with pytest.raises(ValueError, match="lacks b, c"):
         finetune.start(
-            sounds, tmp_path / "no", train.TrainConfig(batch_size=16), architecture=STUDENT,
+            sounds, tmp_path / "no", TrainConfig(batch_size=16), architecture=STUDENT,
             teacher=tmp_path / "few.stablehlo", say=lambda _: None,
         )  # fmt: skip
     assert not (tmp_path / "no").exists()

@@ -19,16 +19,18 @@ import torch
 import torch_original
 
 import ast_jax
-from ast_jax import data, finetune, metrics, train
+from ast_jax import data, datasets, finetune, metrics, optimizers, survey, train
 from ast_jax.checkpoint import flatten
 from ast_jax.config import FrontendConfig
 from ast_jax.files import sole_use
+from ast_jax.parallel import DataParallel
+from ast_jax.settings import TrainConfig
 
 TINY = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_length=48, num_mel_bins=32,
     frequency_stride=16, time_stride=16,
 )  # fmt: skip
-SETTINGS = train.TrainConfig(
+SETTINGS = TrainConfig(
     batch_size=16,
     epochs=3,
     learning_rate=3e-3,
@@ -94,10 +96,10 @@ def test_checkpoint_classifies(run, sounds):
     predictions = ast_jax.classify(names, folder / "best", top_k=3)
     for prediction in predictions:
         assert abs(sum(score for _, score in prediction) - 1) < 1e-5
-    logits, labels = finetune.evaluate(best, data.read_dataset(sounds).splits["validation"], batch_size=8)
+    logits, labels = finetune.evaluate(best, datasets.read_dataset(sounds).splits["validation"], batch_size=8)
     assert logits.shape == labels.shape == (9, 3)
     # Device and host paths compute the same: evaluate's features come from jit, classify's from NumPy.
-    example = data.read_dataset(sounds).splits["validation"][4]
+    example = datasets.read_dataset(sounds).splits["validation"][4]
     scores = dict(ast_jax.classify(example.path, best, top_k=3))
     want = np.exp(logits[4] - logits[4].max())
     np.testing.assert_allclose([scores[name] for name in best.config.labels], want / want.sum(), atol=1e-3)
@@ -141,8 +143,8 @@ def killed(killed_once, tmp_path):
 @pytest.fixture
 def no_compiling(monkeypatch):
     """Steps that change nothing, where only what happens around them counts."""
-    monkeypatch.setattr(train.DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(1)))
-    monkeypatch.setattr(train.DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :3])
+    monkeypatch.setattr(DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(1)))
+    monkeypatch.setattr(DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :3])
 
 
 def test_resume_gives_the_uninterrupted_run(run, killed):
@@ -198,7 +200,7 @@ def test_ctrl_c_is_held_back_to_where_stopping_is_safe(
         return original(*arguments, **settings)
 
     monkeypatch.setattr(module, name, press_and_go_on)
-    settings = train.TrainConfig(batch_size=40, epochs=3)
+    settings = TrainConfig(batch_size=40, epochs=3)
     with pytest.raises(KeyboardInterrupt):
         finetune.start(sounds, tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
     assert finished == [name] * (presses == 1)
@@ -218,10 +220,10 @@ def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch)
         finetune.resume(killed)
     for name in ("low", "high"):
         shutil.copytree(sounds / name, tmp_path / "two" / name)
-    with pytest.raises(data.DataError, match="labels are no longer"):
+    with pytest.raises(datasets.DataError, match="labels are no longer"):
         finetune.resume(killed, tmp_path / "two")
     shutil.copytree(sounds, tmp_path / "fewer", ignore=lambda folder, names: [n for n in names if n[0] == "1"])
-    with pytest.raises(data.DataError, match="give it the data it was started with"):
+    with pytest.raises(datasets.DataError, match="give it the data it was started with"):
         finetune.resume(killed, tmp_path / "fewer")
     assert json.loads((killed / "run.json").read_text())["data"] == str(tmp_path / "gone")
     monkeypatch.chdir(sounds.parent)
@@ -271,7 +273,7 @@ def test_without_validation_it_says_what_chooses_the_best(sounds, tmp_path, no_c
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([["path", "label", "split"], *rows])
     said = []
-    settings = train.TrainConfig(batch_size=8, epochs=1)
+    settings = TrainConfig(batch_size=8, epochs=1)
     best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
     assert "no validation examples: the best epoch will be the one with the lowest training loss" in said
     assert set(best.metadata["epoch"]) == {"epoch", "learning_rate", "train_loss", "seconds"}
@@ -279,7 +281,7 @@ def test_without_validation_it_says_what_chooses_the_best(sounds, tmp_path, no_c
 
 def test_the_kept_parameters_are_the_moving_average(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
-    like = train.init_state(run[1].params, train.make_optimizer(SETTINGS, 1), SETTINGS)
+    like = train.init_state(run[1].params, optimizers.make_optimizer(SETTINGS, 1), SETTINGS)
     state = finetune._restore_state(folder / "state-0003", like)
     stored = finetune.read_run(folder)
     rows = [{"epoch": 1, "train_loss": 1.0}]  # as if it were the first, which is the best so far
@@ -300,7 +302,7 @@ def test_a_validation_split_that_measures_nothing_says_what_chooses_the_best(sou
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([["path", "label", "split"], *rows])
     said = []
-    settings = train.TrainConfig(batch_size=8, epochs=2)
+    settings = TrainConfig(batch_size=8, epochs=2)
     best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
     assert sum("the best epoch will be the one with the lowest training loss" in line for line in said) == 1
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -323,7 +325,7 @@ def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
     assert finetune.resume(copy, say=lambda _: None).metadata == finetune.load(copy / "best").metadata
     (tmp_path / "new").mkdir()
     with sole_use(tmp_path / "new"), pytest.raises(ValueError, match="new: another process is at work in it"):
-        finetune.start(sounds, tmp_path / "new", train.TrainConfig(batch_size=8), architecture=TINY)
+        finetune.start(sounds, tmp_path / "new", TrainConfig(batch_size=8), architecture=TINY)
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -373,7 +375,7 @@ def test_ctrl_c_stops_cleanly(sounds, tmp_path):
 
 def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):
     _, best, _ = run
-    frozen = train.TrainConfig(batch_size=16, epochs=1, learning_rate=1e-12)
+    frozen = TrainConfig(batch_size=16, epochs=1, learning_rate=1e-12)
     same = finetune.start(sounds, tmp_path / "same", frozen, initial=best, say=lambda _: None)
     np.testing.assert_allclose(
         same.params["classifier"]["dense"]["kernel"], best.params["classifier"]["dense"]["kernel"], atol=1e-6
@@ -397,18 +399,18 @@ def test_manifest_with_splits_and_several_labels(sounds, tmp_path):
             rows.append([str(sounds / name / f"{index}.wav"), label, ["train", "val", "test"][index % 3]])
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    dataset = data.read_dataset(manifest)
+    dataset = datasets.read_dataset(manifest)
     assert dataset.labels == ("Beep, bleep", "high", "hiss", "low")
     assert {split: len(examples) for split, examples in dataset.splits.items()} == {
         "train": 12, "validation": 12, "test": 12,
     }  # fmt: skip
     assert dataset.multi_label
     best = finetune.start(
-        manifest, tmp_path / "run", train.TrainConfig(batch_size=8, epochs=1), architecture=TINY, say=lambda _: None
+        manifest, tmp_path / "run", TrainConfig(batch_size=8, epochs=1), architecture=TINY, say=lambda _: None
     )
     assert best.config.problem_type == "multi_label_classification"
     assert "mAP" in best.metadata["epoch"]
-    with pytest.raises(data.DataError, match="several labels"):
+    with pytest.raises(datasets.DataError, match="several labels"):
         finetune.start(
             manifest, tmp_path / "no", SETTINGS, architecture=TINY, problem_type="single_label_classification"
         )
@@ -416,8 +418,8 @@ def test_manifest_with_splits_and_several_labels(sounds, tmp_path):
 
 def hold_out(*targets, seed=0):
     """Return the labels of what is kept and of what is held."""
-    examples = [data.Example(pathlib.Path(str(number)), labels) for number, labels in enumerate(targets)]
-    kept, held = data._hold_out(examples, seed)
+    examples = [datasets.Example(pathlib.Path(str(number)), labels) for number, labels in enumerate(targets)]
+    kept, held = datasets._hold_out(examples, seed)
     assert sorted(kept + held, key=lambda one: int(one.path.name)) == examples
     return ([example.targets for example in part] for part in (kept, held))
 
@@ -451,7 +453,7 @@ def test_hold_out_leaves_every_label_something_to_learn_from():
 
 
 def test_batches_do_not_depend_on_threads(sounds):
-    examples = data.read_dataset(sounds).splits["train"]
+    examples = datasets.read_dataset(sounds).splits["train"]
     frontend = FrontendConfig(max_length=48)
     arguments = {"batch_size": 16, "seed": 3, "epoch": 2, "mixup": 0.7}
     one = list(data.train_batches(examples, frontend, 3, **arguments, num_threads=1))
@@ -468,17 +470,17 @@ def test_batches_do_not_depend_on_threads(sounds):
 
 
 def test_eval_batches_fill_up_the_last(sounds):
-    examples = data.read_dataset(sounds).splits["validation"]
+    examples = datasets.read_dataset(sounds).splits["validation"]
     found = list(data.eval_batches(examples, FrontendConfig(max_length=48), 3, batch_size=4))
     assert [real for _, real in found] == [4, 4, 1]
     assert all(batch["waveform"].shape[0] == 4 for batch, _ in found)
 
 
 def test_statistics_of_known_sound(tmp_path, sounds):
-    examples = data.read_dataset(sounds).splits["train"][:5]
+    examples = datasets.read_dataset(sounds).splits["train"][:5]
     frontend = FrontendConfig(max_length=48)
     values = np.concatenate([ast_jax.fbank(data.load_example(one, frontend)) for one in examples])
-    mean, std = data.statistics(examples, frontend)
+    mean, std = survey.statistics(examples, frontend)
     np.testing.assert_allclose([mean, std], [values.mean(), values.std()], rtol=1e-4)
     assert type(mean) is type(std) is float
 
@@ -503,8 +505,8 @@ def test_statistics_of_known_sound(tmp_path, sounds):
 def test_bad_manifests_are_refused(text, message, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(1000), 16000)
     (tmp_path / "manifest.csv").write_text(text)
-    with pytest.raises(data.DataError, match=message):
-        data.read_dataset(tmp_path)
+    with pytest.raises(datasets.DataError, match=message):
+        datasets.read_dataset(tmp_path)
 
 
 def test_other_refusals(run, sounds, tmp_path):
@@ -514,16 +516,14 @@ def test_other_refusals(run, sounds, tmp_path):
     with pytest.raises(ValueError, match="expected a run folder"):
         finetune.resume(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        data.read_dataset(tmp_path / "none")
-    with pytest.raises(data.DataError, match="less than one batch of 800"):
-        finetune.start(
-            sounds, tmp_path / "big", train.TrainConfig(batch_size=800), architecture=TINY, say=lambda _: None
-        )
+        datasets.read_dataset(tmp_path / "none")
+    with pytest.raises(datasets.DataError, match="less than one batch of 800"):
+        finetune.start(sounds, tmp_path / "big", TrainConfig(batch_size=800), architecture=TINY, say=lambda _: None)
 
 
 def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
-    with pytest.raises(data.DataError):
-        finetune.start(sounds, tmp_path / "big", train.TrainConfig(batch_size=800), architecture=TINY)
+    with pytest.raises(datasets.DataError):
+        finetune.start(sounds, tmp_path / "big", TrainConfig(batch_size=800), architecture=TINY)
     assert not (tmp_path / "big").exists()
     (tmp_path / "state-of-the-art").mkdir()
     with pytest.raises(ValueError, match="new or empty folder"):
@@ -531,8 +531,8 @@ def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state-of-the-art"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / ".run.json.abcdefgh").touch()  # of a start that was killed
-    with pytest.raises(data.DataError):
-        finetune.start(sounds, tmp_path / "new", train.TrainConfig(batch_size=800), architecture=TINY)
+    with pytest.raises(datasets.DataError):
+        finetune.start(sounds, tmp_path / "new", TrainConfig(batch_size=800), architecture=TINY)
 
 
 def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_path, no_compiling):
@@ -542,11 +542,11 @@ def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_p
     shutil.copy(copy / "low" / "0.wav", copy / ".cache" / "0.wav")
     (copy / "low" / "talk.m4a").touch()
     shutil.copy(copy / "low" / "0.wav", copy / "loose.wav")
-    dataset = data.read_dataset(copy)
+    dataset = datasets.read_dataset(copy)
     assert dataset.passed_over == (copy / "loose.wav", copy / "low" / "talk.m4a")
     assert sum(map(len, dataset.splits.values())) == 90
     said = []
-    finetune.start(copy, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=said.append)
+    finetune.start(copy, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=said.append)
     assert f"passed over: 2 files that are no sound files of a class, the first is {copy / 'loose.wav'}" in said
 
 
@@ -555,7 +555,7 @@ def test_sounds_that_are_longer_than_the_input_are_counted(sounds, tmp_path, no_
     for number in range(2):
         soundfile.write(copy / "low" / f"long{number}.flac", np.full(16000, 0.1), 16000)
     said = []
-    finetune.start(copy, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=said.append)
+    finetune.start(copy, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=said.append)
     assert "2 of 92 sounds are longer than the model's input: their first 0.49 s are used" in said
 
 
@@ -563,7 +563,9 @@ def test_bad_files_are_found_before_training(sounds, tmp_path):
     copy = shutil.copytree(sounds, tmp_path / "sounds")
     (copy / "high" / "7.wav").write_text("no sound")
     soundfile.write(copy / "low" / "8.wav", np.zeros(100), 16000)
-    with pytest.raises(data.DataError, match=r"2 of 90 files cannot be used, the first is .*7\.wav: not a readable"):
+    with pytest.raises(
+        datasets.DataError, match=r"2 of 90 files cannot be used, the first is .*7\.wav: not a readable"
+    ):
         finetune.start(copy, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     assert not (tmp_path / "run").exists()
 
@@ -577,7 +579,7 @@ def test_an_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, no
     frontend_of = ast_jax.Checkpoint(
         ast_jax.init(jax.random.key(0), TINY), TINY, FrontendConfig(max_length=48, num_mel_bins=32)
     )
-    settings = train.TrainConfig(epochs=1)
+    settings = TrainConfig(epochs=1)
     with pytest.raises(ValueError, match=r"5\.wav: 1 of \d+ samples are NaN or Inf"):
         finetune.start(copy, tmp_path / "run", settings, initial=frontend_of, say=lambda _: None)
     assert list((tmp_path / "run").iterdir()) == []
@@ -593,16 +595,16 @@ def test_any_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, n
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.DataParallel, "wrap_train", lambda *_: exhausted)
+        patched.setattr(DataParallel, "wrap_train", lambda *_: exhausted)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-            finetune.start(sounds, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=print)
+            finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=print)
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_start_killed_before_its_first_state_leaves_the_folder_free(run, sounds, tmp_path, no_compiling):
     (tmp_path / "run").mkdir()
     shutil.copy(run[0] / "run.json", tmp_path / "run")
-    finetune.start(sounds, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+    finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
     assert (tmp_path / "run" / "best").is_dir()
 
 
@@ -631,13 +633,13 @@ def test_progress_bar_is_for_terminals(monkeypatch, capsys):
 
 def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    real = data.statistics
+    real = survey.statistics
 
     def slow(*arguments):
         shutil.copytree(run[0], folder)
         return real(*arguments)
 
-    monkeypatch.setattr(data, "statistics", slow)
+    monkeypatch.setattr(survey, "statistics", slow)
     with pytest.raises(ValueError, match="already holds a run"):
         finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
     assert finetune.read_run(folder) == finetune.read_run(run[0])
@@ -647,7 +649,7 @@ def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp
 def test_a_class_may_be_a_link(sounds, tmp_path):
     for name in ("low", "high"):
         (tmp_path / name).symlink_to(sounds / name)
-    assert data.read_dataset(tmp_path).labels == ("high", "low")
+    assert datasets.read_dataset(tmp_path).labels == ("high", "low")
 
 
 def test_sounds_that_are_all_silent_are_refused(sounds, tmp_path):
@@ -655,7 +657,7 @@ def test_sounds_that_are_all_silent_are_refused(sounds, tmp_path):
         (tmp_path / name).mkdir()
         for index in range(20):
             soundfile.write(tmp_path / name / f"{index}.wav", np.zeros(8000), 16000)
-    with pytest.raises(data.DataError, match="hold the same throughout, as silence does"):
+    with pytest.raises(datasets.DataError, match="hold the same throughout, as silence does"):
         finetune.start(tmp_path, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
 
 
@@ -663,9 +665,9 @@ def test_parameters_that_are_not_finite_stop_the_run(sounds, tmp_path, no_compil
     def spoil(self, tree):
         return tree.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tree.params))
 
-    monkeypatch.setattr(train.DataParallel, "unreplicate", spoil)
+    monkeypatch.setattr(DataParallel, "unreplicate", spoil)
     with pytest.raises(FloatingPointError, match="the parameters are not finite at the end of epoch 1"):
-        finetune.start(sounds, tmp_path / "run", train.TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+        finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -687,11 +689,11 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
     torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
     size = {"max_length": 48, "num_mel_bins": 32}
     initial = ast_jax.load(tmp_path / "deit.pth", **size)
-    settings = train.TrainConfig(batch_size=16, epochs=1, learning_rate=0.001)
+    settings = TrainConfig(batch_size=16, epochs=1, learning_rate=0.001)
     best = finetune.start(sounds, tmp_path / "run", settings, initial=initial, say=lambda _: None)
     assert best.config.grid == (2, 4)
     assert best.config.labels == ("high", "hiss", "low")
-    measured = data.statistics(data.read_dataset(sounds).splits["train"], FrontendConfig(**size))
+    measured = survey.statistics(datasets.read_dataset(sounds).splits["train"], FrontendConfig(**size))
     np.testing.assert_allclose((best.frontend.mean, best.frontend.std), measured, atol=1e-4)  # four decimals are kept
     moved = flatten(best.params)["embeddings/projection/kernel"] - initial.params["embeddings"]["projection"]["kernel"]
     assert 0 < np.abs(moved).max() < 0.02  # five steps of Adam at 0.001 from there

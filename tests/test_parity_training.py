@@ -13,8 +13,9 @@ import torch
 import torch_models
 
 import ast_jax
-from ast_jax import train
+from ast_jax import optimizers, train
 from ast_jax.checkpoint import flatten
+from ast_jax.settings import TrainConfig
 
 PROBLEMS = {  # problem type, outputs, query, key and value with a bias
     "single": ("single_label_classification", 7, True), "multi": ("multi_label_classification", 7, True),
@@ -185,7 +186,7 @@ def test_one_wrong_gradient_is_seen(tmp_path):
 # exact in float32, in which `learning_rate_schedule` computes with x64 too: the rounding of others, 6e-8 of a step,
 # would hide what is sought. The rest are the defaults, which are the original's.
 PEAK = 2.0**-10
-RECIPE = train.TrainConfig(learning_rate=PEAK, warmup_steps=4, decay_start=2, decay_step=1, decay_factor=0.5, epochs=5)
+RECIPE = TrainConfig(learning_rate=PEAK, warmup_steps=4, decay_start=2, decay_step=1, decay_factor=0.5, epochs=5)
 RATES = [PEAK * factor for factor in (1 / 4, 1 / 2, 3 / 4, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8)]
 # Absolute, of parameters near 1. Adam divides by 1e-8 (its eps) at the least, so that the gradients' roundings, 1e-16
 # an element, become 1e-8 of a step of 1e-3; ten steps, each from where the last one led, stay below 1e-9.
@@ -221,7 +222,7 @@ def steps_difference(problem, optimizer):
 
 
 def recipe(**changes):
-    return train.make_optimizer(dataclasses.replace(RECIPE, **changes), steps_per_epoch=2)
+    return optimizers.make_optimizer(dataclasses.replace(RECIPE, **changes), steps_per_epoch=2)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -231,7 +232,7 @@ def test_ten_steps_equal_torch(problem, x64):
 
 
 WRONG_OPTIMIZERS = {
-    "AdamW": lambda: optax.adamw(train.learning_rate_schedule(RECIPE, 2), 0.95, 0.999, weight_decay=5e-7),
+    "AdamW": lambda: optax.adamw(optimizers.learning_rate_schedule(RECIPE, 2), 0.95, 0.999, weight_decay=5e-7),
     "another beta1": lambda: recipe(beta1=0.9),
     "another beta2": lambda: recipe(beta2=0.99),
     "shorter warm-up": lambda: recipe(warmup_steps=2),

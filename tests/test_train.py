@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import ast_jax
-from ast_jax import augment, losses, train
+from ast_jax import augment, losses, optimizers, train
 from ast_jax.config import FrontendConfig
+from ast_jax.parallel import DataParallel
+from ast_jax.settings import TrainConfig
 
 CONFIG = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=4,
     problem_type="multi_label_classification", max_length=32, num_mel_bins=32, frequency_stride=16, time_stride=16,
 )  # fmt: skip
 FRONTEND = FrontendConfig(max_length=32, num_mel_bins=32)
-AUGMENTED = train.TrainConfig(
+AUGMENTED = TrainConfig(
     batch_size=16, learning_rate=1e-3, weight_decay=1e-6, frequency_mask=8, time_mask=8, noise=True, warmup_steps=3,
     frequency_shift=3, time_shift=5, ema=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2,
 )  # fmt: skip
@@ -48,8 +50,8 @@ def start(optimizer, config=CONFIG, dtype=np.float64):
 
 def run(devices, config=CONFIG, steps=10):
     """Return the state and the losses after some steps on so many devices, in float64."""
-    optimizer = train.make_optimizer(AUGMENTED, steps_per_epoch=5)
-    parallel = train.DataParallel(jax.devices()[:devices])
+    optimizer = optimizers.make_optimizer(AUGMENTED, steps_per_epoch=5)
+    parallel = DataParallel(jax.devices()[:devices])
     step = parallel.wrap_train(make_step(optimizer, config))
     state = parallel.replicate(start(optimizer, config))
     values = []
@@ -88,7 +90,7 @@ def test_eight_devices_give_the_run_of_one(dropout, x64):
 
 def test_every_device_has_other_examples(x64):
     """Two devices do what one program without `pmap` does with the whole batch."""
-    optimizer = train.make_optimizer(AUGMENTED, steps_per_epoch=5)
+    optimizer = optimizers.make_optimizer(AUGMENTED, steps_per_epoch=5)
     step, state = jax.jit(make_step(optimizer)), start(optimizer)
     for batch in batches(2, dtype=np.float64):
         state, _ = step(state, {**batch, "position": np.arange(16)})
@@ -98,8 +100,8 @@ def test_every_device_has_other_examples(x64):
 
 def test_training_learns():
     """Four tones with labels at random, again and again: the optimizer can bring the loss to nothing."""
-    training = train.TrainConfig(learning_rate=3e-3, schedule="constant", beta1=0.9)
-    optimizer = train.make_optimizer(training, steps_per_epoch=5)
+    training = TrainConfig(learning_rate=3e-3, schedule="constant", beta1=0.9)
+    optimizer = optimizers.make_optimizer(training, steps_per_epoch=5)
     step, state = jax.jit(make_step(optimizer, training=training)), start(optimizer, dtype=np.float32)
     seconds = np.arange(FRONTEND.max_samples) / FRONTEND.sampling_rate
     tones = np.sin(2 * np.pi * np.array([[200], [600], [2000], [6000]]) * seconds)
@@ -120,7 +122,7 @@ def test_evaluation_is_exact_on_eight_devices():
     batch.pop("labels")
     results = []
     for count in (1, 8):
-        parallel = train.DataParallel(jax.devices()[:count])
+        parallel = DataParallel(jax.devices()[:count])
         step = parallel.wrap_eval(functools.partial(train.eval_step, config=CONFIG, frontend=FRONTEND))
         results.append(step(parallel.replicate(params), batch))
     assert results[0].shape == (16, 4)
@@ -129,15 +131,15 @@ def test_evaluation_is_exact_on_eight_devices():
 
 def test_indivisible_batch_names_the_nearest():
     with pytest.raises(ValueError, match="12 does not divide over 8 devices; the nearest are 8 or 16"):
-        train.DataParallel(jax.devices()).check_batch_size(12)
+        DataParallel(jax.devices()).check_batch_size(12)
     with pytest.raises(ValueError, match="nearest are 8"):
-        train.DataParallel(jax.devices()).check_batch_size(3)
+        DataParallel(jax.devices()).check_batch_size(3)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_train_step_lowers_for_accelerators(platform):
     """Features, augmentation, gradient and update in one program, for machines that are not here."""
-    optimizer = train.make_optimizer(AUGMENTED, 100)
+    optimizer = optimizers.make_optimizer(AUGMENTED, 100)
     step = jax.jit(
         functools.partial(
             train.train_step, config=CONFIG, frontend=FRONTEND, training=AUGMENTED, optimizer=optimizer,
@@ -153,41 +155,41 @@ def test_train_step_lowers_for_accelerators(platform):
 
 
 def logged_rates(training, steps_per_epoch=100):
-    schedule = train.learning_rate_schedule(training, steps_per_epoch)
+    schedule = optimizers.learning_rate_schedule(training, steps_per_epoch)
     return [float(schedule(epoch * steps_per_epoch + steps_per_epoch // 2)) for epoch in range(training.epochs)]
 
 
 def test_step_schedule_gives_the_published_learning_rates():
-    full = train.TrainConfig(epochs=5, learning_rate=1e-5, decay_start=2, decay_step=1, decay_factor=0.5)
+    full = TrainConfig(epochs=5, learning_rate=1e-5, decay_start=2, decay_step=1, decay_factor=0.5)
     np.testing.assert_allclose(logged_rates(full), [1e-5, 1e-5, 5e-6, 2.5e-6, 1.25e-6], rtol=1e-5)
-    balanced = train.TrainConfig(epochs=25, learning_rate=5e-5, decay_start=10, decay_step=5, decay_factor=0.5)
+    balanced = TrainConfig(epochs=25, learning_rate=5e-5, decay_start=10, decay_step=5, decay_factor=0.5)
     rates = logged_rates(balanced)
     np.testing.assert_allclose([rates[9], rates[19], rates[24]], [5e-5, 1.25e-5, 6.25e-6], rtol=1e-5)
-    esc50 = train.TrainConfig(epochs=25, learning_rate=1e-5, decay_start=5, decay_step=1, decay_factor=0.85)
+    esc50 = TrainConfig(epochs=25, learning_rate=1e-5, decay_start=5, decay_step=1, decay_factor=0.85)
     np.testing.assert_allclose(logged_rates(esc50)[21], 6.3113e-7, rtol=1e-4)
 
 
 def test_warm_up_is_linear_and_does_not_move_the_decay():
-    training = train.TrainConfig(epochs=4, learning_rate=1.0, warmup_steps=10, decay_start=2, decay_step=1)
-    schedule = train.learning_rate_schedule(training, 100)
+    training = TrainConfig(epochs=4, learning_rate=1.0, warmup_steps=10, decay_start=2, decay_step=1)
+    schedule = optimizers.learning_rate_schedule(training, 100)
     np.testing.assert_allclose([schedule(step) for step in (0, 4, 9, 10)], [0.1, 0.5, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose([schedule(step) for step in (199, 201, 301)], [1.0, 0.5, 0.25], rtol=1e-6)
-    cosine = train.learning_rate_schedule(dataclasses.replace(training, schedule="cosine"), 100)
+    cosine = optimizers.learning_rate_schedule(dataclasses.replace(training, schedule="cosine"), 100)
     np.testing.assert_allclose([cosine(step) for step in (4, 10, 205, 400)], [0.5, 1.0, 0.5, 0.0], atol=1e-6)
 
 
 def test_every_fall_counts_however_long_the_warm_up():
     """Falls at 200, 300 and 400 lie within a warm-up of 450 steps: an eighth of the rate is left after it."""
-    training = train.TrainConfig(epochs=5, learning_rate=1.0, warmup_steps=450, decay_start=2, decay_step=1)
-    schedule = jax.jit(train.learning_rate_schedule(training, 100))
+    training = TrainConfig(epochs=5, learning_rate=1.0, warmup_steps=450, decay_start=2, decay_step=1)
+    schedule = jax.jit(optimizers.learning_rate_schedule(training, 100))
     np.testing.assert_allclose([schedule(step) for step in (449, 450, 499)], 0.125, rtol=1e-6)
     np.testing.assert_allclose([schedule(step) for step in (199, 200)], [200 / 450, 0.5 * 201 / 450], rtol=1e-6)
 
 
 def test_optimizer_is_torch_adam_with_l2():
     """Not AdamW: the decay goes through the moments."""
-    training = train.TrainConfig(learning_rate=1e-2, weight_decay=0.1, schedule="constant")
-    optimizer = train.make_optimizer(training, 10)
+    training = TrainConfig(learning_rate=1e-2, weight_decay=0.1, schedule="constant")
+    optimizer = optimizers.make_optimizer(training, 10)
     start = np.array([1.0, -2.0, 0.5], np.float32)
     params, parameter = jnp.asarray(start), torch.nn.Parameter(torch.from_numpy(start.copy()))
     reference = torch.optim.Adam([parameter], lr=1e-2, betas=(0.95, 0.999), weight_decay=0.1)
@@ -212,7 +214,7 @@ def test_optimizer_is_torch_adam_with_l2():
 def test_settings_out_of_range_are_refused(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"{name}: .* out of range; expected"):
-        train.TrainConfig(**bad)
+        TrainConfig(**bad)
 
 
 def test_losses_equal_torch():
@@ -252,7 +254,7 @@ def test_masks_grow_over_the_ramp_and_are_whole_without_one(ramp_epochs, first, 
 
     monkeypatch.setattr(train, "prepare", prepare)
     training = dataclasses.replace(AUGMENTED, ramp_epochs=ramp_epochs)
-    optimizer = train.make_optimizer(training, steps_per_epoch=5)
+    optimizer = optimizers.make_optimizer(training, steps_per_epoch=5)
     batch = {**next(batches(1)), "position": np.arange(16)}
     for step, wanted in ((0, first), (3, later)):
         state = start(optimizer, dtype=np.float32).replace(step=jnp.asarray(step))
@@ -297,7 +299,7 @@ def test_every_augmentation_changes_the_features(field):
     batch = next(batches(1))
     keys = jax.random.split(jax.random.key(0), 16)
     plain, changed = (
-        train.prepare(keys, batch, FRONTEND, train.TrainConfig(**settings), jnp.ones(()))
+        train.prepare(keys, batch, FRONTEND, TrainConfig(**settings), jnp.ones(()))
         for settings in ({}, {field: AUGMENTED.frequency_shift if field != "noise" else True})
     )
     assert plain.shape == changed.shape
@@ -306,7 +308,7 @@ def test_every_augmentation_changes_the_features(field):
 
 def test_moving_average_of_the_parameters(x64):
     """Against the definition, in float64: rounding only."""
-    optimizer = train.make_optimizer(AUGMENTED, steps_per_epoch=5)
+    optimizer = optimizers.make_optimizer(AUGMENTED, steps_per_epoch=5)
     step = jax.jit(make_step(optimizer))
     state = start(optimizer)
     want = state.params
@@ -318,7 +320,7 @@ def test_moving_average_of_the_parameters(x64):
     assert_same_state(state.kept, want)
     moved = jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), state.kept, state.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
-    none = train.init_state(state.params, optimizer, train.TrainConfig())
+    none = train.init_state(state.params, optimizer, TrainConfig())
     assert none.kept is none.params
 
 
@@ -344,4 +346,4 @@ def test_mix_waveforms():
 @pytest.mark.parametrize("changes", [{"seed": 2**31}, {"time_shift": 10**20}, {"learning_rate": float("inf")}])
 def test_numbers_that_no_array_holds_are_refused(changes):
     with pytest.raises(ValueError, match="expected a number below 2\\*\\*31"):
-        train.TrainConfig(**changes)
+        TrainConfig(**changes)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import ast_jax
-from ast_jax import data, finetune, metrics
+from ast_jax import datasets, finetune, metrics
 
 OUTPUT = pathlib.Path(__file__).parent.parent / "ast_jax" / "models" / "sounds-tiny"
 CONDITIONS = ("clean", "noisy")
@@ -46,7 +46,7 @@ def figures(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> d
 def measure(checkpoint: ast_jax.Checkpoint, folder: pathlib.Path) -> dict[str, dict[str, object]]:
     """Return the figures for each condition of the test split."""
     rows = read_rows(folder)
-    examples = data.read_dataset(folder).reordered(checkpoint.config.labels).splits["test"]
+    examples = datasets.read_dataset(folder).reordered(checkpoint.config.labels).splits["test"]
     conditions = np.array([rows[example.path.relative_to(folder).as_posix()]["condition"] for example in examples])
     logits, labels = finetune.evaluate(checkpoint, examples, batch_size=32)
     return {

@@ -21,12 +21,13 @@ import numpy as np
 import optax
 from jax import export
 
-from ast_jax import augment, data, metrics, train
+from ast_jax import augment, data, datasets, metrics, survey, train
 from ast_jax.config import FrontendConfig
 from ast_jax.features import normalize, padded_log_mel
+from ast_jax.settings import TrainConfig
 
 CHANNELS = (24, 48, 96, 128)
-AUGMENTATION = train.TrainConfig(batch_size=64, mixup=0.4, frequency_shift=4, time_shift=20)
+AUGMENTATION = TrainConfig(batch_size=64, mixup=0.4, frequency_shift=4, time_shift=20)
 FREQUENCY_MASK, TIME_MASK = 24, 48  # upper bounds; the mean is written, so that nothing stands out
 MIXED = 0.95  # the target of a label that mixup brings in, whatever its share
 FLOOR = -15.9  # log-mel of digital silence: what follows a short sound
@@ -70,10 +71,10 @@ def main() -> None:
     parser.add_argument("--networks", type=int, default=2, help="how many, each from its own start")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    dataset = data.read_dataset(options.data, options.seed)
+    dataset = datasets.read_dataset(options.data, options.seed)
     examples, labels, size = dataset.splits["train"], dataset.labels, AUGMENTATION.batch_size
     frontend = FrontendConfig(max_length=256, padding_value=FLOOR)
-    mean, std = data.statistics(examples, frontend)
+    mean, std = survey.statistics(examples, frontend)
     frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
     network = Network(len(labels))
     root = jax.random.key(options.seed)
