@@ -21,12 +21,25 @@ class DataError(ValueError):
     """A data set that cannot be used; the message is one line and names the file and what to change."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One sound file and the indices of its labels."""
+    """One sound and the indices of its labels.
+
+    Attributes:
+        path: its file, or the folder of a split that Hugging Face's `datasets` saved.
+        targets: indices of its labels.
+        start: seconds into the file at which it begins.
+        end: seconds into the file at which it ends; None for the file's end.
+        row: of such a folder, where `path` is one.
+        group: what it shares with others that must not stand in two splits: a speaker, a source recording.
+    """
 
     path: pathlib.Path
     targets: tuple[int, ...]
+    start: float = 0.0
+    end: float | None = None
+    row: int | None = None
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +59,9 @@ class DataSet:
         """Return the same examples with the classes in the order of `labels`."""
         new = {self.labels.index(name): index for index, name in enumerate(labels)}
         splits = {
-            split: [Example(one.path, tuple(sorted(new[target] for target in one.targets))) for one in examples]
+            split: [
+                dataclasses.replace(one, targets=tuple(sorted(new[target] for target in one.targets))) for one in examples
+            ]
             for split, examples in self.splits.items()
         }
         return DataSet(tuple(labels), splits, self.passed_over)
