@@ -144,7 +144,7 @@ def _resize_axis(grid: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 def new_classifier(config: Any, seed: int, dtype: np.dtype) -> dict[str, Any]:
     """Draw a classifier as `init` draws it."""
-    from .model import Head
+    from .modules import Head
 
     pooled = np.zeros((1, config.hidden_size), np.float32)
     drawn = Head(config).init(jax.random.key(seed), pooled)["params"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import stat
@@ -61,44 +62,113 @@ def read_audio(source: AudioSource, sampling_rate: int = 16000) -> np.ndarray:
     return decode(source, sampling_rate).samples
 
 
-def decode(source: AudioSource, sampling_rate: int = 16000, max_seconds: float | None = None) -> Sound:
-    """Read a sound, or its first `max_seconds`; arguments and errors otherwise as in `read_audio`."""
+def decode(
+    source: AudioSource, sampling_rate: int = 16000, max_seconds: float | None = None, start_seconds: float = 0.0
+) -> Sound:
+    """Read a sound, or what lies in it from `start_seconds` on, at most `max_seconds` of it.
+
+    It is the slice of the whole sound from the sample nearest to `start_seconds` on, exactly at the file's own rate and
+    within the resampler's precision at others. Arguments and errors otherwise as in `read_audio`.
+
+    Raises:
+        AudioError: also where the sound ends before `start_seconds` or less than 25 ms after it.
+    """
     name = describe(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        if len(source) == 0:
-            raise AudioError(f"{name}: there are no bytes in it")
-        source = io.BytesIO(source)
-    elif isinstance(source, str | os.PathLike):
-        source = _existing_file(pathlib.Path(source), name)
-    elif hasattr(source, "read"):
-        source = _seekable(source, name)
-    else:
-        raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
-    stream = _mp3_of_unknown_length(source)
-    with _piped(stream) if stream else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:
-        rate, total = file.samplerate, 0 if stream else file.frames
-        wanted = None if stream or max_seconds is None else int(np.ceil((max_seconds + RESAMPLER_REACH) * rate))
-        samples = _read(file, wanted)
+    if start_seconds < 0:
+        raise AudioError(f"{name}: expected to start at 0 s or later, got {start_seconds:g} s")
+    with open_sound(source) as file:
+        rate, total = file.samplerate, file.frames if file.seekable() else 0
+        beginning, lead = _aligned(start_seconds, rate, sampling_rate)
+        skipped = skip(file, beginning)
+        wanted = None
+        if max_seconds is not None:
+            wanted = int(np.ceil((lead / sampling_rate + max_seconds + RESAMPLER_REACH) * rate))
+        blocks = list(read_blocks(file, wanted if file.seekable() else None))  # a pipe's length shows at its end
+        samples = np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
     complete = wanted is None or len(samples) < wanted
-    duration = (len(samples) if complete else max(total, len(samples))) / rate  # a header's length may be wrong
-    mono = to_mono(samples, rate, sampling_rate, name)
+    frames = skipped + len(samples)
+    if not complete:
+        frames = max(total, frames)  # a header's length may be wrong
+    if start_seconds:
+        check_extent((frames - round(start_seconds * rate)) / rate, name, start_seconds)
+    mono = to_mono(samples, rate, sampling_rate, name)[lead:]
     if max_seconds is not None:
         mono = mono[: int(np.ceil(max_seconds * sampling_rate))]
-    return Sound(mono, sampling_rate, duration)
+    return Sound(mono, sampling_rate, frames / rate)
 
 
-def header_seconds(path: pathlib.Path) -> float:
-    """Return a sound file's duration as its header has it (of MP3 without a count, an estimate); nothing is decoded.
+def _aligned(start_seconds: float, rate: int, sampling_rate: int) -> tuple[int, int]:
+    """Return the frame to read from, and how many resampled samples lie between it and `start_seconds`.
+
+    The resampler hears some time before the beginning, from a frame that falls on a sample of the result, so that the
+    samples after it are those that resampling the whole sound gives.
+    """
+    wanted = round(start_seconds * sampling_rate)
+    if rate == sampling_rate:
+        return wanted, 0
+    step = rate // math.gcd(rate, sampling_rate)
+    frame = max(0, math.floor((start_seconds - RESAMPLER_REACH) * rate)) // step * step
+    return frame, wanted - frame * sampling_rate // rate
+
+
+def header_seconds(source: AudioSource) -> float:
+    """Return a sound's duration as its header has it (of MP3 without a count, an estimate); nothing is decoded.
 
     Raises:
         AudioError: not a sound file, empty, or shorter than 25 ms.
         FileNotFoundError: no such file.
     """
-    name = describe(path)
-    with _opened(_existing_file(path, name), name) as file:
+    name = describe(source)
+    with _opened(_openable(source, name), name) as file:
         seconds = file.frames / file.samplerate
-    _check_length(seconds, name)
+    check_extent(seconds, name)
     return seconds
+
+
+@contextlib.contextmanager
+def open_sound(source: AudioSource) -> Iterator[soundfile.SoundFile]:
+    """Open a sound for `skip` and `read_blocks`; whatever is wrong with it then is an AudioError too.
+
+    Raises:
+        AudioError: not a sound file, or empty.
+        FileNotFoundError: no such file.
+    """
+    name = describe(source)
+    source = _openable(source, name)
+    stream = _mp3_of_unknown_length(source)
+    with _piped(stream) if stream else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:
+        yield file
+
+
+def skip(file: soundfile.SoundFile, frames: int) -> int:
+    """Go so many frames forward, or to the end, and return how many that were."""
+    if frames and file.seekable():
+        return file.seek(min(frames, file.frames))
+    return sum(map(len, read_blocks(file, frames)))
+
+
+def read_blocks(file: soundfile.SoundFile, wanted: int | None) -> Iterator[np.ndarray]:
+    """Yield so many frames, or all, as far as there are, in blocks [S, channels] of float32."""
+    left = wanted
+    while left is None or left > 0:
+        block = file.read(BLOCK if left is None else min(BLOCK, left), dtype="float32", always_2d=True)
+        if not len(block):
+            return
+        yield block
+        left = None if left is None else left - len(block)
+
+
+def _openable(source: AudioSource, name: str) -> str | bytes | BinaryIO:
+    """Return what libsndfile can open."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        if len(source) == 0:
+            raise AudioError(f"{name}: there are no bytes in it")
+        return io.BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        return _existing_file(pathlib.Path(source), name)
+    if hasattr(source, "read"):
+        return _seekable(source, name)
+    raise AudioError(f"{name}: expected a path, the bytes of a sound file, or a binary file object")
 
 
 @contextlib.contextmanager
@@ -114,18 +184,6 @@ def _opened(source: Any, name: str) -> Iterator[soundfile.SoundFile]:
         if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
             reason = "Format not recognised"
         raise AudioError(f"{name}: not a readable sound file ({reason})") from error
-
-
-def _read(file: soundfile.SoundFile, wanted: int | None) -> np.ndarray:
-    """Read so many frames, or all, as far as there are: [S, channels] float32."""
-    blocks, left = [], wanted
-    while left is None or left > 0:
-        block = file.read(BLOCK if left is None else min(BLOCK, left), dtype="float32", always_2d=True)
-        if not len(block):
-            break
-        blocks.append(block)
-        left = None if left is None else left - len(block)
-    return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
 
 
 def _mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bytes | None:
@@ -173,13 +231,22 @@ def _piped(content: bytes) -> Iterator[int]:
         thread.join()
 
 
-def _check_length(seconds: float, name: str) -> None:
-    """Refuse a sound with nothing in it or with less than a frame."""
+def check_extent(seconds: float, name: str, start_seconds: float = 0.0) -> None:
+    """Refuse a sound with nothing in it, or with less than a frame, after `start_seconds`.
+
+    Raises:
+        AudioError: `seconds` are less than 25 ms; the message says after where.
+    """
+    if start_seconds and seconds <= 0:
+        raise AudioError(
+            f"{name}: expected a sound from {start_seconds:g} s on, but it ends at {start_seconds + seconds:.2f} s"
+        )
     if seconds == 0:
         raise AudioError(f"{name}: there are no samples in it")
     if seconds < MIN_SECONDS:
         needed = f"at least {1000 * MIN_SECONDS:.0f} ms are needed"
-        raise AudioError(f"{name}: only {1000 * seconds:.1f} ms long; {needed}")
+        where = f" from {start_seconds:g} s on" if start_seconds else ""
+        raise AudioError(f"{name}: only {1000 * seconds:.1f} ms long{where}; {needed}")
 
 
 def _existing_file(path: pathlib.Path, name: str) -> str | bytes | io.BytesIO:
@@ -231,7 +298,7 @@ def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sou
     """
     if bad := int(np.count_nonzero(~np.isfinite(samples))):
         raise AudioError(f"{name}: {bad} of {samples.size} samples are NaN or Inf")
-    _check_length(len(samples) / rate, name)
+    check_extent(len(samples) / rate, name)
     mono = samples.mean(axis=1, dtype=np.float32) if samples.ndim == 2 else samples.astype(np.float32)
     return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)
 

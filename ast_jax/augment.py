@@ -55,6 +55,47 @@ def noise_and_roll(key: jax.Array, spec: jax.Array) -> jax.Array:
     return jnp.roll(spec + noise * level, shift, axis=0)
 
 
+def patchout_size(grid: tuple[int, int], frequency: int, time: int, unstructured: int) -> int:
+    """Return K, how many patches of `grid` (F', T') patchout keeps.
+
+    Raises:
+        ValueError: none would be left.
+    """
+    for name, dropped, size in (("frequency", frequency, grid[0]), ("time", time, grid[1])):
+        if dropped >= size:
+            raise ValueError(
+                f"patchout_{name}: expected 0 to {size - 1} of the patch grid's {size} along {name}, got {dropped}"
+            )
+    left = (grid[0] - frequency) * (grid[1] - time)
+    if unstructured >= left:
+        raise ValueError(f"patchout: expected 0 to {left - 1} of the {left} patches that remain, got {unstructured}")
+    return left - unstructured
+
+
+def patchout_tokens(key: jax.Array, grid: tuple[int, int], frequency: int, time: int, unstructured: int) -> jax.Array:
+    """Draw the patches that a training step keeps (PaSST, Koutini et al. 2022, section 3.2).
+
+    Args:
+        key: random key.
+        grid: rows and columns of patches (F', T').
+        frequency: whole rows left out (structured patchout).
+        time: whole columns left out.
+        unstructured: single patches left out of those that remain.
+
+    Returns:
+        [K] ascending indices into the F' T' patches, frequency-major; K depends on the arguments, not on the key.
+
+    Raises:
+        ValueError: none would be left.
+    """
+    kept = patchout_size(grid, frequency, time, unstructured)
+    row_key, column_key, patch_key = jax.random.split(key, 3)
+    rows = jax.random.permutation(row_key, grid[0])[frequency:]
+    columns = jax.random.permutation(column_key, grid[1])[time:]
+    patches = (rows[:, None] * grid[1] + columns).ravel()
+    return jnp.sort(jax.random.permutation(patch_key, patches)[:kept])
+
+
 def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """Return weight * first + (1 - weight) * second, each and the sum freed of its mean (on the host).
 

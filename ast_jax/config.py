@@ -39,7 +39,7 @@ _OTHER_TYPES = {  # annotation: what a value must be an instance of, and its nam
 }
 
 
-def _check_types(config: object) -> None:
+def check_types(config: object) -> None:
     """Check every field of a dataclass against its annotation, and make its numbers plain ones for JSON and hashes."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -108,7 +108,7 @@ class ASTConfig:
 
     def __post_init__(self) -> None:
         """Make the fields hashable and check their types and ranges."""
-        _check_types(self)
+        check_types(self)
         pair = isinstance(self.patch_size, tuple | list) and len(self.patch_size) == 2
         sides = tuple(
             _whole(side, "patch_size", "a whole number or the pair (frequency, time)")
@@ -279,7 +279,7 @@ class FrontendConfig:
 
     def __post_init__(self) -> None:
         """Check the types and the ranges of the fields."""
-        _check_types(self)
+        check_types(self)
         for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
             _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         for name, most in _FRONTEND_BOUNDS.items():

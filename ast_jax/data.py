@@ -1,33 +1,76 @@
-"""Examples to batches of waveforms, in an order that (seed, epoch) alone decides.
+"""Examples to batches of waveforms, through Grain, in an order that (seed, step) alone decides.
 
-Batches hold waveforms, not features: those are computed on the device, inside the training step.
+Batches hold waveforms, not features: those are computed on the device, inside the training step. The number of a batch
+is all there is to the position of the input, so that a run goes on from any step, with any number of worker processes.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .audio import decode
+from .audio import AudioError
 from .augment import MIXUP_ALPHA, mix_waveforms
 from .config import FrontendConfig
-from .datasets import Example
+from .datasets import DataError, Example, load_example
+from .sampling import balanced_weights, epoch_order
+from .settings import TrainConfig
+
+MAX_SKIPPED = 8  # sounds in a row that cannot be read: more means that the data are not there
+THREADS = 4  # that decode ahead where there are no worker processes; each works on a batch of its own
+WORKER_THREADS = 2
+WORKER_BUFFER = 2  # batches that a worker process keeps ready
+UNREADABLE = (AudioError, DataError, OSError)
 
 Batch = dict[str, np.ndarray]
 
 
-def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
-    """Return the beginning of a sound, at most as much as fills the model's input: [<= frontend.max_samples]."""
-    sound = decode(example.path, frontend.sampling_rate, max_seconds=frontend.max_seconds)
-    return sound.samples[: frontend.max_samples]
+class PackedExamples(Sequence[Example]):
+    """Many examples in a few arrays: two million take 100 bytes each, and reach a worker process in one piece."""
+
+    def __init__(self, examples: Sequence[Example]):
+        """Take the examples over; `group`, which training does not need, is left out."""
+        paths = [os.fsencode(example.path) for example in examples]
+        self._paths, self._path_ends = b"".join(paths), np.cumsum([0, *map(len, paths)])
+        targets = [example.targets for example in examples]
+        self._targets = np.array([target for some in targets for target in some], np.int32)
+        self._target_ends = np.cumsum([0, *map(len, targets)])
+        self._starts = np.array([example.start for example in examples], np.float64)
+        self._ends = np.array([np.inf if example.end is None else example.end for example in examples], np.float64)
+        self._rows = np.array([-1 if example.row is None else example.row for example in examples], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Example:
+        start, end, row = float(self._starts[index]), float(self._ends[index]), int(self._rows[index])
+        return Example(
+            pathlib.Path(os.fsdecode(self._paths[self._path_ends[index] : self._path_ends[index + 1]])),
+            tuple(self._targets[self._target_ends[index] : self._target_ends[index + 1]].tolist()),
+            start,
+            None if np.isinf(end) else end,
+            None if row < 0 else row,
+        )
+
+    def targets(self) -> list[tuple[int, ...]]:
+        """Return the labels of every example."""
+        return [tuple(some.tolist()) for some in np.split(self._targets, self._target_ends[1:-1])]
 
 
 def make_item(
-    waveform: np.ndarray, targets: dict[int, float], frontend: FrontendConfig, num_labels: int
+    waveform: np.ndarray, targets: Mapping[int, float], frontend: FrontendConfig, num_labels: int
 ) -> dict[str, Any]:
     """Return one example as fixed-size arrays: zero-padded waveform, its true length, and label weights [C]."""
     labels = np.zeros(num_labels, np.float32)
@@ -38,78 +81,209 @@ def make_item(
     return {"waveform": padded, "num_samples": np.int32(len(waveform)), "labels": labels}
 
 
+@dataclasses.dataclass(frozen=True)
+class _TrainItems:
+    """The training run as one long list: item number step * b + row is that row of this process's share of a step.
+
+    Attributes:
+        examples: the training split.
+        frontend: says rate and length.
+        num_labels: C.
+        training: batch size, seed, sampling and mixup.
+        rows: of the whole batch, which this process loads.
+    """
+
+    examples: PackedExamples
+    frontend: FrontendConfig
+    num_labels: int
+    training: TrainConfig
+    rows: tuple[int, int]
+
+    @functools.cached_property
+    def _weights(self) -> np.ndarray | None:
+        return balanced_weights(self.examples.targets(), self.num_labels) if self.training.balanced else None
+
+    @functools.cached_property
+    def _order(self) -> Any:
+        @functools.lru_cache(maxsize=2)  # threads may be at work on both sides of an epoch's end
+        def order(epoch: int) -> np.ndarray:
+            return epoch_order(len(self.examples), self.training.seed, epoch, self._weights)
+
+        return order
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Load, and mix with another, what `number` stands for."""
+        first, stop = self.rows
+        step, row = divmod(number, stop - first)
+        place = first + row
+        steps_per_epoch = len(self.examples) // self.training.batch_size
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        rng = np.random.default_rng([self.training.seed, step, place])
+        mixed = rng.random() < self.training.mixup * self._strength(step, steps_per_epoch)
+        skipped: list[int] = []
+        chosen = int(self._order(epoch)[step_in_epoch * self.training.batch_size + place])
+        chosen, waveform = self._load(chosen, rng, skipped)
+        targets = dict.fromkeys(self.examples[chosen].targets, 1.0)
+        if mixed:
+            weight = rng.beta(MIXUP_ALPHA, MIXUP_ALPHA)
+            partner, other = self._load(int(rng.integers(len(self.examples))), rng, skipped)
+            waveform = mix_waveforms(waveform, other, weight)
+            targets = {target: weight for target in targets}
+            for target in self.examples[partner].targets:
+                targets[target] = targets.get(target, 0.0) + 1 - weight
+        item = make_item(waveform, targets, self.frontend, self.num_labels)
+        return {**item, "example": np.int64(chosen), "skipped": _padded(skipped)}
+
+    def _strength(self, step: int, steps_per_epoch: int) -> float:
+        """Return how far the augmentation has grown."""
+        ramp = self.training.ramp_epochs * steps_per_epoch
+        return min(1.0, step / ramp) if ramp else 1.0
+
+    def _load(self, index: int, rng: np.random.Generator, skipped: list[int]) -> tuple[int, np.ndarray]:
+        """Return a sound and its number; another, drawn at random, for one that cannot be read."""
+        while len(skipped) < MAX_SKIPPED:
+            try:
+                return index, load_example(self.examples[index], self.frontend)
+            except UNREADABLE:
+                skipped.append(index)
+                index = int(rng.integers(len(self.examples)))
+        return index, np.zeros(1, np.float32)  # whoever reads `skipped` stops here
+
+
+def _padded(skipped: Sequence[int]) -> np.ndarray:
+    """Return the numbers [MAX_SKIPPED], filled up with -1."""
+    return np.array([*skipped, *[-1] * (MAX_SKIPPED - len(skipped))], np.int64)
+
+
 def train_batches(
     examples: Sequence[Example],
     frontend: FrontendConfig,
     num_labels: int,
+    training: TrainConfig,
     *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    mixup: float = 0.0,
-    ramp: tuple[float, float] = (1.0, 1.0),
-    num_threads: int = 4,
+    first_step: int = 0,
+    rows: slice | None = None,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yield one epoch's batches in shuffled order; a short last batch is dropped.
+    """Yield the batches of a training run from a step on, over all its epochs; each epoch drops a short last batch.
+
+    Order, mixup (partner uniform from all examples, weight from Beta(10, 10), as the original) and what stands in for
+    an unreadable sound depend on the seed, the step and the row alone.
 
     Args:
         examples: the training split.
         frontend: says rate and length.
         num_labels: C.
-        batch_size: B, over all devices.
-        seed: with `epoch` decides order and mixup, whatever the number of threads.
-        epoch: counts from 0.
-        mixup: probability that an example is mixed with another, drawn uniformly from all of them.
-        ramp: factors on `mixup` at the start and the end of the epoch.
-        num_threads: that decode ahead.
+        training: batch size B over all processes, epochs, seed, `balanced`, `mixup`, `ramp_epochs`.
+        first_step: counted from 0 over the whole run.
+        rows: of the whole batch, which this process loads; None means all.
+        num_workers: processes that decode and mix; 0 does it in threads of this one.
 
     Yields:
-        {"waveform": [B, S], "num_samples": [B], "labels": [B, C]}.
+        {"waveform": [b, S], "num_samples": [b], "labels": [b, C], "example": [b] which one it is,
+        "skipped": [b, 8] numbers of unreadable ones in whose place others came, filled up with -1}, b rows.
     """
-    import grain
+    rows = rows or slice(0, training.batch_size)
+    share = rows.stop - rows.start
+    items = _TrainItems(PackedExamples(examples), frontend, num_labels, training, (rows.start, rows.stop))
+    num_steps = training.epochs * (len(examples) // training.batch_size)
+    yield from _through_grain(range(first_step * share, num_steps * share), items, share, num_workers)
 
-    def load(position_and_index: tuple[int, int], rng: np.random.Generator) -> dict[str, Any]:
-        position, index = position_and_index
-        waveform = load_example(examples[index], frontend)
-        targets = collections.Counter(dict.fromkeys(examples[index].targets, 1.0))
-        rate = mixup * np.interp(position / len(examples), (0, 1), ramp)
-        if rng.random() < rate:
-            partner = examples[rng.integers(len(examples))]
-            weight = rng.beta(MIXUP_ALPHA, MIXUP_ALPHA)
-            waveform = mix_waveforms(waveform, load_example(partner, frontend), weight)
-            targets = collections.Counter({target: weight for target in targets})
-            targets.update(dict.fromkeys(partner.targets, 1 - weight))
-        return make_item(waveform, targets, frontend, num_labels)
 
-    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-    dataset = grain.MapDataset.source(list(enumerate(order.tolist())))
-    dataset = dataset.seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0] >> 1)).random_map(load)
-    dataset = dataset.batch(batch_size, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:  # closing ends its threads
-        yield from batches
+@dataclasses.dataclass(frozen=True)
+class _EvalItems:
+    """All examples in order, again and again, each time filled up to whole batches with silence."""
+
+    examples: PackedExamples
+    frontend: FrontendConfig
+    num_labels: int
+    batch_size: int
+    rows: tuple[int, int]
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Load what `number` stands for; what is unreadable or beyond the end is silence that is not `usable`."""
+        first, stop = self.rows
+        batch, row = divmod(number, stop - first)
+        index = batch % -(-len(self.examples) // self.batch_size) * self.batch_size + first + row
+        waveform, targets, usable = np.zeros(1, np.float32), (), index < len(self.examples)
+        if usable:
+            targets = self.examples[index].targets
+            try:
+                waveform = load_example(self.examples[index], self.frontend)
+            except UNREADABLE:
+                usable = False
+        item = make_item(waveform, dict.fromkeys(targets, 1.0), self.frontend, self.num_labels)
+        return {**item, "usable": np.bool_(usable)}
 
 
 def eval_batches(
-    examples: Sequence[Example], frontend: FrontendConfig, num_labels: int, *, batch_size: int, num_threads: int = 4
-) -> Iterator[tuple[Batch, int]]:
-    """Yield all examples in order as batches of one size, each with how many of it are real.
+    examples: Sequence[Example],
+    frontend: FrontendConfig,
+    num_labels: int,
+    *,
+    batch_size: int,
+    passes: int = 1,
+    rows: slice | None = None,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Yield all examples in order as batches of one size, `passes` times over.
 
-    A short last batch is filled up with silence; cut its results to the second value.
+    Args:
+        examples: of any split.
+        frontend: says rate and length.
+        num_labels: C.
+        batch_size: B over all processes.
+        passes: how often; ceil(len(examples) / B) batches each time.
+        rows: as in `train_batches`.
+        num_workers: as in `train_batches`.
+
+    Yields:
+        {"waveform": [b, S], "num_samples": [b], "labels": [b, C], "usable": [b]}; not usable is what fills up the last
+        batch, and what cannot be read.
     """
+    rows = rows or slice(0, batch_size)
+    share = rows.stop - rows.start
+    items = _EvalItems(PackedExamples(examples), frontend, num_labels, batch_size, (rows.start, rows.stop))
+    num_batches = passes * -(-len(examples) // batch_size)
+    yield from _through_grain(range(num_batches * share), items, share, num_workers)
+
+
+def _through_grain(numbers: range, items: Any, batch_size: int, num_workers: int) -> Iterator[Batch]:
+    """Yield batches of `items(number)` in order, loaded ahead by threads or processes; closing ends these."""
     import grain
+    from absl import flags
 
-    def load(example: Example) -> dict[str, Any]:
-        return make_item(load_example(example, frontend), dict.fromkeys(example.targets, 1.0), frontend, num_labels)
+    threads = WORKER_THREADS if num_workers else THREADS
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(items)
+    dataset = dataset.batch(batch_size).to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks for flags of a program that absl started
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=WORKER_BUFFER)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=_start_worker)
+    try:
+        with contextlib.closing(iter(dataset)) as batches:
+            for batch in batches:  # copied, as what comes from a process lies in shared memory until nobody holds it
+                yield {name: np.array(array) for name, array in batch.items()}
+    finally:
+        batch = batches = None
+        gc.collect()  # of Grain's iterator, a cycle: at the process's end it would be too late for what it holds
 
-    dataset = grain.MapDataset.source(examples).map(load).batch(batch_size)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:
-        for batch in batches:
-            real = len(batch["labels"])
-            yield {key: _fill_up(value, batch_size) for key, value in batch.items()}, real
+
+def _start_worker(*_: int) -> None:
+    """Leave signals to the parent, and end with it: a parent that was killed can tell its workers nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def _fill_up(array: np.ndarray, size: int) -> np.ndarray:
-    """Pad the first axis with zeros to `size`."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+def default_workers() -> int:
+    """Return how many processes decode where nothing is said: half of the cores, 1 to 16."""
+    return max(1, min(16, (os.cpu_count() or 1) // 2))

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test")
-SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
-LABEL_SEPARATOR = ";"  # AudioSet's own names contain commas
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"})
+from . import hf_folder, layouts, manifests
+from .audio import AudioSource, decode
+from .config import FrontendConfig
+from .labels import audioset_ids, label_set, read_label_ids, read_labels
+from .rows import SPLITS, DataError, Listing, Row
+
 HELD_OUT = 10  # one example in so many of each label becomes validation where the data set names no split
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one line and names the file and what to change."""
+ID_MARK = "/"  # what AudioSet's ids begin with: /m/09x0r, /t/dd00003
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,14 +39,36 @@ class Example:
     row: int | None = None
     group: str = ""
 
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        row = "" if self.row is None else f", row {self.row}"
+        end = "its end" if self.end is None else f"{self.end:g} s"
+        return f"{self.path}{row}{f', {self.start:g} s to {end}' if self.start or self.end is not None else ''}"
+
+    @property
+    def source(self) -> AudioSource:
+        """What `audio.decode` reads: its file, or the bytes of one."""
+        return self.path if self.row is None else hf_folder.read_row(self.path, self.row)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """Examples by split, the class names in index order, and the files of its folder that were passed over."""
+    """Examples by split.
+
+    Attributes:
+        labels: the class names in index order.
+        splits: examples of each of `SPLITS`.
+        passed_over: files of its folder that are no sounds of a class.
+        folds: of cross-validation, in their order; empty where it has none.
+        notes: lines for the user about what was left out or chosen.
+    """
 
     labels: tuple[str, ...]
     splits: dict[str, list[Example]]
     passed_over: tuple[pathlib.Path, ...] = ()
+    folds: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def multi_label(self) -> bool:
@@ -58,106 +78,187 @@ class DataSet:
     def reordered(self, labels: Sequence[str]) -> DataSet:
         """Return the same examples with the classes in the order of `labels`."""
         new = {self.labels.index(name): index for index, name in enumerate(labels)}
-        splits = {
-            split: [
-                dataclasses.replace(one, targets=tuple(sorted(new[target] for target in one.targets))) for one in examples
-            ]
-            for split, examples in self.splits.items()
-        }
-        return DataSet(tuple(labels), splits, self.passed_over)
+
+        def moved(example: Example) -> Example:
+            return dataclasses.replace(example, targets=tuple(sorted(new[target] for target in example.targets)))
+
+        splits = {split: list(map(moved, examples)) for split, examples in self.splits.items()}
+        return dataclasses.replace(self, labels=tuple(labels), splits=splits)
 
 
-def read_dataset(source: str | pathlib.Path, seed: int = 0) -> DataSet:
-    """Read a folder with one folder per class, a CSV manifest, or a folder that holds a `manifest.csv`.
-
-    A manifest has the columns `path` (relative to the manifest) and `label` (several joined by ";"), and may have
-    `split` (train, validation or test). Where there is no split, about a tenth of the examples of every label, drawn by
-    `seed`, becomes validation: at least one where there are two or more, none of a single one. In folders, files
-    without a sound file's ending are passed over, and hidden ones without a word.
+def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
+    """Return the beginning of a sound, at most as much as fills the model's input: [<= frontend.max_samples].
 
     Raises:
-        DataError: nothing to train on or to tell apart, missing or doubled columns, missing files, a row unlike the
-            header, or an unknown split.
-        FileNotFoundError: `source` does not exist.
+        AudioError: it cannot be used, see `audio.read_audio`, or it ends before its `start`.
+        FileNotFoundError: its file is gone.
     """
-    source = pathlib.Path(source)
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    if source.is_dir() and (source / "manifest.csv").is_file():
-        source = source / "manifest.csv"
-    passed_over: list[pathlib.Path] = []
-    rows = list(_read_folders(source, passed_over) if source.is_dir() else _read_manifest(source))
-    if not rows:
-        raise DataError(f"{source}: expected folders of sound files, one for each class, or a manifest.csv; found none")
-    missing = [path for path, _, _ in rows if not path.is_file()]
-    if missing:
-        raise DataError(f"{source}: {len(missing)} of {len(rows)} files are missing, the first is {missing[0]}")
-    labels = tuple(sorted({name for _, names, _ in rows for name in names}))
-    if not labels:
-        raise DataError(f"{source}: expected at least one label, but every sound's is empty")
-    index = {name: number for number, name in enumerate(labels)}
-    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for path, names, split in rows:
-        splits[split or "train"].append(Example(path, tuple(sorted({index[name] for name in names}))))
-    if not any(split for _, _, split in rows):
+    length = frontend.max_seconds if example.end is None else min(frontend.max_seconds, example.end - example.start)
+    sound = decode(example.source, frontend.sampling_rate, length, example.start)
+    return sound.samples[: frontend.max_samples]
+
+
+def read_dataset(
+    source: str | pathlib.Path,
+    seed: int = 0,
+    *,
+    validation: str | pathlib.Path | None = None,
+    test: str | pathlib.Path | None = None,
+    label_file: str | pathlib.Path | None = None,
+    fold: str | None = None,
+) -> DataSet:
+    """Read a data set; which of these layouts it has is seen from what lies on disk.
+
+    - A folder with one folder per class, or with folders train, validation and test that have one per class. Files
+      without a sound file's ending are passed over, and hidden ones without a word.
+    - A CSV, TSV or JSONL manifest, or a folder that holds one as manifest.* or metadata.*, see
+      `manifests.read_manifest`.
+    - A JSON file of the original AST repository, see `manifests.read_original`. Its label file is looked for beside it.
+    - ESC-50 and Speech Commands v2 as downloaded.
+    - A folder that Hugging Face's `datasets` saved, see `hf_folder.read_saved`.
+
+    Where neither splits nor folds are named, about a tenth of the examples of every label, drawn by `seed`, becomes
+    validation: at least one where there are two or more, none of a single one. Parts of one file, and examples of one
+    group, stay together.
+
+    Args:
+        source: file or folder.
+        seed: decides what is held out.
+        validation: another source of any layout for this split. Where it names several splits, only the one of this
+            name is taken.
+        test: likewise.
+        label_file: fixes the classes and their order, see `labels.read_labels`; its ids may stand for names. Else the
+            layout's own order is taken (ESC-50, ClassLabel), AudioSet's for its ids, or the alphabet.
+        fold: of cross-validation, becomes validation, and all others but a test split are for training. Without it, the
+            last fold becomes validation where no split is named, and `notes` say so.
+
+    Raises:
+        DataError: nothing to train on or to tell apart, missing or doubled columns, missing files, a row that cannot be
+            read, an unknown split or fold, or a label that the label file does not have.
+        ValueError: the label file cannot be read.
+        FileNotFoundError: a source does not exist.
+    """
+    listing = _read(pathlib.Path(source))
+    rows, notes = listing.rows, listing.notes
+    folds = sorted({row.fold for row in rows if row.fold}, key=_natural)
+    if fold is not None and fold not in folds:
+        raise DataError(f"{source}: expected a fold of {', '.join(folds) or 'a data set with folds'}, got {fold!r}")
+    if fold is not None and validation is not None:
+        raise DataError(f"{source}: expected either a fold or other data for validation, got both")
+    named = any(row.split for row in rows)
+    if fold is None and len(folds) > 1 and not named and validation is None:
+        fold = folds[-1]
+        notes.append(f"{source}: no split is named: fold {fold} of {', '.join(folds)} is for validation")
+    if fold is not None:
+        rows = [_in_fold(row, fold) for row in rows]
+    holds_out = not named and fold is None and validation is None
+    labels = listing.labels
+    for split, further in (("validation", validation), ("test", test)):
+        if further is not None:
+            if any(row.split == split for row in rows):
+                raise DataError(f"{source}: names a {split} split already; expected no other data for it")
+            other = _read(pathlib.Path(further))
+            rows = rows + _of_split(other.rows, split, further)
+            notes, labels = notes + other.notes, labels or other.labels
+            listing.passed_over += other.passed_over
+    _check_files(rows, source)
+    if label_file is None and pathlib.Path(source).suffix.lower() == ".json":
+        label_file = manifests.find_label_file(pathlib.Path(source))
+    labels, index = _label_index(rows, labels, label_file, source)
+    splits = _split(rows, index, label_file, source)
+    if holds_out:
         splits["train"], splits["validation"] = _hold_out(splits["train"], seed)
     if not splits["train"]:
         raise DataError(f"{source}: no example is in the split 'train'")
-    if len(labels) == 1 and all(names for _, names, _ in rows):
+    if len(labels) == 1 and all(row.names for row in rows):
         raise DataError(f"{source}: every sound has the one label {labels[0]!r}; expected at least two classes")
-    return DataSet(labels, splits, tuple(passed_over))
+    return DataSet(labels, splits, tuple(listing.passed_over), tuple(folds), tuple(notes))
 
 
-def _read_folders(
-    source: pathlib.Path, passed_over: list[pathlib.Path]
-) -> Iterator[tuple[pathlib.Path, list[str], str]]:
-    """Yield (path, labels, no split) of a folder per class; note files without a class or a sound file's ending.
-
-    Hidden files are left aside without a word: macOS leaves a `._x.wav` beside x.wav. A class may be a symbolic link.
-    """
-    for entry in sorted(path for path in source.iterdir() if not path.name.startswith(".")):
-        if not entry.is_dir():
-            passed_over.append(entry)
-            continue
-        for path in sorted(entry.rglob("*")):
-            if path.is_dir() or any(part.startswith(".") for part in path.relative_to(entry).parts):
-                continue
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                yield path, [entry.name], ""
-            else:
-                passed_over.append(path)
+def _read(source: pathlib.Path) -> Listing:
+    """Read the rows of one source, at least one."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if source.is_dir():
+        listing = layouts.read_folder(source)
+    elif source.suffix.lower() == ".json":
+        listing = manifests.read_original(source)
+    else:
+        listing = manifests.read_manifest(source)
+    if not listing.rows:
+        raise DataError(f"{source}: expected folders of sound files, one for each class, or a manifest.csv; found none")
+    return listing
 
 
-def _read_manifest(source: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str], str]]:
-    """Yield (path, labels, split) of a CSV file."""
-    try:
-        with source.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            missing = {"path", "label"} - set(header)
-            if missing:
-                raise DataError(
-                    f"{source}: expected the columns path,label[,split], missing {', '.join(sorted(missing))}"
-                )
-            if doubled := sorted(name for name, count in collections.Counter(header).items() if count > 1):
-                raise DataError(f"{source}: expected each column once, got several of {', '.join(doubled)}")
-            for values in filter(None, reader):  # blank lines are skipped
-                where = f"{source}, line {reader.line_num}"
-                if len(values) != len(header):
-                    raise DataError(f"{where}: expected {len(header)} fields as in the header, got {len(values)}")
-                row = dict(zip(header, values, strict=True))
-                if not row["path"].strip():
-                    raise DataError(f"{where}: expected a path, got nothing")
-                split = row.get("split", "").strip().lower()
-                split = SPLIT_ALIASES.get(split, split)
-                if split and split not in SPLITS:
-                    raise DataError(f"{where}: expected split {', '.join(SPLITS)}, got {row['split']!r}")
-                names = [name.strip() for name in row["label"].split(LABEL_SEPARATOR)]
-                yield source.parent / row["path"], [name for name in names if name], split
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: expected a CSV manifest in UTF-8 or a folder, got something else") from error
-    except csv.Error as error:
-        raise DataError(f"{source}, line {reader.line_num}: expected CSV ({error})") from error
+def _natural(fold: str) -> tuple[bool, int, str]:
+    """Return what sorts 2 before 10, and both before words."""
+    return not fold.isdecimal(), int(fold) if fold.isdecimal() else 0, fold
+
+
+def _in_fold(row: Row, fold: str) -> Row:
+    """Return a row in the split that it has where one fold is for validation."""
+    return row if row.split == "test" else row._replace(split="validation" if row.fold == fold else "train")
+
+
+def _of_split(rows: list[Row], split: str, source: str | pathlib.Path) -> list[Row]:
+    """Return what another source has for a split: that split where it names several, else all of it."""
+    names = {row.split for row in rows}
+    if len(names) > 1:
+        if split not in names:
+            raise DataError(f"{source}: expected a split {split!r}, got {', '.join(filter(None, sorted(names)))}")
+        rows = [row for row in rows if row.split == split]
+    return [row._replace(split=split) for row in rows]
+
+
+def _check_files(rows: list[Row], source: str | pathlib.Path) -> None:
+    """Refuse missing files; the message counts them."""
+    paths = dict.fromkeys(row.path for row in rows if row.row is None)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{source}: {len(missing)} of {len(paths)} files are missing, the first is {missing[0]}")
+
+
+def _label_index(
+    rows: list[Row],
+    labels: tuple[str, ...],
+    label_file: str | pathlib.Path | None,
+    source: str | pathlib.Path,
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the class names in index order, and the index of each name and id."""
+    ids: dict[str, str] = {}
+    if label_file is not None:
+        labels, ids = read_labels(label_file), read_label_ids(label_file)
+    elif not labels:
+        labels = tuple(sorted({name for row in rows for name in row.names}))
+        marked = [name for name in labels if name.startswith(ID_MARK)]
+        if marked and audioset_ids().keys() >= set(marked):
+            labels, ids = label_set("audioset").labels, audioset_ids()
+        elif marked:
+            raise DataError(
+                f"{source}: its labels are ids such as {marked[0]!r}, which no label file beside it names; "
+                "give the class_labels_indices.csv with --labels"
+            )
+    if not labels:
+        raise DataError(f"{source}: expected at least one label, but every sound's is empty")
+    numbers = {name: number for number, name in enumerate(labels)}
+    return labels, {id: numbers[name] for id, name in ids.items()} | numbers
+
+
+def _split(
+    rows: list[Row], index: dict[str, int], label_file: str | pathlib.Path | None, source: str | pathlib.Path
+) -> dict[str, list[Example]]:
+    """Return the examples of each split."""
+    targets: dict[tuple[str, ...], tuple[int, ...]] = {}  # examples with the same labels share them
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for row in rows:
+        if row.names not in targets:
+            if unknown := [name for name in row.names if name not in index]:
+                where = label_file or "the data set's own list of classes"
+                raise DataError(f"{source}: {row.path} has the label {unknown[0]!r}, which is not in {where}")
+            targets[row.names] = tuple(sorted({index[name] for name in row.names}))
+        example = Example(row.path, targets[row.names], row.start, row.end, row.row, row.group)
+        splits[row.split or "train"].append(example)
+    return splits
 
 
 def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
@@ -165,25 +266,42 @@ def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[E
 
     Labels take their turn from the rarest to the most common, as in iterative stratification (Sechidis, Tsoumakas,
     Vlahavas 2011). Each holds a tenth of its examples, at least one of two or more; those that earlier labels held
-    count. Examples whose other labels have their tenth already come last, and none that is a label's last one in
-    training is held. Examples without any label count as a label of their own.
+    count. What belongs together is held together: parts of a file, or a group. What has more of a label than is wanted,
+    or other labels that have their tenth already, comes last, and nothing is held that is a label's last in training.
+    Examples without any label count as a label of their own.
     """
-    keys = [[(target,) for target in example.targets] or [()] for example in examples]
+    together = collections.defaultdict(list)
+    for number, example in enumerate(examples):
+        together[example.group or (example.path, example.row)].append(number)
+    units = list(together.values())
+    keys = [[key for number in unit for key in _keys(examples[number])] for unit in units]
     members = collections.defaultdict(list)
-    for number, own in enumerate(keys):
-        for key in own:
-            members[key].append(number)
-    wanted = {key: max(len(numbers) // HELD_OUT, min(len(numbers) - 1, 1)) for key, numbers in members.items()}
+    for unit, own in enumerate(keys):
+        for key in dict.fromkeys(own):
+            members[key].append(unit)
+    total = collections.Counter(key for own in keys for key in own)
+    wanted = {key: max(total[key] // HELD_OUT, min(total[key] - 1, 1)) for key in members}
     count: collections.Counter[tuple[int, ...]] = collections.Counter()
     held: set[int] = set()
-    for key in sorted(members, key=lambda key: (len(members[key]), key)):
+    for key in sorted(members, key=lambda key: (total[key], key)):
         order = np.random.default_rng([seed, *key]).permutation(len(members[key]))
-        drawn = [members[key][index] for index in order]
-        for number in sorted(drawn, key=lambda number: sum(count[other] >= wanted[other] for other in keys[number])):
+        left = max(1, wanted[key] - count[key])
+        ranks = {  # whether it has too much of this label, and how much of others that have their tenth
+            unit: (keys[unit].count(key) > left, sum(count[other] >= wanted[other] for other in keys[unit]))
+            for unit in (members[key][index] for index in order)
+        }
+        for unit in sorted(ranks, key=ranks.get):
             if count[key] >= wanted[key]:
                 break
-            if number not in held and all(count[other] + 1 < len(members[other]) for other in keys[number]):
-                held.add(number)
-                count.update(keys[number])
-    kept = [example for number, example in enumerate(examples) if number not in held]
-    return kept, [examples[number] for number in sorted(held)]
+            own = collections.Counter(keys[unit])
+            if unit not in held and all(count[other] + own[other] < total[other] for other in own):
+                held.add(unit)
+                count.update(own)
+    numbers = {number for unit in held for number in units[unit]}
+    kept = [example for number, example in enumerate(examples) if number not in numbers]
+    return kept, [examples[number] for number in sorted(numbers)]
+
+
+def _keys(example: Example) -> list[tuple[int, ...]]:
+    """Return what an example counts for in `_hold_out`: its labels, or having none."""
+    return [(target,) for target in example.targets] or [()]

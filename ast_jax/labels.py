@@ -87,6 +87,30 @@ def read_labels(path: str | pathlib.Path) -> tuple[str, ...]:
     return labels
 
 
+def read_label_ids(path: str | pathlib.Path) -> dict[str, str]:
+    """Read the ids of the classes in a `.csv` file for `read_labels`: the column `mid` where there is one.
+
+    Returns:
+        {id: name}, empty for files of other kinds and without that column.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no such file, or has an id twice.
+    """
+    path = pathlib.Path(path)
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else []
+    ids = {row["mid"].strip(): row["display_name"].strip() for row in rows if "mid" in row}
+    if ids and len(ids) < len(rows):
+        raise ValueError(f"{path}: expected each mid once, got {len(ids)} different ones in {len(rows)} rows")
+    return ids
+
+
+@functools.cache
+def audioset_ids() -> dict[str, str]:
+    """Return the names of AudioSet's 527 classes by their ids, such as "/m/09x0r" for Speech."""
+    return read_label_ids(_FOLDER / LABEL_SETS["audioset"])
+
+
 def _json_names(path: pathlib.Path) -> list[Any]:
     """Return what stands for the names in a JSON list or an `id2label`, in index order."""
     try:

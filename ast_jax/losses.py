@@ -46,3 +46,24 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
     if kind == "multi_label_classification":
         return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
     return jnp.square(logits - labels).mean()
+
+
+def smooth(labels: jax.Array, amount: float, config: ASTConfig) -> jax.Array:
+    """Return targets of which a share is spread evenly over the answers: the classes, or yes and no for each of them.
+
+    Args:
+        labels: [B, C] probabilities.
+        amount: the share s. Single-label: (1 - s) labels + s / C, as torch's `CrossEntropyLoss(label_smoothing=s)`;
+            multi-label: (1 - s) labels + s / 2.
+        config: whose `problem_type` decides.
+
+    Raises:
+        ValueError: smoothing asked of a regression.
+    """
+    if not amount:
+        return labels
+    kind = config.resolved_problem_type
+    if kind == "regression":
+        raise ValueError(f"label_smoothing: expected 0 for regression, whose labels are no probabilities, got {amount}")
+    choices = labels.shape[-1] if kind == "single_label_classification" else 2
+    return (1 - amount) * labels + amount / choices

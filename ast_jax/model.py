@@ -1,256 +1,23 @@
-"""The Audio Spectrogram Transformer in Flax Linen, bottom-up, and the functions that run it.
+"""The model as functions of a parameter tree: `init`, `apply`, `encode`, and what the shapes of a tree tell.
 
-Letters: B batch, T frames, F mel bins, N tokens, D width, L layers, H heads, M MLP width, C classes; F' and T' are the
-patch grid. The modules' parameter tree is the checkpoint format 1 (see ARCHITECTURE.md).
+Letters: B batch, T frames, F mel bins, N tokens, K kept patches, D width, L layers, H heads, C classes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from .attention import IMPLEMENTATIONS, dot_product_attention, full_precision
+from .attention import IMPLEMENTATIONS
 from .config import ASTConfig
+from .modules import ASTForAudioClassification, ASTModel, ASTOutput
 
 Params = Mapping[str, Any]
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),  # the exact erf form, as in both references
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-}
-
-
-@struct.dataclass
-class ASTOutput:
-    """What `encode` returns; the last two are None unless asked for.
-
-    Attributes:
-        last_hidden_state: [B, N, D] after the final norm.
-        pooler_output: [B, D], mean of the class and the distillation token after the final norm.
-        hidden_states: [L + 1, B, N, D], the embeddings first, the last one before the final norm.
-        attentions: [L, B, H, N, N] weights after the softmax (and dropout, in training).
-    """
-
-    last_hidden_state: jax.Array
-    pooler_output: jax.Array
-    hidden_states: jax.Array | None = None
-    attentions: jax.Array | None = None
-
-
-def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Return fixed 2-D sine/cosine embeddings [2 + F' T', D]: half the width says frequency, half says time.
-
-    A start for `position_embeddings` from which a model without pretraining learns faster than from noise; the two
-    prefix tokens start at zero.
-    """
-
-    def one_axis(positions: np.ndarray, size: int) -> np.ndarray:
-        rates = 1.0 / 10000 ** (np.arange((size + 1) // 2) / max(size / 2, 1))
-        angles = positions[:, None] * rates
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :size]
-
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")  # frequency-major
-    half = width // 2
-    table = np.concatenate([one_axis(rows.ravel(), half), one_axis(columns.ravel(), width - half)], axis=1)
-    return np.pad(table, ((2, 0), (0, 0)))
-
-
-def _layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm whose statistics are exact and at least float32, whatever the compute dtype."""
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
-
-
-class Embeddings(nn.Module):
-    """Spectrogram to tokens (paper section 2.1): patches, two prefix tokens, positions."""
-
-    config: ASTConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, spec: jax.Array, deterministic: bool) -> jax.Array:
-        """Map spec [B, T, F] to tokens [B, N, D]."""
-        config, width = self.config, self.config.hidden_size
-        image = spec.swapaxes(1, 2)[..., None].astype(self.dtype)  # [B, F, T, 1]: patches count along frequency first
-        patches = nn.Conv(
-            width, config.patch_shape, (config.frequency_stride, config.time_stride), padding="VALID",
-            dtype=self.dtype, name="projection",
-        )(image)  # fmt: skip  # [B, F', T', D]
-        tokens = patches.reshape(spec.shape[0], -1, width)  # [B, F' T', D]
-        token_init = nn.initializers.normal(config.initializer_range)
-        prefix = [
-            jnp.broadcast_to(self.param(name, token_init, (width,)).astype(self.dtype), (spec.shape[0], 1, width))
-            for name in ("cls_token", "distillation_token")
-        ]
-        positions = self.param(
-            "position_embeddings",
-            lambda _, shape: jnp.asarray(sincos_positions(config.grid, width), jnp.zeros(0).dtype).reshape(shape),
-            (config.num_tokens, width),
-        )
-        tokens = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(self.dtype)  # [B, N, D]
-        return nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(tokens)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with query, key and value in one product."""
-
-    config: ASTConfig
-    dtype: Any = jnp.float32
-    implementation: str = "auto"
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, valid: jax.Array | None, deterministic: bool, return_weights: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Map [B, N, D] to [B, N, D] and the weights [B, H, N, N] or None."""
-        config, heads = self.config, self.config.num_attention_heads
-        shape = (3, heads, config.hidden_size // heads)
-        qkv = nn.DenseGeneral(shape, use_bias=config.qkv_bias, dtype=self.dtype, name="qkv")(x)  # [B, N, 3, H, K]
-        rate = 0.0 if deterministic else config.attention_probs_dropout_prob
-        output, weights = dot_product_attention(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], valid,
-            implementation=self.implementation, dropout_rate=rate,
-            dropout_key=self.make_rng("dropout") if rate else None, return_weights=return_weights,
-        )  # fmt: skip  # [B, N, H, K]
-        return nn.DenseGeneral(config.hidden_size, axis=(-2, -1), dtype=self.dtype, name="out")(output), weights
-
-
-class MLP(nn.Module):
-    """Two dense layers with an activation between them."""
-
-    config: ASTConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, N, D] to [B, N, D]."""
-        hidden = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)  # [B, N, M]
-        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block, in the form `nn.scan` wants: carry in, (carry, what to collect) out."""
-
-    config: ASTConfig
-    dtype: Any = jnp.float32
-    implementation: str = "auto"
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, valid: jax.Array | None, deterministic: bool, states: bool, attentions: bool
-    ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
-        """Map [B, N, D] to [B, N, D]; `states` and `attentions` say what is collected."""
-        config = self.config
-        dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)
-        normed = _layer_norm(config.layer_norm_eps, self.dtype, "layernorm_before")(x)
-        attended, weights = Attention(config, self.dtype, self.implementation, name="attention")(
-            normed, valid, deterministic, attentions
-        )
-        x = x + dropout(attended)
-        normed = _layer_norm(config.layer_norm_eps, self.dtype, "layernorm_after")(x)
-        x = x + dropout(MLP(config, self.dtype, name="mlp")(normed))
-        return x, (x if states else None, weights)
-
-
-class ASTModel(nn.Module):
-    """The headless model: spectrogram to token features.
-
-    Attributes:
-        config: the architecture.
-        dtype: dtype of the computation; LayerNorm statistics and softmax are at least float32 all the same.
-        attention_implementation: see `ast_jax.attention.dot_product_attention`.
-    """
-
-    config: ASTConfig
-    dtype: Any = jnp.float32
-    attention_implementation: str = "auto"
-
-    def setup(self) -> None:
-        """Name the parts; the names are the parameter tree's."""
-        self.embeddings = Embeddings(self.config, self.dtype)
-        self.layers = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},  # without the latter every layer draws the same mask
-            in_axes=nn.broadcast,
-            length=self.config.num_hidden_layers,
-        )(self.config, self.dtype, self.attention_implementation)
-        self.layernorm = _layer_norm(self.config.layer_norm_eps, self.dtype)
-
-    def __call__(
-        self,
-        spec: jax.Array,
-        lengths: jax.Array | None = None,
-        *,
-        train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> ASTOutput:
-        """Map spec [B, T, F] (and valid frames [B]) to `ASTOutput`."""
-        valid = None
-        if lengths is not None:
-            valid = valid_tokens(lengths, self.config)
-            inside = jnp.arange(spec.shape[1]) < lengths[:, None]  # [B, T]
-            spec = jnp.where(inside[..., None], spec, 0)  # nothing in the padding, not even NaN, reaches the gradient
-        embedded = self.embeddings(spec, not train)  # [B, N, D]
-        x, (states, attentions) = self.layers(embedded, valid, not train, output_hidden_states, output_attentions)
-        normed = self.layernorm(x)
-        return ASTOutput(
-            last_hidden_state=normed,
-            pooler_output=normed[:, :2].mean(1),
-            hidden_states=jnp.concatenate([embedded[None], states]) if output_hidden_states else None,
-            attentions=attentions,
-        )
-
-
-class ASTForAudioClassification(ASTModel):
-    """The model with its head: LayerNorm and one dense layer on the pooled output, in at least float32."""
-
-    def setup(self) -> None:
-        """Add the head to the headless model's parts."""
-        super().setup()
-        self.classifier = Head(self.config, jnp.promote_types(self.dtype, jnp.float32))
-
-    def __call__(self, spec: jax.Array, lengths: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-        """Map spec [B, T, F] (and valid frames [B]) to logits [B, C]."""
-        return self.classifier(super().__call__(spec, lengths, train=train).pooler_output)
-
-
-class Head(nn.Module):
-    """LayerNorm and classifier."""
-
-    config: ASTConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, pooled: jax.Array) -> jax.Array:
-        """Map [B, D] to [B, C]."""
-        normed = _layer_norm(self.config.head_eps, self.dtype, "layernorm")(pooled)
-        kernel_init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(
-            self.config.num_labels, dtype=self.dtype, kernel_init=kernel_init,
-            precision=full_precision(self.dtype), name="dense",
-        )(normed)  # fmt: skip
-
-
-def valid_tokens(lengths: jax.Array, config: ASTConfig) -> jax.Array:
-    """Return which tokens [B, N] lie wholly within the valid frames [B]; the two prefix tokens always do."""
-    rows, columns = config.grid
-    ends = np.arange(columns) * config.time_stride + config.patch_shape[1]  # [T']
-    patches = jnp.tile(ends <= jnp.asarray(lengths)[:, None], (1, rows))  # [B, F' T'], frequency-major
-    return jnp.concatenate([jnp.ones((patches.shape[0], 2), bool), patches], axis=1)
 
 
 def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
@@ -275,10 +42,12 @@ def apply(
     config: ASTConfig | None = None,
     *,
     lengths: jax.Array | None = None,
+    tokens: jax.Array | None = None,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
     dtype: Any = None,
     attention_implementation: str = "auto",
+    rematerialize: bool = False,
 ) -> jax.Array:
     """Compute logits; a pure function for `jit`, `grad`, `vmap`, `pmap` and `jax.export`.
 
@@ -288,6 +57,8 @@ def apply(
         config: the architecture. Without it all that the shapes of `params` tell is read off them, and the rest is the
             published models': strides of 10, eps 1e-12, erf GELU. Pass it for anything that was loaded.
         lengths: [B] valid frames (a scalar for one [T, F]). Tokens that reach beyond are masked in every layer.
+        tokens: [B, K] patches to keep ([K] for one [T, F]), counted from 0 along time first; None for all. The others
+            are left out once positions are added, and the model is as much faster (PaSST, Koutini et al. 2022).
         train: switches dropout on; needs `rngs={"dropout": key}` where the configuration has any.
         rngs: random keys by name.
         dtype: dtype of the computation, for instance `jnp.bfloat16`; None is the parameters' own, at least float32.
@@ -295,19 +66,22 @@ def apply(
             default, which on TPU rounds to bfloat16 first, and on newer GPUs to TensorFloat-32: run under
             `jax.default_matmul_precision("highest")` for a reference's digits there.
         attention_implementation: "auto", "plain" or "heads".
+        rematerialize: keep only each block's input for the backward pass, and compute the rest of it again there.
 
     Returns:
         Logits [B, C], or [C] for one spectrogram, in at least float32.
 
     Raises:
-        ValueError: spec, lengths or params do not fit `config`; the message has both shapes.
+        ValueError: spec, lengths, tokens or params do not fit `config`; the message has both shapes.
     """
     config = config or config_from_params(params, spec)
     if "classifier" not in params:
         raise ValueError("params: expected a classifier, got a headless model; use `encode`")
-    batch, lengths, single = _batched(spec, lengths, config)
-    model = _module(ASTForAudioClassification, params, config, dtype, attention_implementation, train, rngs)
-    logits = model.apply({"params": params}, batch, lengths, train=train, rngs=rngs)
+    batch, lengths, tokens, single = _batched(spec, lengths, tokens, config)
+    model = _module(
+        ASTForAudioClassification, params, config, dtype, attention_implementation, train, rngs, rematerialize
+    )
+    logits = model.apply({"params": params}, batch, lengths, tokens=tokens, train=train, rngs=rngs)
     return logits[0] if single else logits
 
 
@@ -317,10 +91,12 @@ def encode(
     config: ASTConfig | None = None,
     *,
     lengths: jax.Array | None = None,
+    tokens: jax.Array | None = None,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
     dtype: Any = None,
     attention_implementation: str = "auto",
+    rematerialize: bool = False,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
 ) -> ASTOutput:
@@ -333,22 +109,24 @@ def encode(
         spec: as in `apply`.
         config: as in `apply`.
         lengths: as in `apply`.
+        tokens: as in `apply`; N below then is 2 + K.
         train: as in `apply`.
         rngs: as in `apply`.
         dtype: as in `apply`.
         attention_implementation: as in `apply`.
+        rematerialize: as in `apply`.
         output_hidden_states: also return [L + 1, B, N, D]: the embeddings, then every block's output.
         output_attentions: also return [L, B, H, N, N]; this computes attention the plain way.
 
     Raises:
-        ValueError: spec, lengths or params do not fit `config`.
+        ValueError: spec, lengths, tokens or params do not fit `config`.
     """
     config = config or config_from_params(params, spec)
-    batch, lengths, single = _batched(spec, lengths, config)
-    model = _module(ASTModel, params, config, dtype, attention_implementation, train, rngs)
+    batch, lengths, tokens, single = _batched(spec, lengths, tokens, config)
+    model = _module(ASTModel, params, config, dtype, attention_implementation, train, rngs, rematerialize)
     body = {name: value for name, value in params.items() if name != "classifier"}
     output = model.apply(
-        {"params": body}, batch, lengths, train=train, rngs=rngs,
+        {"params": body}, batch, lengths, tokens=tokens, train=train, rngs=rngs,
         output_hidden_states=output_hidden_states, output_attentions=output_attentions,
     )  # fmt: skip
     if not single:
@@ -434,7 +212,9 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
     return config
 
 
-def _batched(spec: jax.Array, lengths: Any, config: ASTConfig) -> tuple[jax.Array, jax.Array | None, bool]:
+def _batched(
+    spec: jax.Array, lengths: Any, tokens: Any, config: ASTConfig
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, bool]:
     """Check the shapes of the input; return it with a batch axis, and whether that axis was added."""
     single = jnp.ndim(spec) == 2
     expected = (config.max_length, config.num_mel_bins)
@@ -453,12 +233,23 @@ def _batched(spec: jax.Array, lengths: Any, config: ASTConfig) -> tuple[jax.Arra
         lengths = jnp.atleast_1d(jnp.asarray(lengths))
         if lengths.shape != batch.shape[:1]:
             raise ValueError(f"lengths: expected {batch.shape[:1]}, one for each spectrogram, got {lengths.shape}")
-        frames = config.max_length
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise ValueError(f"lengths: expected whole numbers of frames, got {lengths.dtype}")
-        if not isinstance(lengths, jax.core.Tracer) and not ((lengths >= 0) & (lengths <= frames)).all():
-            raise ValueError(f"lengths: expected 0 to {frames} frames, got {lengths.min()} to {lengths.max()}")
-    return batch, lengths, single
+        _check_whole("lengths", lengths, config.max_length, f"0 to {config.max_length} frames")
+    if tokens is not None:
+        tokens = jnp.asarray(tokens)
+        tokens = tokens[None] if single else tokens
+        if tokens.ndim != 2 or len(tokens) != len(batch):
+            raise ValueError(f"tokens: expected [{len(batch)}, K], a row for each spectrogram, got {tokens.shape}")
+        last = config.num_tokens - 3
+        _check_whole("tokens", tokens, last, f"patches 0 to {last}")
+    return batch, lengths, tokens, single
+
+
+def _check_whole(name: str, numbers: jax.Array, most: int, expected: str) -> None:
+    """Refuse what are no whole numbers from 0 to `most`; under `jit`, where values cannot be seen, only other types."""
+    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected whole numbers, got {numbers.dtype}")
+    if not isinstance(numbers, jax.core.Tracer) and not ((numbers >= 0) & (numbers <= most)).all():
+        raise ValueError(f"{name}: expected {expected}, got {numbers.min()} to {numbers.max()}")
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -484,7 +275,14 @@ def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
 
 
 def _module(
-    cls: type[ASTModel], params: Params, config: ASTConfig, dtype: Any, implementation: str, train: bool, rngs: Any
+    cls: type[ASTModel],
+    params: Params,
+    config: ASTConfig,
+    dtype: Any,
+    implementation: str,
+    train: bool,
+    rngs: Any,
+    rematerialize: bool,
 ) -> ASTModel:
     """Build the module for a call, with everything checked that the module itself would fail on obscurely."""
     if implementation not in IMPLEMENTATIONS:
@@ -497,4 +295,4 @@ def _module(
     _check_shapes(params, config, with_head=cls is not ASTModel)
     if dtype is None:
         dtype = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)}, jnp.float32)
-    return cls(config, dtype, implementation)
+    return cls(config, dtype, implementation, rematerialize)

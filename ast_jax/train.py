@@ -1,4 +1,4 @@
-"""Training: the state, and the step for one device.
+"""Training: the state, and the step for one device's share of a batch.
 
 The step is written for one device and averages its gradients over a named axis where there is one. Random keys fold in
 the seed, the step and an example's place in the whole batch, never the device, so that a run is the same on 1 and on 8.
@@ -7,17 +7,20 @@ the seed, the step and an example's place in the whole batch, never the device, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
 from . import augment, model
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
-from .losses import loss
+from .losses import loss, smooth
+from .optimizers import fixed_parts
 from .settings import TrainConfig
 
 
@@ -42,6 +45,24 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, config: Tra
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
+def check_fit(training: TrainConfig, config: ASTConfig) -> None:
+    """Refuse settings that the architecture or its kind of labels cannot have; `train_step` calls this too.
+
+    Raises:
+        ValueError: more frozen blocks than there are, no patch left, or smoothed labels in a regression.
+    """
+    layers = config.num_hidden_layers
+    if training.freeze_layers > layers:
+        raise ValueError(f"freeze_layers: expected 0 to {layers}, the model's blocks, got {training.freeze_layers}")
+    augment.patchout_size(config.grid, *_patchout(training))
+    smooth(np.zeros((1, config.num_labels)), training.label_smoothing, config)
+
+
+def _patchout(training: TrainConfig) -> tuple[int, int, int]:
+    """Return how many rows, columns and further patches are left out."""
+    return training.patchout_frequency, training.patchout_time, training.patchout
+
+
 def prepare(
     keys: jax.Array, batch: dict[str, jax.Array], frontend: FrontendConfig, config: TrainConfig, strength: jax.Array
 ) -> jax.Array:
@@ -57,22 +78,24 @@ def prepare(
     Returns:
         [B, T, F].
     """
-    spec = features(batch, frontend, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys))
+    spec = features(batch, frontend, _fold(keys, 0))
     if config.frequency_shift or config.time_shift:
-        shift_keys = jax.vmap(lambda key: jax.random.fold_in(key, 4))(keys)
         shift = functools.partial(
             augment.shift_spec, frequency_shift=config.frequency_shift, time_shift=config.time_shift
         )
-        spec = jax.vmap(shift)(shift_keys, spec)
+        spec = jax.vmap(shift)(_fold(keys, 4), spec)
     if config.frequency_mask or config.time_mask:
-        mask_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         bounds = config.frequency_mask * strength, config.time_mask * strength
-        spec = jax.vmap(augment.mask_spec, in_axes=(0, 0, None, None))(mask_keys, spec, *bounds)
+        spec = jax.vmap(augment.mask_spec, in_axes=(0, 0, None, None))(_fold(keys, 1), spec, *bounds)
     spec = normalize(spec, frontend)
     if config.noise:
-        noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
-        spec = jax.vmap(augment.noise_and_roll)(noise_keys, spec)
+        spec = jax.vmap(augment.noise_and_roll)(_fold(keys, 2), spec)
     return spec
+
+
+def _fold(keys: jax.Array, use: int) -> jax.Array:
+    """Return keys [B] for one of their uses: 0 dither, 1 masks, 2 noise, 3 dropout, 4 shifts, 5 patchout."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
 def features(batch: dict[str, jax.Array], frontend: FrontendConfig, keys: jax.Array) -> jax.Array:
@@ -95,48 +118,92 @@ def train_step(
     steps_per_epoch: int,
     axis: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
-    """Take one optimizer step on one device's share of the batch.
+    """Take one optimizer step on one device's share of the batch, or on the whole of it.
 
     Args:
         state: before the step.
         batch: "waveform" [b, S], "num_samples" [b], "labels" [b, C] and "position" [b], the place in the whole batch.
         config: the architecture.
         frontend: the features.
-        training: augmentation and seed.
+        training: augmentation, what learns, and how it is computed.
         optimizer: from `make_optimizer`.
         steps_per_epoch: for the ramp of the augmentation.
-        axis: name of the axis to average gradients and loss over; None on one device.
+        axis: name of the axis to average gradients and loss over; None where the batch is whole.
 
     Returns:
         The state after the step, and the mean loss over the whole batch.
+
+    Raises:
+        ValueError: the settings do not fit the architecture, or b does not divide by `accumulate`.
     """
-    step_key = jax.random.fold_in(jax.random.key(training.seed), state.step)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["position"])
+    check_fit(training, config)
     ramp_steps = training.ramp_epochs * steps_per_epoch
     strength = jnp.minimum(1.0, state.step / ramp_steps) if ramp_steps else jnp.ones(())
-    spec = prepare(keys, batch, frontend, training, strength)
-    labels = batch["labels"]
+    step_key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+    fixed = {part: tree for part, tree in state.params.items() if part in fixed_parts(training)}
+    learning = {part: tree for part, tree in state.params.items() if part not in fixed}
 
-    def mean_loss(params: Any) -> jax.Array:
-        if config.hidden_dropout_prob or config.attention_probs_dropout_prob:  # a key for each example
-            forward = functools.partial(model.apply, params, config=config, train=True)
-            dropout_keys = jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys)
-            logits = jax.vmap(lambda one, key: forward(one, rngs={"dropout": key}))(spec, dropout_keys)
-        else:
-            logits = model.apply(params, spec, config, train=True)
-        return loss(logits, labels, config)
+    def mean_loss(learning: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["position"])
+        spec = prepare(keys, batch, frontend, training, strength)
+        logits = _logits({**fixed, **learning}, spec, keys, config, training)
+        return loss(logits, smooth(batch["labels"], training.label_smoothing, config), config)
 
-    value, gradients = jax.value_and_grad(mean_loss)(state.params)
+    # By what learns alone, so that there is no backward pass below it.
+    value, gradients = _accumulated(jax.value_and_grad(mean_loss), learning, batch, training.accumulate)
     if axis is not None:
         value, gradients = jax.lax.pmean((value, gradients), axis)
+    gradients = {**gradients, **jax.tree.map(jnp.zeros_like, fixed)}
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = {**optax.apply_updates(state.params, updates), **fixed}
     average = state.average
     if training.ema:  # the first steps weigh more: the start is no good average
         count = state.step.astype(float)
-        decay = jnp.minimum(training.ema, (count + 1) / (count + 10))
-        average = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), average, params)
+        share = 1 - jnp.minimum(training.ema, (count + 1) / (count + 10))
+        # In this form what is fixed stays as it is to the last bit.
+        average = jax.tree.map(lambda old, new: old + (share * (new - old)).astype(old.dtype), average, params)
     return TrainState(state.step + 1, params, opt_state, average), value
+
+
+def _logits(params: Any, spec: jax.Array, keys: jax.Array, config: ASTConfig, training: TrainConfig) -> jax.Array:
+    """Run the model in training on [b, T, F] with a key for each example; return [b, C]."""
+    tokens = None
+    if any(_patchout(training)):
+        tokens = jax.vmap(lambda key: augment.patchout_tokens(key, config.grid, *_patchout(training)))(_fold(keys, 5))
+    forward = functools.partial(
+        model.apply, params, config=config, train=True, rematerialize=training.rematerialize,
+        dtype=jnp.bfloat16 if training.dtype == "bfloat16" else None,
+    )  # fmt: skip
+    if not (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
+        return forward(spec, tokens=tokens)
+
+    def one(spec: jax.Array, tokens: jax.Array | None, key: jax.Array) -> jax.Array:
+        return forward(spec, tokens=tokens, rngs={"dropout": key})
+
+    return jax.vmap(one)(spec, tokens, _fold(keys, 3))
+
+
+def _accumulated(
+    value_and_grad: Callable[..., Any], learning: Any, batch: dict[str, jax.Array], parts: int
+) -> tuple[jax.Array, Any]:
+    """Return the mean loss and its gradient over a batch that is taken in equal parts, one after another.
+
+    A part takes every so many-th example, so that a batch that lies split over devices has its parts split as well.
+    """
+    if parts == 1:
+        return value_and_grad(learning, batch)
+    size = len(batch["position"])
+    if size % parts:
+        raise ValueError(f"accumulate: expected a divisor of the {size} examples of a device, got {parts}")
+    in_parts = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(learning, part)), None
+
+    shapes = jax.eval_shape(value_and_grad, learning, jax.tree.map(lambda x: x[0], in_parts))
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(add, nothing, in_parts)
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def eval_step(params: Any, batch: dict[str, jax.Array], *, config: ASTConfig, frontend: FrontendConfig) -> jax.Array:

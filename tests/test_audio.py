@@ -184,6 +184,7 @@ def test_header_seconds_is_the_duration(tmp_path, kind):
     path = tmp_path / f"sound.{kind.lower()}"
     path.write_bytes(encode(noise(), 22050, kind=kind))
     assert abs(header_seconds(path) - decode(path).duration) < 1e-9
+    assert header_seconds(path.read_bytes()) == header_seconds(path)
     assert abs(header_seconds(path) - RATE / 22050) < 0.06  # MP3 pads to whole frames of 26 ms
 
 
@@ -271,6 +272,72 @@ def test_beginning_of_a_sound_about_as_long(max_seconds):
     sound = decode(encode(noise(), subtype="FLOAT"), max_seconds=max_seconds)
     assert sound.duration == 1.0
     np.testing.assert_array_equal(sound.samples, noise()[: round(max_seconds * RATE)])
+
+
+@pytest.mark.parametrize("start", [1, 1999, 8000, 24321, 31600])
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("WAV", "MS_ADPCM"), ("FLAC", None), ("AIFF", None)])
+def test_a_start_is_exact_to_the_sample(kind, subtype, start):
+    data = encode(noise(2 * RATE), kind=kind, subtype=subtype)
+    whole = decode(data)
+    rest = decode(data, start_seconds=start / RATE)
+    np.testing.assert_array_equal(rest.samples, whole.samples[start:])
+    assert rest.duration == whole.duration, "of the whole source"
+    part = decode(data, max_seconds=0.025, start_seconds=start / RATE)
+    np.testing.assert_array_equal(part.samples, whole.samples[start : start + 400])
+
+
+@pytest.mark.parametrize("kind", ["OGG", "MP3"])
+def test_a_start_in_lossy_formats(kind):
+    """Their decoders begin anew some frames before the place that is sought; nothing of that is heard."""
+    data = encode(noise(4 * RATE), kind=kind)
+    whole = decode(data).samples
+    for start in (1, 7777, 20001, 40000):
+        rest = decode(data, start_seconds=start / RATE).samples
+        assert len(rest) == len(whole) - start
+        # the same arithmetic but for where its float32 sums begin
+        np.testing.assert_allclose(rest, whole[start:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 44099])
+def test_a_start_at_other_rates_is_the_slice_of_the_whole_resampled(rate):
+    data = encode(noise(3 * rate, channels=2), rate, subtype="FLOAT")
+    whole = decode(data).samples
+    for start_seconds in (0.01, 0.05, 0.333, 1.23456, 2.9):
+        first = round(start_seconds * RATE)
+        rest = decode(data, start_seconds=start_seconds).samples
+        assert len(rest) == len(whole) - first
+        # soxr's high quality is good for 20 bits of what lies below 1
+        np.testing.assert_allclose(rest, whole[first:], rtol=0, atol=1e-6)
+        part = decode(data, max_seconds=0.075, start_seconds=start_seconds).samples
+        np.testing.assert_allclose(part, whole[first : first + 1200], rtol=0, atol=1e-6)
+
+
+def test_a_start_in_what_cannot_seek(tmp_path):
+    """An MP3 file without a count of frames comes out of a pipe."""
+    file = io.BytesIO()
+    soundfile.write(file, noise(2 * RATE), RATE, format="MP3", bitrate_mode="VARIABLE")
+    counted = file.getvalue()
+    data = counted[counted.index(counted[:2], 4) :]
+    whole, part = decode(data), decode(data, max_seconds=0.5, start_seconds=1.0)
+    np.testing.assert_array_equal(part.samples, whole.samples[RATE : RATE + 8000])
+    assert part.duration == whole.duration
+
+
+@pytest.mark.parametrize(
+    ("start_seconds", "message"),
+    [
+        (1.0, "expected a sound from 1 s on, but it ends at 1.00 s"),
+        (7.5, "expected a sound from 7.5 s on, but it ends at 1.00 s"),
+        (0.99, "only 10.0 ms long from 0.99 s on; at least 25 ms are needed"),
+        (-1.0, "expected to start at 0 s or later, got -1 s"),
+    ],
+)
+@pytest.mark.parametrize("rate", [RATE, 44100])
+@pytest.mark.parametrize("max_seconds", [None, 0.5])
+def test_a_start_at_or_behind_the_end_is_one_line(start_seconds, message, rate, max_seconds):
+    with pytest.raises(AudioError) as caught:
+        decode(encode(noise(rate), rate), max_seconds=max_seconds, start_seconds=start_seconds)
+    assert str(caught.value) == f"<bytes>: {message}"
 
 
 def test_to_mono_takes_samples_and_says_what_is_wrong():

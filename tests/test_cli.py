@@ -17,7 +17,7 @@ import torch_original
 import typer.testing
 
 import ast_jax
-from ast_jax import cli, finetune
+from ast_jax import cli, cli_common, crossval, finetune, loop, recipes, runs
 from ast_jax.checkpoint import flatten
 from ast_jax.settings import TrainConfig
 
@@ -101,9 +101,18 @@ def test_wrong_usage_is_2(arguments):
         (["x", "--lr", "0"], "--learning-rate: 0.0 is out of range; expected more than 0"),
         (["x", "--epochs", "10000"], "--epochs: 10000 is out of range; expected 1 to 9999"),
         (["x", "--decay-factor", "0"], "--decay-factor: 0.0 is out of range; expected a number in (0, 1]"),
+        (["x", "--optimizer", "sgd"], "--optimizer: 'sgd' is out of range; expected one of adam, adamw"),
+        (["x", "--patchout", "-1"], "--patchout: -1 is out of range; expected 0 or more"),
+        (
+            ["x", "--recipe", "imagenet"],
+            "--recipe: expected audioset-full, audioset-balanced, esc50, speechcommands, got",
+        ),
+        (["x", "--recipe", "esc50", "--mixup", "1.5"], "--mixup: 1.5 is out of range; expected a number in [0, 1]"),
+        (["x", "--mean", "1"], "--mean and --std: expected both or none, got one"),
+        (["x", "--num-processes", "2"], "--num-processes and --process-id: expected with --coordinator only"),
         (["x", "--architecture", "huge"], "--architecture: expected tiny, small, base or a config.json, got 'huge'"),
         (["x", "--init", "y", "--architecture", "tiny"], "--init: brings its own architecture; leave out"),
-        ([], "expected DATA, a folder per class or a CSV, got none"),
+        ([], "expected DATA, a folder per class or a manifest, got none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -118,7 +127,9 @@ def test_wrong_usage_of_finetune_is_one_line(arguments, message, tmp_path):
 def test_resume_refuses_what_contradicts_the_run(tmp_path):
     config = ast_jax.PRESETS["tiny"](num_labels=2, id2label=("a", "b"), problem_type="single_label_classification")
     training = TrainConfig(epochs=3, learning_rate=1e-3, schedule="cosine")
-    run = finetune.Run(str(tmp_path / "gone"), config, ast_jax.FrontendConfig(), training, {"trained_from": "scratch"})
+    run = runs.Run(
+        {"source": str(tmp_path / "gone")}, config, ast_jax.FrontendConfig(), training, {"trained_from": "scratch"}
+    )
     (tmp_path / "run.json").write_text(run.to_json())
     resume = ["finetune", "--output", tmp_path, "--resume"]
     same = ["--epochs", "3", "--lr", "1e-3", "--schedule", "cosine", "--architecture", "tiny", "--max-length", "1024",
@@ -188,31 +199,113 @@ def test_user_errors_are_one_line(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_finetune_hands_every_option_on(monkeypatch, tmp_path):
-    """All but `--resume`, which is tried for real in test_finetune."""
-    asked = {}
+OTHERS = {  # a value other than the default for every setting
+    "batch_size": 12, "accumulate": 2, "epochs": 3, "patience": 2, "optimizer": "adamw", "learning_rate": 1e-3,
+    "schedule": "cosine", "warmup_steps": 50, "warmup_hold": 5, "decay_start": 2, "decay_step": 3, "decay_factor": 0.3,
+    "layer_decay": 0.8, "head_multiplier": 10.0, "freeze_layers": 1, "linear_probe": False, "weight_decay": 1e-4,
+    "clip_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "balanced": True, "mixup": 0.25, "frequency_mask": 7, "time_mask": 9,
+    "frequency_shift": 2, "time_shift": 4, "noise": True, "ramp_epochs": 1.5, "patchout_frequency": 1,
+    "patchout_time": 2, "patchout": 3, "label_smoothing": 0.1, "teacher_weight": 0.75, "ema": 0.9, "average_from": 2,
+    "rematerialize": True, "dtype": "bfloat16", "strict": True, "seed": 11,
+}  # fmt: skip
+
+
+def as_options(settings):
+    """Return settings as they are typed."""
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        yield from (
+            [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+        )
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What reaches the library from the command line."""
+    seen = {}
 
     def start(source, output, training, **others):
-        asked.update(others, source=source, output=output, training=training)
+        seen.update(others, source=source, output=output, training=training)
         return ast_jax.load("sounds-tiny").replace(metadata_json='{"epoch": {"epoch": 1}}')
 
     monkeypatch.setattr(finetune, "start", start)
-    settings = {
-        "epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 5, "decay_start": 2,
-        "decay_step": 3, "decay_factor": 0.3, "weight_decay": 1e-4, "mixup": 0.25, "frequency_mask": 7, "time_mask": 9,
-        "frequency_shift": 2, "time_shift": 4, "ramp_epochs": 1.5, "ema": 0.9, "teacher_weight": 0.75, "seed": 11,
-    }  # fmt: skip
-    options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(crossval, "start", lambda *arguments, **others: seen.update(folds=(arguments, others)))
+    return seen
+
+
+def test_finetune_hands_every_option_on(asked, tmp_path):
+    """All but `--resume` and the meeting of processes, which are tried for real elsewhere."""
     command = ["finetune", "data", "-o", str(tmp_path / "run"), "--init", "sounds-tiny", "--teacher", "t.stablehlo"]
-    command += ["--noise", "--problem-type", "multi_label_classification", "--max-length", "128", *options]
+    command += ["--problem-type", "multi_label_classification", "--max-length", "128", "--mean", "-5", "--std", "4"]
+    command += ["--validation-data", "v", "--test-data", "t", "--labels", "l.csv", "--fold", "3", "--keep-epochs"]
+    command += ["--parallel", "jit", "--workers", "3", "--save-minutes", "2.5", *as_options(OTHERS)]
     done = typer.testing.CliRunner().invoke(cli.app, command)
     assert done.exit_code == 0, done.output
-    assert asked["training"] == TrainConfig(**settings, noise=True)
+    assert asked["training"] == TrainConfig(**OTHERS)
     assert (str(asked["source"]), asked["output"]) == ("data", tmp_path / "run")
     assert (asked["teacher"], asked["problem_type"]) == ("t.stablehlo", "multi_label_classification")
     assert asked["initial"].config == ast_jax.load("sounds-tiny").config.replace(max_length=128)
-    defaults = {"batch_size", "noise"} | {name for name in settings}
-    assert all(getattr(TrainConfig(), name) != getattr(asked["training"], name) for name in defaults)
+    assert asked["statistics"] == (-5, 4)
+    assert asked["reading"] == {"validation": "v", "test": "t", "label_file": "l.csv", "fold": "3"}
+    assert asked["keep_epochs"]
+    assert asked["machine"] == loop.Machine("jit", 3, 2.5)
+    same = {name for name, value in OTHERS.items() if getattr(TrainConfig(), name) == value}
+    assert same == {"linear_probe"}  # which excludes freeze_layers
+    assert OTHERS.keys() == vars(TrainConfig()).keys()
+
+
+def test_a_linear_probe_is_asked_for(asked, tmp_path):
+    done = typer.testing.CliRunner().invoke(
+        cli.app, ["finetune", "data", "-o", str(tmp_path / "run"), "--linear-probe"]
+    )
+    assert done.exit_code == 0, done.output
+    assert asked["training"] == TrainConfig(linear_probe=True)
+
+
+def test_a_recipe_is_printed_and_can_be_overridden(asked, tmp_path):
+    command = [
+        "finetune",
+        "data",
+        "-o",
+        str(tmp_path / "run"),
+        "--recipe",
+        "speechcommands",
+        "--epochs",
+        "3",
+        "--no-noise",
+    ]
+    done = typer.testing.CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    lines = {tuple(line.split(maxsplit=1)) for line in done.stdout.splitlines()}
+    assert {("epochs", "3 (recipe: 30)"), ("noise", "False (recipe: True)"), ("learning_rate", "0.00025")} <= lines
+    recipe = recipes.RECIPES["speechcommands"]
+    assert asked["training"] == recipe.settings(epochs=3, noise=False)
+    assert asked["statistics"] == (-6.845978, 5.5654526)
+    assert asked["architecture"].max_length == 128
+    assert asked["problem_type"] == "multi_label_classification"
+    assert asked["notes"] == {"recipe": "speechcommands"}
+
+
+@pytest.mark.parametrize(("init", "rate"), [(None, 1e-4), ("sounds-tiny", 1e-5)])
+def test_esc50_is_cross_validated_at_the_rate_for_its_start(init, rate, asked, tmp_path):
+    command = [
+        "finetune",
+        "data",
+        "-o",
+        str(tmp_path / "run"),
+        "--recipe",
+        "esc50",
+        *(["--init", init] if init else []),
+    ]
+    done = typer.testing.CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    (source, output, training), others = asked["folds"]
+    assert (str(source), output) == ("data", tmp_path / "run")
+    assert training == recipes.RECIPES["esc50"].settings(learning_rate=rate)
+    assert (others["initial"] is None) == (init is None)
+    done = typer.testing.CliRunner().invoke(cli.app, [*command, "--fold", "2"])
+    assert done.exit_code == 0, done.output
+    assert asked["reading"] == {"fold": "2"}  # one fold alone is a run of its own
 
 
 def test_out_of_memory_is_one_line(monkeypatch, tmp_path):
@@ -234,7 +327,7 @@ def test_a_reader_that_leaves_is_no_error():
         assert process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == cli.EXIT_PIPE
+    assert process.returncode == cli_common.EXIT_PIPE
 
 
 def test_labels_print_as_one_line(tmp_path):

@@ -10,7 +10,7 @@ import soundfile
 from jax import export
 
 import ast_jax
-from ast_jax import distill, finetune, losses
+from ast_jax import datasets, distill, evaluation, finetune, losses
 from ast_jax.checkpoint import Checkpoint, save
 from ast_jax.config import FrontendConfig
 from ast_jax.parallel import DataParallel
@@ -121,7 +121,7 @@ def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, best.params, whole.params)
     assert best.metadata["teacher"] == "t.stablehlo"
-    last = finetune.evaluate(best, finetune.datasets.read_dataset(sounds).splits["train"][:16], 16)[0]
+    last = evaluation.evaluate(best, datasets.read_dataset(sounds).splits["train"][:16], 16).logits
     assert (last.argmax(1) == 2).all()
     program.unlink()
     with pytest.raises(FileNotFoundError):

@@ -10,7 +10,7 @@ import pytest
 
 import ast_jax
 from ast_jax import config as presets
-from ast_jax import model
+from ast_jax import model, modules
 from ast_jax.checkpoint import flatten
 from ast_jax.config import HIDDEN_ACTS
 
@@ -181,7 +181,7 @@ def test_padding_cannot_reach_the_output(garbage, params, spec):
 
 
 def test_valid_tokens_lie_wholly_inside():
-    valid = np.asarray(model.valid_tokens(jnp.array([0, 15, 16, 23, 24, 64]), SMALL))
+    valid = np.asarray(modules.valid_tokens(jnp.array([0, 15, 16, 23, 24, 64]), SMALL))
     rows, columns = SMALL.grid
     assert valid[:, :2].all()
     patches = valid[:, 2:].reshape(6, rows, columns)
@@ -199,6 +199,75 @@ def test_masked_equals_shorter_model(params, spec):
     want = ast_jax.apply({**params, "embeddings": embeddings}, spec[:, :40], short)
     got = ast_jax.apply(params, spec, SMALL, lengths=jnp.full(3, 40))
     np.testing.assert_allclose(got, want, atol=ROUNDING)
+
+
+def test_all_tokens_in_any_order_are_the_whole_model(params, spec):
+    """Every token knows its place, and attention does not ask for their order."""
+    patches = SMALL.num_tokens - 2
+    want = ast_jax.apply(params, spec, SMALL)
+    orders = np.stack([np.arange(patches), np.arange(patches)[::-1], np.random.default_rng(0).permutation(patches)])
+    np.testing.assert_allclose(ast_jax.apply(params, spec, SMALL, tokens=orders), want, atol=ROUNDING)
+    one = ast_jax.apply(params, spec[1], SMALL, tokens=orders[1])
+    np.testing.assert_allclose(one, want[1], atol=ROUNDING)
+
+
+def test_patches_left_out_are_as_good_as_masked(params, spec):
+    lengths = jnp.full(3, 40)
+    valid = np.flatnonzero(modules.valid_tokens(lengths, SMALL)[0, 2:])
+    assert len(valid) == 12 < SMALL.num_tokens - 2
+    tokens = np.tile(valid, (3, 1))
+    got = ast_jax.apply(params, spec, SMALL, tokens=tokens)
+    np.testing.assert_allclose(got, ast_jax.apply(params, spec, SMALL, lengths=lengths), atol=ROUNDING)
+    some = ast_jax.encode(params, spec, SMALL, tokens=tokens, output_hidden_states=True)
+    every = ast_jax.encode(params, spec, SMALL, output_hidden_states=True)
+    assert some.hidden_states.shape == (4, 3, 2 + 12, 48)
+    embedded = every.hidden_states[0][:, np.concatenate([[0, 1], 2 + valid])]
+    np.testing.assert_allclose(some.hidden_states[0], embedded, atol=ROUNDING)
+
+
+def test_masks_follow_the_tokens(params, spec):
+    """The masked patches come first, then those that are not."""
+    lengths = jnp.array([40, 24, 64])
+    tokens = np.argsort(modules.valid_tokens(lengths, SMALL)[:, 2:], axis=1)
+    got = ast_jax.apply(params, spec, SMALL, tokens=tokens, lengths=lengths)
+    np.testing.assert_allclose(got, ast_jax.apply(params, spec, SMALL, lengths=lengths), atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((2, 4), int), r"expected \[3, K\], a row for each spectrogram, got \(2, 4\)"),
+        (np.zeros(4, int), r"expected \[3, K\], a row for each spectrogram, got \(4,\)"),
+        (np.zeros((3, 4)), "expected whole numbers, got float"),
+        (np.full((3, 4), -1), "expected patches 0 to 20, got -1 to -1"),
+        (np.full((3, 4), 21), "expected patches 0 to 20, got 21 to 21"),
+    ],
+    ids=["rows", "axes", "type", "below", "above"],
+)
+def test_tokens_that_are_no_patches_are_refused(tokens, message, params, spec):
+    assert SMALL.num_tokens == 23
+    with pytest.raises(ValueError, match=f"tokens: {message}"):
+        ast_jax.apply(params, spec, SMALL, tokens=tokens)
+
+
+def test_rematerialisation_saves_memory_and_changes_no_gradient(params, spec):
+    """With dropout too, whose masks are drawn a second time."""
+    config = SMALL.replace(hidden_dropout_prob=0.2)
+
+    def total(params, again):
+        rngs = {"dropout": jax.random.key(0)}
+        return jnp.square(ast_jax.apply(params, spec, config, train=True, rngs=rngs, rematerialize=again)).sum()
+
+    gradients, memory = {}, {}
+    for again in (False, True):
+        compiled = jax.jit(jax.grad(functools.partial(total, again=again))).lower(params).compile()
+        gradients[again], memory[again] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
+    assert memory[True] < 0.7 * memory[False]
+    norm = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(gradients[False]))
+    for leaf, plain in zip(jax.tree.leaves(gradients[True]), jax.tree.leaves(gradients[False]), strict=True):
+        assert np.abs(leaf - plain).max() < 1e-5 * norm  # as in test_attention_implementations_agree
+    encoded = ast_jax.encode(params, spec, config, rematerialize=True, output_attentions=True)
+    assert encoded.attentions.shape == (3, 3, 4, 23, 23)
 
 
 @pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
@@ -254,7 +323,7 @@ def test_bfloat16_computes_in_half_and_answers_in_float32(params, spec):
 def test_layer_norm_statistics_are_float32_in_half_precision():
     """A mean of 300 under deviations of 1 is lost in bfloat16 sums, not in float32 ones."""
     x = 300 + jnp.tile(jnp.array([-2.0, 2.0]), 384)[None]
-    norm = model._layer_norm(1e-6, jnp.bfloat16)
+    norm = modules._layer_norm(1e-6, jnp.bfloat16)
     variables = norm.init(jax.random.key(0), x)
     got = norm.apply(variables, x.astype(jnp.bfloat16))
     np.testing.assert_allclose(np.asarray(got, np.float32), np.sign(x - 300), atol=1e-2)
@@ -316,7 +385,7 @@ def test_other_misfits_are_refused(params, spec):
     for wrong, said in (([0, 3, 65], "0 to 65"), ([-5, 64, 64], "-5 to 64")):
         with pytest.raises(ValueError, match=f"lengths: expected 0 to 64 frames, got {said}"):
             ast_jax.apply(params, spec, SMALL, lengths=wrong)
-    with pytest.raises(ValueError, match="lengths: expected whole numbers of frames, got float32"):
+    with pytest.raises(ValueError, match="lengths: expected whole numbers, got float32"):
         ast_jax.apply(params, spec, SMALL, lengths=[3.5, 3, 3])
     with pytest.raises(ValueError, match=r"key: expected a random key, got the number 3; pass jax\.random\.key\(3\)"):
         ast_jax.init(3, SMALL)
@@ -367,7 +436,7 @@ def test_activations_equal_transformers(name):
 
     x = np.linspace(-4, 4, 101, dtype=np.float32)
     want = ACT2FN[name](torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(model.ACTIVATIONS[name](x), want, atol=2e-6)  # float32 erf and tanh differ by as much
+    np.testing.assert_allclose(modules.ACTIVATIONS[name](x), want, atol=2e-6)  # float32 erf and tanh differ by as much
 
 
 def test_params_that_do_not_fit_the_config_are_refused(params, spec):

@@ -1,4 +1,4 @@
-"""Training against live transformers models: the losses, the gradient of every tensor, ten steps of torch's Adam."""
+"""Training against live transformers models: losses, the gradient of every tensor, ten steps of torch's optimizers."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 import torch_models
 
 import ast_jax
-from ast_jax import optimizers, train
+from ast_jax import optimizers
 from ast_jax.checkpoint import flatten
 from ast_jax.settings import TrainConfig
 
@@ -182,35 +182,49 @@ def test_one_wrong_gradient_is_seen(tmp_path):
         assert is_key_bias(name) or found[name] > GRADIENT_TOLERANCE[np.float32], name
 
 
-# Epochs of two steps: warm-up over four steps, halved at the end of epochs 2, 3 and 4. Quarters and powers of two are
-# exact in float32, in which `learning_rate_schedule` computes with x64 too: the rounding of others, 6e-8 of a step,
-# would hide what is sought. The rest are the defaults, which are the original's.
-PEAK = 2.0**-10
+# Epochs of two steps: warm-up over four steps, halved at the end of epochs 2, 3 and 4. The rest are the defaults, which
+# are the original's.
+PEAK = 1e-3
 RECIPE = TrainConfig(learning_rate=PEAK, warmup_steps=4, decay_start=2, decay_step=1, decay_factor=0.5, epochs=5)
 RATES = [PEAK * factor for factor in (1 / 4, 1 / 2, 3 / 4, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8)]
+BY_LAYER = dataclasses.replace(RECIPE, optimizer="adamw", weight_decay=0.05, layer_decay=0.75, head_multiplier=10.0)
 # Absolute, of parameters near 1. Adam divides by 1e-8 (its eps) at the least, so that the gradients' roundings, 1e-16
 # an element, become 1e-8 of a step of 1e-3; ten steps, each from where the last one led, stay below 1e-9.
 STEPS_TOLERANCE = 1e-9
 
 
+def multiplier(name):
+    """Return what a torch parameter's rate is multiplied by in `BY_LAYER`, for two blocks: by the definition."""
+    if name.startswith("classifier."):
+        return 10.0
+    if ".embeddings." in name:
+        return 0.75**3
+    return {"0": 0.75**2, "1": 0.75}[name.split(".")[2]] if ".layers." in name else 1.0
+
+
 @functools.lru_cache
-def torch_run(problem):
-    """Return parameters and config at the start, the batches, and torch's tensors after the original's Adam."""
+def torch_run(problem, training):
+    """Return parameters and config at the start, the batches, and torch's tensors after the steps of its optimizer."""
     with tempfile.TemporaryDirectory() as folder:
         model, params, config = live(folder, problem, np.float64)
         batches = [make_batch(problem, config, np.float64, seed) for seed in range(len(RATES))]
-        adam = torch.optim.Adam(model.parameters(), betas=(0.95, 0.999), weight_decay=5e-7)
+        multipliers = [multiplier(name) if training == BY_LAYER else 1.0 for name, _ in model.named_parameters()]
+        optimizer = (torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam)(
+            [{"params": [parameter]} for parameter in model.parameters()],
+            betas=(0.95, 0.999), weight_decay=training.weight_decay,
+        )  # fmt: skip
         for rate, batch in zip(RATES, batches, strict=True):
-            adam.param_groups[0]["lr"] = rate
+            for group, factor in zip(optimizer.param_groups, multipliers, strict=True):
+                group["lr"] = rate * factor
             torch_backward(model, *batch)
-            adam.step()
+            optimizer.step()
         return params, config, batches, torch_tensors(model, model.parameters(), f"{folder}/after")
 
 
-def steps_difference(problem, optimizer):
+def steps_difference(problem, optimizer, training=RECIPE):
     """Return the largest difference in any parameter after ten steps with an optimizer."""
-    params, config, batches, want = torch_run(problem)
-    before, opt_state = tensors(params), train.init_state(params, optimizer, RECIPE).opt_state
+    params, config, batches, want = torch_run(problem, training)
+    before, opt_state = tensors(params), jax.jit(optimizer.init)(params)
     for batch in batches:
         _, gradients = value_and_grad(params, batch, config)
         updates, opt_state = jax.jit(optimizer.update)(gradients, opt_state, params)
@@ -221,8 +235,8 @@ def steps_difference(problem, optimizer):
     return max(np.abs(got[key] - want[key]).max() for key in want)
 
 
-def recipe(**changes):
-    return optimizers.make_optimizer(dataclasses.replace(RECIPE, **changes), steps_per_epoch=2)
+def recipe(training=RECIPE, **changes):
+    return optimizers.make_optimizer(dataclasses.replace(training, **changes), steps_per_epoch=2)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -244,3 +258,14 @@ WRONG_OPTIMIZERS = {
 def test_wrong_optimizers_are_seen(mistake, x64):
     """Without a key bias, which the L2 term alone moves and which by itself would show AdamW."""
     assert steps_difference("regression of one", WRONG_OPTIMIZERS[mistake]()) > 1000 * STEPS_TOLERANCE
+
+
+def test_ten_steps_with_a_rate_for_every_layer_equal_torchs_parameter_groups(x64):
+    """AdamW with its decay apart, which by itself moves a key bias too little to be seen: hence without one."""
+    assert steps_difference("regression of one", recipe(BY_LAYER), BY_LAYER) < STEPS_TOLERANCE
+
+
+@pytest.mark.parametrize("changes", [{"layer_decay": 0.74}, {"head_multiplier": 9.0}, {"optimizer": "adam"}], ids=str)
+def test_wrong_rates_of_layers_are_seen(changes, x64):
+    found = steps_difference("regression of one", recipe(BY_LAYER, **changes), BY_LAYER)
+    assert found > 1000 * STEPS_TOLERANCE

@@ -10,7 +10,9 @@ size they do better, and a transformer that learns from their scores does better
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 
@@ -74,8 +76,8 @@ def main() -> None:
     dataset = datasets.read_dataset(options.data, options.seed)
     examples, labels, size = dataset.splits["train"], dataset.labels, AUGMENTATION.batch_size
     frontend = FrontendConfig(max_length=256, padding_value=FLOOR)
-    mean, std = survey.statistics(examples, frontend)
-    frontend = frontend.replace(mean=round(mean, 4), std=round(std, 4))
+    found = survey.statistics(examples, frontend, limit=1000)
+    frontend = frontend.replace(mean=round(found.mean, 4), std=round(found.std, 4))
     network = Network(len(labels))
     root = jax.random.key(options.seed)
     blank = jnp.zeros((1, frontend.max_length, frontend.num_mel_bins))
@@ -105,17 +107,17 @@ def main() -> None:
         return sum(network.apply(member, spec) for member in params) / len(params)
 
     evaluate = jax.jit(scores)
+    training = dataclasses.replace(AUGMENTATION, batch_size=size, epochs=options.epochs, seed=options.seed)
+    batches = data.train_batches(examples, frontend, len(labels), training)
     for epoch in range(options.epochs):
         began, losses = time.monotonic(), []
-        batches = data.train_batches(
-            examples, frontend, len(labels), batch_size=size, seed=options.seed, epoch=epoch, mixup=AUGMENTATION.mixup
-        )
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(itertools.islice(batches, steps)):
             params, state, value = step(params, state, batch, epoch * steps + number)
             losses.append(value)
         results = [
-            (np.asarray(evaluate(params, batch["waveform"], batch["num_samples"]))[:real], batch["labels"][:real])
-            for batch, real in data.eval_batches(dataset.splits["validation"], frontend, len(labels), batch_size=size)
+            (np.asarray(evaluate(params, batch["waveform"], batch["num_samples"]))[use], batch["labels"][use])
+            for batch in data.eval_batches(dataset.splits["validation"], frontend, len(labels), batch_size=size)
+            for use in (batch["usable"],)
         ]
         precisions = metrics.average_precisions(*map(np.concatenate, zip(*results, strict=True)))
         print(

@@ -1,0 +1,102 @@
+"""What every command of the command line shares: the app, errors as one line, and text that fits one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what shells report for SIGINT
+EXIT_PIPE = 141  # and for SIGPIPE
+
+app = typer.Typer(
+    name="ast-jax",
+    help="The Audio Spectrogram Transformer in JAX: name what is in a sound, convert checkpoints, fine-tune.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "Name of a shipped model, a checkpoint folder, PyTorch weights (folder or file), or a Hub id."
+
+SIZE = ("max_length", "num_mel_bins", "frequency_stride", "time_stride")
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=16, help="Another input length, frames of 10 ms.")]
+NumMelBins = Annotated[int | None, typer.Option("--num-mel-bins", min=16, help="Another number of mel bins.")]
+FrequencyStride = Annotated[
+    int | None, typer.Option("--frequency-stride", min=1, help="Another step between patches in mel bins.")
+]
+TimeStride = Annotated[int | None, typer.Option("--time-stride", min=1, help="Another step between patches in frames.")]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the library's exceptions for users into one line on stderr and exit status 1."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or Python would complain of it once more at its end
+        raise typer.Exit(EXIT_PIPE) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        complain(str(error).replace("\n", " "))
+        raise typer.Exit(1) from None
+    except RuntimeError as error:  # XLA's, which has no class of its own for it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        complain(f"the device is out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size or model")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        complain("stopped")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def complain(message: str) -> None:
+    """Print one line on stderr."""
+    print(f"ast-jax: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def wrong_usage(message: str) -> NoReturn:
+    """Print one line on stderr and exit with status 2."""
+    complain(message)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def one_line(text: str) -> str:
+    """Return a text with its control characters, line ends among them, and undecodable bytes escaped."""
+    special = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(special, lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def json_line(content: Any, indent: int | None = None) -> str:
+    """Return JSON text that stdout can take: other characters than ASCII as they are where it has them."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(content, indent=indent)
+    return text
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        import importlib.metadata
+
+        print(f"ast-jax {importlib.metadata.version('ast-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Take what comes before a command."""

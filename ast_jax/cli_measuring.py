@@ -1,0 +1,159 @@
+"""Commands that measure: evaluate, check-data, stats; and average, which makes something to measure."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from .cli_common import MODEL_HELP, app, json_line, one_line, user_errors, wrong_usage
+from .cli_training import (
+    DATA_HELP,
+    Fold,
+    LabelFile,
+    TestData,
+    ValidationData,
+    Workers,
+    need_train_extra,
+    reading_of,
+)
+
+
+@app.command()
+def evaluate(
+    models_and_data: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL... DATA", help=f"{MODEL_HELP} Several make an ensemble. DATA as finetune's."),
+    ],
+    split: Annotated[
+        str | None,
+        typer.Option(help="train, validation, test, or all. Default: test where there is one, else validation."),
+    ] = None,
+    test: TestData = None,
+    validation: ValidationData = None,
+    label_file: LabelFile = None,
+    fold: Fold = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Score from which on a label counts as said.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Over all devices.")] = 32,
+    workers: Workers = None,
+    output: Annotated[
+        pathlib.Path | None, typer.Option("--output", "-o", help="Folder for report.json and pictures.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure models on a data set: mAP, AUC, d-prime, accuracy, F1, every class; several models as an ensemble.
+
+    An ensemble is the mean of the models' scores. They may differ in everything but the labels they know: each hears
+    the sounds in its own way.
+    """
+    if len(models_and_data) < 2:
+        wrong_usage("evaluate: expected a model and a data set, got one of them")
+    *models, source = models_and_data
+    with user_errors():
+        need_train_extra("evaluate")
+        from .measuring import measure
+
+        reading = reading_of((validation, test, label_file, fold))
+        workers = 0 if workers is None else workers
+        measured = measure(
+            models, source, reading, split=split, threshold=threshold, batch_size=batch_size, num_workers=workers,
+            output=output,
+        )  # fmt: skip
+        if as_json:
+            print(json_line(measured.to_json_dict(), indent=2))
+        else:
+            print(*map(one_line, measured.lines()), sep="\n")
+
+
+@app.command()
+def average(
+    models: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Checkpoints or runs; of a run its best, or --epochs.")
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The checkpoint folder to write.")],
+    epochs: Annotated[
+        str | None, typer.Option(help="Of each run that was trained with --keep-epochs: FIRST-LAST, as 6-25.")
+    ] = None,
+) -> None:
+    """Average the weights of several epochs or runs into one model (the paper's weight averaging)."""
+    with user_errors():
+        from .checkpoint import check_destination, load, save
+        from .evaluation import average as mean_of
+        from .runs import checkpoints_of
+
+        check_destination(output)
+        folders = [folder for model in models for folder in checkpoints_of(model, epochs)]
+        save(output, mean_of([load(folder) for folder in folders]))
+        print(f"checkpoint: {output}, the mean of {len(folders)}")
+
+
+@app.command("check-data")
+def check_data(
+    data: Annotated[pathlib.Path, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    validation: ValidationData = None,
+    test: TestData = None,
+    label_file: LabelFile = None,
+    fold: Fold = None,
+    max_length: Annotated[int, typer.Option(min=16, help="The model's input, frames of 10 ms.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look through a data set before training: counts, lengths, rates, bad, silent and doubled sounds, leakage.
+
+    The exit status is 1 where something is wrong with it.
+    """
+    with user_errors():
+        from .config import FrontendConfig
+        from .datasets import read_dataset
+        from .survey import survey
+
+        dataset = read_dataset(data, **reading_of((validation, test, label_file, fold)))
+        found = survey(dataset, FrontendConfig(max_length=max_length))
+        if as_json:
+            print(json_line(found.to_json_dict(), indent=2))
+        else:
+            print(*map(one_line, [*dataset.notes, *found.lines()]), sep="\n")
+        if found.problems:
+            raise typer.Exit(1)
+
+
+@app.command()
+def stats(
+    data: Annotated[pathlib.Path, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    label_file: LabelFile = None,
+    fold: Fold = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    max_length: Annotated[int, typer.Option(min=16, help="Frames of 10 ms that count of each sound.")] = 1024,
+    num_mel_bins: Annotated[int, typer.Option(min=16, help="Mel bins.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many sounds, drawn at random; default: all.")] = None,
+    as_original: Annotated[
+        bool,
+        typer.Option(
+            "--as-original", help="As the original's script: masked, mixed, padded, means of batches. Biased."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the mean and standard deviation of a data set's features, for --mean and --std of finetune."""
+    with user_errors():
+        from .config import FrontendConfig
+        from .datasets import read_dataset
+        from .survey import statistics, statistics_as_original
+
+        dataset = read_dataset(data, **reading_of((None, None, label_file, fold)))
+        if split not in dataset.splits:
+            wrong_usage(f"--split: expected {', '.join(dataset.splits)}, got {split!r}")
+        frontend = FrontendConfig(max_length=max_length, num_mel_bins=num_mel_bins)
+        measure = statistics_as_original if as_original else statistics
+        found = measure(dataset.splits[split], frontend, limit=limit, seed=seed)
+        if as_json:
+            print(json_line(found._asdict()))
+        else:
+            skipped = f", {found.skipped} skipped" if found.skipped else ""
+            print(f"mean {found.mean:.7g}  std {found.std:.7g}  ({found.clips} sounds{skipped})")
+            print(
+                "as the original measured them, masked, mixed and padded: for comparison only"
+                if as_original
+                else f"finetune takes them as: --mean {found.mean:.7g} --std {found.std:.7g}"
+            )

@@ -1,0 +1,370 @@
+"""The command that trains: finetune."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import json
+import logging
+import pathlib
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from .cli_common import (
+    EXIT_INTERRUPTED,
+    SIZE,
+    FrequencyStride,
+    MaxLength,
+    NumMelBins,
+    TimeStride,
+    app,
+    complain,
+    user_errors,
+    wrong_usage,
+)  # fmt: skip
+from .settings import TrainConfig
+
+READING = ("validation", "test", "label_file", "fold")
+DATA_HELP = (
+    "A folder per class; a manifest (CSV, TSV, JSONL: path, label, and split, start, end); the original's JSON; "
+    "ESC-50 or Speech Commands as downloaded; a folder that Hugging Face's datasets saved."
+)
+PANELS = {
+    "Learning rate": (
+        "optimizer", "learning_rate", "schedule", "warmup_steps", "warmup_hold", "decay_start", "decay_step",
+        "decay_factor", "layer_decay", "head_multiplier", "freeze_layers", "linear_probe", "weight_decay", "clip_norm",
+        "beta1", "beta2",
+    ),
+    "Augmentation": (
+        "balanced", "mixup", "frequency_mask", "time_mask", "frequency_shift", "time_shift", "noise", "ramp_epochs",
+        "patchout_frequency", "patchout_time", "patchout", "label_smoothing", "teacher_weight",
+    ),
+}  # fmt: skip
+
+
+class ProblemType(enum.StrEnum):
+    """What the labels mean."""
+
+    single_label = "single_label_classification"
+    multi_label = "multi_label_classification"
+
+
+class Parallel(enum.StrEnum):
+    """How a step is spread over devices."""
+
+    pmap = "pmap"
+    jit = "jit"
+
+
+ValidationData = Annotated[
+    pathlib.Path | None, typer.Option("--validation-data", help="Another data set for validation, of any layout.")
+]
+TestData = Annotated[pathlib.Path | None, typer.Option("--test-data", help="Another data set for the test split.")]
+LabelFile = Annotated[
+    pathlib.Path | None,
+    typer.Option("--labels", help="File that fixes names and order of labels; for the original's JSON its label CSV."),
+]
+Fold = Annotated[str | None, typer.Option("--fold", help="The fold to validate on, where the data have folds.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, show_default="half of the cores", help="Processes that decode; 0: threads.")
+]
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every training setting; those that were given reach it as `settings`."""
+    hints = typing.get_type_hints(TrainConfig)
+    fields = dataclasses.fields(TrainConfig)
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    options = []
+    for field in fields:
+        names = [f"--{field.name.replace('_', '-')}", *(["--lr"] if field.name == "learning_rate" else [])]
+        if hints[field.name] is bool:
+            names = [f"{names[0]}/--no-{names[0][2:]}"]
+        panel = next((title for title, members in PANELS.items() if field.name in members), "Training")
+        default = {True: "on", False: "off"}.get(field.default, field.default)
+        text = f"{field.metadata['help'][0].upper()}{field.metadata['help'][1:]}."
+        option = typer.Option(*names, help=text, show_default=str(default), rich_help_panel=panel)
+        annotation = Annotated[hints[field.name] | None, option]
+        options.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        settings = {field.name: given.pop(field.name) for field in fields}
+        command(settings={name: value for name, value in settings.items() if value is not None}, **given)
+
+    del wrapped.__wrapped__  # typer would look through it
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own if parameter.name != "settings"
+    ]
+    wrapped.__signature__ = inspect.Signature([*parameters, *options])
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *options]}
+    return wrapped
+
+
+@app.command()
+@_with_settings
+def finetune(
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The run's folder.")],
+    data: Annotated[
+        pathlib.Path | None,
+        typer.Argument(
+            metavar="DATA", show_default=False, help=f"{DATA_HELP} With --resume: where it lies now, if it was moved."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The paper's settings: audioset-full, audioset-balanced, esc50 or speechcommands; any other option "
+            "overrides its own."
+        ),
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", help="Model to start from (as --model of classify); default: from scratch.")
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option("--architecture", help="From scratch: tiny (default), small, base, or a config.json."),
+    ] = None,
+    max_length: MaxLength = None,
+    num_mel_bins: NumMelBins = None,
+    frequency_stride: FrequencyStride = None,
+    time_stride: TimeStride = None,
+    mean: Annotated[
+        float | None, typer.Option(help="Mean of the features; default: the recipe's, the model's, or measured.")
+    ] = None,
+    std: Annotated[float | None, typer.Option(help="Their standard deviation.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output from its last saved state.")
+    ] = False,
+    problem_type: Annotated[
+        ProblemType | None, typer.Option("--problem-type", help="Default: multi-label if any file has several labels.")
+    ] = None,
+    validation: ValidationData = None,
+    test: TestData = None,
+    label_file: LabelFile = None,
+    fold: Fold = None,
+    cross_validate: Annotated[
+        bool | None,
+        typer.Option("--cross-validate/--no-cross-validate", help="A run for each fold of the data, and their mean."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Model, or jax.export program (*.stablehlo), whose scores soften the labels."),
+    ] = None,
+    keep_epochs: Annotated[
+        bool, typer.Option("--keep-epochs", help="Keep every epoch's checkpoint, in RUN/epochs.")
+    ] = False,
+    parallel: Annotated[Parallel, typer.Option(help="How steps are spread over devices.")] = Parallel.pmap,
+    workers: Workers = None,
+    save_minutes: Annotated[float, typer.Option(help="Between states within an epoch.")] = 10.0,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="One of several processes that find each other (TPU pod, SLURM).")
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the first of several processes that are told of each other.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="How many these are.")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="Which of them this is.")] = None,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Train on your own sounds; needs the extra `train`.
+
+    States are saved while it trains: after a kill, Ctrl-C or SIGTERM, --output RUN --resume goes on with the settings
+    that the run was started with, and gives what it would have given. RUN/best is the checkpoint of the best epoch on
+    the validation split.
+    """
+    from .signals import EXIT_TERMINATED, Terminated
+
+    size = dict(zip(SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
+    reading = reading_of((validation, test, label_file, fold))
+    if data is None and not resume:
+        wrong_usage("finetune: expected DATA, a folder per class or a manifest, got none")
+    if init and architecture:
+        wrong_usage("--init: brings its own architecture; leave out --architecture")
+    if (mean is None) != (std is None):
+        wrong_usage("--mean and --std: expected both or none, got one")
+    if coordinator is None and (num_processes is not None or process_id is not None):
+        wrong_usage("--num-processes and --process-id: expected with --coordinator only")
+    with user_errors():
+        need_train_extra("finetune")
+        _join(distributed, coordinator, num_processes, process_id)
+        from . import crossval, runs
+        from . import finetune as tuning
+        from .checkpoint import load
+        from .loop import Machine
+
+        chosen = _recipe(recipe)
+        initial = load(init, **_sized(size, chosen)) if init and not resume else None
+        training = _training(chosen, settings, initial)
+        problem = problem_type.value if problem_type else (chosen.problem_type if chosen and not resume else None)
+        try:
+            machine = Machine(parallel.value, workers, save_minutes)
+            if resume:
+                asked = {
+                    **settings, **size, "init": init, "architecture": architecture, "teacher": teacher,
+                    "problem_type": problem_type.value if problem_type else None,
+                }  # fmt: skip
+                if crossval.is_cross_validation(output):
+                    _refuse_others(output, settings, vars(crossval.read_training(output)))
+                    crossval.resume(output, data, machine=machine)
+                    return
+                _refuse_contradictions(output, runs.read_run(output), asked)
+                best = tuning.resume(output, data, machine=machine)
+            else:
+                if chosen:
+                    print(*chosen.lines(_others(chosen, training)), sep="\n")
+                statistics = None if mean is None else (mean, std)
+                if chosen and mean is None:
+                    statistics = chosen.frontend["mean"], chosen.frontend["std"]
+                preset = architecture or ("base" if chosen else "tiny")
+                given = {
+                    "architecture": None if init else _architecture(preset, _sized(size, chosen)),
+                    "initial": initial, "problem_type": problem, "statistics": statistics,
+                    "teacher": teacher, "keep_epochs": keep_epochs, "reading": reading, "machine": machine,
+                    "notes": {"recipe": recipe} if recipe else {},
+                }  # fmt: skip
+                folds = (chosen is not None and chosen.cross_validate) if cross_validate is None else cross_validate
+                if folds and not fold:
+                    crossval.start(data, output, training, **given)
+                    return
+                best = tuning.start(data, output, training, **given)
+        except (KeyboardInterrupt, Terminated) as stopped:
+            command = shlex.join(["ast-jax", "finetune", "--output", str(output), "--resume"])
+            resumable = runs.can_resume(output) or crossval.is_cross_validation(output)
+            complain(f"stopped; go on with: {command}" if resumable else "stopped")
+            raise typer.Exit(EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED) from None
+        if best is not None:  # only the first of several processes has it
+            print(f"best epoch: {json.dumps(best.metadata['epoch'])}")
+            print(f"checkpoint: {output / 'best'}")
+
+
+def _join(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Meet the other processes, where there are several."""
+    if distributed or coordinator:
+        import jax
+
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _recipe(name: str | None) -> Any:
+    """Return a recipe by its name."""
+    if name is None:
+        return None
+    from .recipes import RECIPES
+
+    if name not in RECIPES:
+        wrong_usage(f"--recipe: expected {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def _sized(size: dict[str, int | None], recipe: Any) -> dict[str, int | None]:
+    """Return the input that is asked for: by options, else by the recipe."""
+    if recipe is None or size["max_length"] is not None:
+        return size
+    return {**size, "max_length": recipe.frontend["max_length"]}
+
+
+def _training(recipe: Any, settings: dict[str, Any], initial: Any) -> TrainConfig:
+    """Return the settings that options and recipe make; a wrong one is wrong usage."""
+    try:
+        if recipe is None:
+            return TrainConfig(**settings)
+        if recipe.learning_rate_from_scratch and not _has_heard(initial):
+            settings = {"learning_rate": recipe.learning_rate_from_scratch, **settings}
+        return recipe.settings(**settings)
+    except ValueError as error:
+        wrong_usage(_option(*str(error).split(":", 1)))
+
+
+def _has_heard(initial: Any) -> bool:
+    """Whether a model to start from has learned from sounds, and not from pictures alone."""
+    from .adapt import started_from_pictures
+
+    return initial is not None and not started_from_pictures(initial)
+
+
+def _others(recipe: Any, training: TrainConfig) -> dict[str, Any]:
+    """Return the settings that are not the recipe's own."""
+    own = vars(recipe.settings())
+    return {name: value for name, value in vars(training).items() if value != own[name]}
+
+
+def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]) -> None:
+    """Say which of the options given together with --resume (None: not given) the run was not started with."""
+    size = {name: getattr(run.config, name) for name in SIZE}
+    has = {**vars(run.training), **size, "problem_type": run.config.problem_type}
+    if asked["teacher"]:
+        names = asked["teacher"], str(pathlib.Path(asked["teacher"]).absolute())
+        has["teacher"] = asked["teacher"] if run.teacher in names else None
+    if asked["architecture"]:
+        own = {name: getattr(run.config, name) for name in ("num_labels", "id2label", "problem_type")}
+        same = _architecture(asked["architecture"], size).replace(**own) == run.config
+        has["architecture"] = asked["architecture"] if same else None
+    if asked["init"]:
+        from .checkpoint import load
+
+        same = load(asked["init"], **size).metadata == run.metadata.get("trained_from")
+        has["init"] = asked["init"] if same else None
+    _refuse_others(output, asked, has)
+
+
+def _refuse_others(output: pathlib.Path, asked: dict[str, Any], has: dict[str, Any]) -> None:
+    """Name the options whose value is another than the run's."""
+    wrong = sorted(_option(name) for name, value in asked.items() if value is not None and value != has[name])
+    if wrong:
+        wrong_usage(
+            f"--resume: goes on with the settings that the run in {output} was started with, which are other than "
+            f"these; leave out {', '.join(wrong)}"
+        )
+
+
+def _option(name: str, *message: str) -> str:
+    """Return a setting's name as the command line has it, and what is said of it."""
+    return ":".join([f"--{name.replace('_', '-')}", *message])
+
+
+def _architecture(name: str, size: dict[str, int | None]) -> Any:
+    """Return the `ASTConfig` of a preset or of a `config.json`, with the input that is asked for."""
+    from .checkpoint import read_config
+    from .config import PRESETS, ASTConfig
+
+    if name in PRESETS:
+        config = PRESETS[name]()
+    elif pathlib.Path(name).is_file():
+        config = read_config(ASTConfig, pathlib.Path(name))
+    else:
+        wrong_usage(f"--architecture: expected {', '.join(PRESETS)} or a config.json, got {name!r}")
+    return config.replace(**{name: value for name, value in size.items() if value is not None})
+
+
+def need_train_extra(command: str) -> None:
+    """Say which command installs what training needs, where it is missing; keep Orbax from talking in between."""
+    import importlib.util
+
+    needed = ("grain", "sklearn", "tensorboard", "matplotlib")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{command} needs {' and '.join(missing)}; install it with: pip install 'ast-jax[train]'")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # tracebacks of what is told in a line here
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # tensorstore, of the writes beside one that failed
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def reading_of(values: Sequence[Any]) -> dict[str, str]:
+    """Return the arguments of `read_dataset` that were given."""
+    return {name: str(value) for name, value in zip(READING, values, strict=True) if value is not None}

@@ -1,0 +1,203 @@
+"""Cross-validation: a run for each fold of a data set, in one folder, and the table of what they gave.
+
+RUN/
+  cross_validation.json     what was asked for
+  initial/                  the checkpoint that every fold starts from, where there is one
+  fold-N/                   the run in which fold N is the validation split, see `runs`
+  folds.csv, folds.json     the results of the folds that are done, and their mean
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import datasets, finetune, runs
+from .checkpoint import Checkpoint, load, save
+from .config import ASTConfig
+from .datasets import DataError
+from .files import sole_use, write_text
+from .loop import Machine, is_over
+from .settings import TrainConfig
+
+ASKED_FILE = "cross_validation.json"
+INITIAL = "initial"
+
+Say = Callable[[str], None]
+
+
+def start(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    training: TrainConfig,
+    *,
+    initial: Checkpoint | None = None,
+    architecture: ASTConfig | None = None,
+    reading: dict[str, Any] | None = None,
+    machine: Machine = Machine(),  # noqa: B008 (frozen)
+    say: Say = print,
+    **others: Any,
+) -> list[dict[str, Any]]:
+    """Train on all folds but one, for each one in turn.
+
+    Args:
+        source: a data set with folds, see `datasets.read_dataset`.
+        output: folder, new or empty.
+        training: the settings of every fold.
+        initial: as in `finetune.start`.
+        architecture: likewise.
+        reading: likewise.
+        machine: likewise.
+        say: where progress is told.
+        **others: further arguments of `finetune.start` that JSON can hold: problem_type, statistics, teacher,
+            keep_epochs, notes.
+
+    Returns:
+        A row for each fold, see `table`.
+
+    Raises:
+        DataError: the data set has no folds.
+        ValueError: as `finetune.start`.
+    """
+    output = pathlib.Path(output)
+    folds = datasets.read_dataset(source, training.seed, **(reading or {})).folds
+    if not folds:
+        raise DataError(
+            f"{source}: expected a data set with folds, as ESC-50's or a manifest's column fold, found none"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    if any(output.iterdir()):
+        raise ValueError(
+            f"{output}: expected a new or empty folder; go on with what is in it (--resume) or choose another"
+        )
+    if initial is not None:
+        save(output / INITIAL, initial)
+    asked = {
+        "folds": folds, "source": str(pathlib.Path(source).absolute()), "training": dataclasses.asdict(training),
+        "architecture": architecture.to_json_dict() if architecture else None, "reading": reading or {},
+        "others": others,
+    }  # fmt: skip
+    write_text(output / ASKED_FILE, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+    return resume(output, machine=machine, say=say)
+
+
+def is_cross_validation(output: str | pathlib.Path) -> bool:
+    """Whether a folder holds a cross-validation."""
+    return (pathlib.Path(output) / ASKED_FILE).is_file()
+
+
+def read_training(output: str | pathlib.Path) -> TrainConfig:
+    """Return the settings that a cross-validation was started with.
+
+    Raises:
+        ValueError: its description is damaged.
+    """
+    return TrainConfig(**_asked(pathlib.Path(output))["training"])
+
+
+def _asked(output: pathlib.Path) -> dict[str, Any]:
+    """Read what was asked for."""
+    path = output / ASKED_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: content[name] for name in ("folds", "source", "training", "architecture", "reading", "others")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the file as finetune wrote it ({error}); start again") from error
+
+
+def resume(
+    output: str | pathlib.Path,
+    source: str | pathlib.Path | None = None,
+    *,
+    machine: Machine = Machine(),  # noqa: B008 (frozen)
+    say: Say = print,
+) -> list[dict[str, Any]]:
+    """Go on with a cross-validation: with the fold that is under way, then with those that are not begun.
+
+    Args:
+        output: its folder.
+        source: where the data set lies now, if it was moved.
+        machine: as in `finetune.start`.
+        say: where progress is told.
+
+    Returns:
+        A row for each fold, see `table`.
+
+    Raises:
+        ValueError: the folder holds none, or a damaged one.
+    """
+    output = pathlib.Path(output)
+    asked = _asked(output)
+    source = asked["source"] if source is None else source
+    initial = load((output / INITIAL).absolute()) if (output / INITIAL).is_dir() else None
+    architecture = ASTConfig.from_json_dict(asked["architecture"]) if asked["architecture"] else None
+    with sole_use(output):
+        for number, fold in enumerate(asked["folds"], 1):
+            folder = output / f"fold-{fold}"
+            say(f"fold {fold} ({number} of {len(asked['folds'])})")
+            if runs.can_resume(folder):
+                finetune.resume(folder, source, machine=machine, say=say)
+            else:
+                finetune.start(
+                    source, folder, TrainConfig(**asked["training"]), initial=initial, architecture=architecture,
+                    reading={**asked["reading"], "fold": fold}, machine=machine, say=say, **asked["others"],
+                )  # fmt: skip
+            rows = _write_table(output, asked["folds"])
+    for line in lines(rows):
+        say(line)
+    return rows
+
+
+def _write_table(output: pathlib.Path, folds: Sequence[str]) -> list[dict[str, Any]]:
+    """Write the results there are, and return them."""
+    histories = {}
+    for fold in folds:
+        state = runs.newest_state(output / f"fold-{fold}")
+        if state is not None:
+            record = runs.read_record(state)
+            with contextlib.suppress(ValueError):
+                if is_over(record.history, runs.read_run(output / f"fold-{fold}").training):
+                    histories[fold] = record.history
+    rows = table(histories)
+    if rows:
+        write_text(output / "folds.csv", runs.csv_text(rows))
+        write_text(output / "folds.json", runs.json_text(rows))
+    return rows
+
+
+def table(histories: dict[str, runs.History]) -> list[dict[str, Any]]:
+    """Return a row for each fold, and their mean: the metric of the last and of the best epoch, and which that was.
+
+    Which epoch is best is chosen on the fold that is measured: the last epoch's is the honest figure, and the one
+    that compares.
+    """
+    rows = []
+    for fold, history in histories.items():
+        metric, best = runs.metric_of(history) or "train_loss", runs.best_row(history)
+        rows.append({
+            "fold": fold, "metric": metric, "last": history[-1][metric], "best": best[metric],
+            "best_epoch": best["epoch"],
+        })  # fmt: skip
+    if rows:
+        mean = {name: float(np.mean([row[name] for row in rows])) for name in ("last", "best")}
+        rows.append({"fold": "mean", "metric": rows[0]["metric"], **mean, "best_epoch": ""})
+    return rows
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table for the terminal."""
+    title = f"{'fold':>6}  {'last epoch':>10}  {'best epoch':>10}  ({rows[0]['metric']})"
+    return [
+        title,
+        *(
+            f"{row['fold']:>6}  {row['last']:>10.4f}  {row['best']:>10.4f}"
+            + (f"  (epoch {row['best_epoch']})" if row["best_epoch"] else "")
+            for row in rows
+        ),
+    ]

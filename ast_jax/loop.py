@@ -1,0 +1,417 @@
+"""The loop over the epochs of a run.
+
+It owns nothing but its place: order, mixup and the device's random keys depend on (seed, step, row), and all the rest
+is in the state. So a run that was stopped anywhere, and goes on from a saved state, is the run itself.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import data, datasets, distill, model, optimizers, plots, runs, train
+from .board import Board
+from .checkpoint import Checkpoint, load, save
+from .datasets import DataError, DataSet
+from .evaluation import Evaluator, Predictions
+from .files import write_text
+from .losses import loss
+from .metrics import evaluate_logits, report, report_lines, scores
+from .parallel import METHODS, DataParallel, from_first, json_from_first
+from .runs import Record, Run, States
+from .settings import TrainConfig
+from .signals import held_back, stop
+
+LAG = 4  # steps whose losses are not looked at yet, so that the device need not wait for the host
+NAMED = 8  # files of a batch that a message names
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How a run is carried out; another one gives the same run, to rounding.
+
+    Attributes:
+        parallel: "pmap" or "jit", see `parallel.METHODS`.
+        num_workers: processes that decode; 0 uses threads, None half of the cores.
+        save_minutes: between states within an epoch; each epoch's end is one anyway.
+    """
+
+    parallel: str = "pmap"
+    num_workers: int | None = 0
+    save_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.parallel not in METHODS:
+            raise ValueError(f"parallel: expected {' or '.join(METHODS)}, got {self.parallel!r}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers: expected 0 or more, got {self.num_workers}")
+        if not self.save_minutes > 0:
+            raise ValueError(f"save_minutes: expected more than 0, got {self.save_minutes}")
+
+    @property
+    def workers(self) -> int:
+        """How many processes decode."""
+        return data.default_workers() if self.num_workers is None else self.num_workers
+
+
+class Arrays(NamedTuple):
+    """What a state saves.
+
+    Attributes:
+        state: parameters, optimizer, moving average.
+        mean: of the epochs' parameters from `average_from` on, or None.
+        total: [N, C] the sum of the epochs' validation scores, or None.
+        usable: [N] which validation sounds could be read every time, or None.
+    """
+
+    state: train.TrainState
+    mean: Any
+    total: np.ndarray | None
+    usable: np.ndarray | None
+
+
+def is_over(history: runs.History, training: TrainConfig) -> bool:
+    """Whether a run has had its epochs, or as many without a better one as its patience allows."""
+    if not history or len(history) >= training.epochs:
+        return bool(history)
+    return bool(training.patience) and len(history) - runs.best_row(history)["epoch"] >= training.patience
+
+
+class Loop:
+    """One run under way in this process."""
+
+    def __init__(
+        self,
+        run: Run,
+        dataset: DataSet,
+        params: Any,
+        folder: pathlib.Path,
+        saved: tuple[Record, pathlib.Path | None] | None,
+        machine: Machine,
+        say: Say,
+    ):
+        """Set up steps and state, the latter from a saved one where there is one."""
+        self.run, self.folder, self.machine, self.say = run, folder, machine, say
+        self.first = not jax.process_index()
+        training = run.training
+        self.examples, self.validation = dataset.splits["train"], dataset.splits["validation"]
+        self.test = dataset.splits["test"]
+        self.parallel: DataParallel = METHODS[machine.parallel]()
+        self.parallel.check_batch_size(training.batch_size, training.accumulate)
+        self.steps_per_epoch = len(self.examples) // training.batch_size
+        if not self.steps_per_epoch:
+            raise DataError(f"{run.data['source']}: its training examples have become less than one batch")
+        optimizer = optimizers.make_optimizer(training, self.steps_per_epoch)
+        self.rates = optimizers.epoch_rates(training, self.steps_per_epoch)
+        self.step = self.parallel.wrap_train(
+            functools.partial(
+                train.train_step, config=run.config, frontend=run.frontend, training=training, optimizer=optimizer,
+                steps_per_epoch=self.steps_per_epoch,
+            )
+        )  # fmt: skip
+        self.soften = _softener(run, self.parallel)
+        state = train.init_state(params, optimizer, training)
+        shape = (len(self.validation), run.config.num_labels)
+        self.arrays = Arrays(
+            state,
+            jax.tree.map(np.zeros_like, state.params) if training.average_from else None,
+            np.zeros(shape) if self.validation else None,
+            np.ones(shape[0], bool) if self.validation else None,
+        )
+        self.resumed = saved is not None
+        sizes = [len(self.examples), len(self.validation)]
+        self.record = Record(seed=training.seed, sizes=sizes)
+        if saved is not None:
+            self.record = saved[0]
+            if self.record.sizes != sizes:
+                raise DataError(
+                    f"{run.data['source']}: expected {self.record.sizes[0]} examples for training and "
+                    f"{self.record.sizes[1]} for validation, found {sizes[0]} and {sizes[1]}; give it the data it was "
+                    "started with"
+                )
+            found = runs.restore_arrays(saved[1], self.arrays) if self.first else self.arrays
+            self.arrays = from_first(found)
+        self.pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
+
+    def train(self) -> Checkpoint:
+        """Train to the end, and return the best epoch's checkpoint."""
+        training, record = self.run.training, self.record
+        with contextlib.ExitStack() as stack:
+            self.came = stack.enter_context(held_back())
+            self.states = stack.enter_context(States(self.folder))
+            if self.first:
+                write_text(self.folder / runs.RUN_FILE, self.run.to_json())
+            if self.resumed:
+                self._publish(self.arrays.state.kept)
+            else:  # the start too, so that a kill in the first epoch can be resumed
+                self.states.save(record, jax.tree.map(np.array, self.arrays), wait=True)
+            self.board = stack.enter_context(Board(self.folder / runs.TENSORBOARD, record.history, write=self.first))
+            self.say(
+                f"{len(self.examples)} training examples, {len(self.validation)} for validation, "
+                f"{self.run.config.num_labels} labels, {model.num_params(self.arrays.state.params):,} parameters, "
+                f"{len(self.parallel.devices)} {self.parallel.devices[0].platform} device(s)"
+            )
+            if not self.validation:
+                self.say("no validation examples: the best epoch will be the one with the lowest training loss")
+            self.state = self.parallel.replicate(self.arrays.state)
+            self.arrays = self.arrays._replace(state=None)
+            self.saved_at = time.monotonic()
+            self.evaluator = self._evaluator(self.validation, training.epochs)
+            stack.callback(self.evaluator.close)
+            if not is_over(record.history, training):
+                self.say("the first step takes longest: it is compiled")
+                self._epochs()
+            best = self._finish()
+        return best
+
+    def _evaluator(self, examples: list[datasets.Example], passes: int) -> Evaluator:
+        """Return what evaluates parameters on some examples."""
+        return Evaluator(
+            examples, self.run.config, self.run.frontend, self.parallel,
+            batch_size=self.run.training.batch_size, passes=passes, num_workers=self.machine.workers,
+        )  # fmt: skip
+
+    def _epochs(self) -> None:
+        """Take the epochs that are left."""
+        training, record = self.run.training, self.record
+        batches = data.train_batches(
+            self.examples, self.run.frontend, self.run.config.num_labels, training,
+            first_step=record.step, rows=self.parallel.rows(training.batch_size), num_workers=self.machine.workers,
+        )  # fmt: skip
+        with contextlib.closing(batches):
+            while not is_over(record.history, training):
+                began = time.monotonic()
+                epoch = len(record.history) + 1
+                with _progress(f"epoch {epoch}/{training.epochs}", self.steps_per_epoch) as advance:
+                    advance(record.step - (epoch - 1) * self.steps_per_epoch)
+                    while record.step < epoch * self.steps_per_epoch:
+                        self._stop_if_asked(between_steps=True)
+                        self._take(next(batches))
+                        advance(1)
+                        if time.monotonic() - self.saved_at > 60 * self.machine.save_minutes:
+                            self._save()
+                self._settle_all()
+                self._end_epoch(epoch, began)
+                self._stop_if_asked()
+
+    def _take(self, batch: data.Batch) -> None:
+        """Take one step."""
+        self._note_skipped(batch.pop("skipped"))
+        numbers = batch.pop("example")
+        self.state, value = self.step(self.state, self.soften(batch))
+        self.pending.append((self.record.step, value, numbers))
+        self.record.step += 1
+        if len(self.pending) > LAG:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Look at the oldest loss that nobody has looked at."""
+        step, value, numbers = self.pending.popleft()
+        value = float(value)
+        if not math.isfinite(value):
+            names = [str(self.examples[number].path) for number in numbers]
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            raise FloatingPointError(
+                f"the loss is not finite at step {step} (epoch {step // self.steps_per_epoch + 1}), whose batch is "
+                f"{', '.join(names[:NAMED])}{more}; the last saved state is good, but goes the same way: start again "
+                "with a lower rate, or with clip_norm"
+            )
+        self.record.loss_sum += value
+
+    def _settle_all(self) -> None:
+        """Look at all losses there are."""
+        while self.pending:
+            self._settle()
+
+    def _note_skipped(self, skipped: np.ndarray) -> None:
+        """Count and tell sounds that could not be read, or stop at them."""
+        for number in np.unique(skipped[skipped >= 0]).tolist():
+            example = self.examples[number]
+            if (name := str(example.path)) in self.record.skipped:
+                continue
+            reason = "unreadable"
+            try:
+                datasets.load_example(example, self.run.frontend)
+            except data.UNREADABLE as error:
+                reason = str(error)
+            if self.run.training.strict:
+                raise DataError(f"{reason}; mend or remove it, or leave out --strict to skip such files")
+            self.record.skipped[name] = reason
+            self.say(f"skipped: {reason}")
+        if (skipped >= 0).all(-1).any():
+            raise DataError(f"{data.MAX_SKIPPED} sounds in a row cannot be read, the last is {name}; are they there?")
+
+    def _end_epoch(self, epoch: int, began: float) -> None:
+        """Evaluate, save and publish."""
+        record, training = self.record, self.run.training
+        single = self.parallel.unreplicate(self.state)
+        self._check_finite(single)
+        row = {"epoch": epoch, "learning_rate": self.rates[epoch - 1]}
+        row["train_loss"] = record.loss_sum / self.steps_per_epoch
+        arrays = self.arrays
+        if self.validation:
+            found = self.evaluator(self.state.kept, self._stop_if_asked)
+            measured = self._metrics(found)
+            arrays = arrays._replace(
+                total=arrays.total + scores(found.logits, self.run.config), usable=arrays.usable & found.usable
+            )
+            row |= measured | self._cumulative(arrays, found.labels, epoch)
+            if epoch == 1 and not any(name in measured and not math.isnan(measured[name]) for name in runs.METRICS):
+                self.say(
+                    "no label has both positives and negatives among the validation examples: "
+                    "the best epoch will be the one with the lowest training loss"
+                )
+        if training.average_from and epoch >= training.average_from:
+            count = epoch - training.average_from + 1
+            mean = jax.tree.map(lambda old, new: old + (new - old) / count, arrays.mean, single.kept)
+            arrays = arrays._replace(mean=mean)
+        row["seconds"] = round(time.monotonic() - began, 1)
+        self.arrays = arrays
+        record.history.append(row)
+        record.loss_sum = 0.0
+        self.states.save(record, arrays._replace(state=single), finished=True)
+        self.saved_at = time.monotonic()
+        self._publish(single.kept)
+        self.board.add(row)
+        self.say(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                           for key, value in row.items()))  # fmt: skip
+
+    def _metrics(self, found: Predictions) -> dict[str, float]:
+        """Return loss and metrics of validation."""
+        logits, labels = found.measured()
+        value = float(loss(jnp.asarray(logits), jnp.asarray(labels), self.run.config))
+        return {"validation_loss": value, **evaluate_logits(logits, labels, self.run.config)}
+
+    def _cumulative(self, arrays: Arrays, labels: np.ndarray, epoch: int) -> dict[str, float]:
+        """Return the chosen metric of the mean scores of all epochs so far, the original's ensemble over epochs."""
+        mean = (arrays.total / epoch)[arrays.usable]
+        found = evaluate_logits(mean, labels[arrays.usable], self.run.config)  # ranks and maxima are the scores' own
+        name = next(iter(found))
+        return {f"cumulative_{name}": found[name]} if name != "negative_mse" else {}
+
+    def _publish(self, params: Any) -> None:
+        """Bring the run folder up to the last state."""
+        if self.first:
+            runs.publish(self.run, self.folder, params, self.record)
+
+    def _save(self, wait: bool = False) -> None:
+        """Save a state in the middle of an epoch."""
+        self._settle_all()
+        single = self.parallel.unreplicate(self.state)
+        self._check_finite(single)
+        self.states.save(self.record, self.arrays._replace(state=single), wait=wait)
+        self.saved_at = time.monotonic()
+
+    def _check_finite(self, state: train.TrainState) -> None:
+        """Refuse parameters that are not numbers, which must not take the place of good ones."""
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            raise FloatingPointError(
+                f"the parameters are not finite after step {self.record.step - 1}; the last saved state is good, but "
+                "goes the same way: start again with a lower rate, or with clip_norm"
+            )
+
+    def _stop_if_asked(self, between_steps: bool = False) -> None:
+        """Save and stop if a signal came; several processes do so between steps, when they agree on one."""
+        number = self.came()
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            agreed = between_steps and multihost_utils.reached_preemption_sync_point(self.record.step)
+            number = signal.SIGTERM if agreed else None
+        if number is not None:
+            self._save(wait=True)
+            stop(number)
+
+    def _finish(self) -> Checkpoint:
+        """Measure and draw what the run gave, and return the best epoch's checkpoint; twice is as once."""
+        best = load((self.folder / runs.BEST).absolute()) if self.first else None
+        if json_from_first(self.first and runs.has_results(self.folder, self.record)):
+            return best
+        models = {"best": from_first(best.params if self.first else self.parallel.unreplicate(self.state).kept)}
+        if self.arrays.mean is not None and len(self.record.history) >= self.run.training.average_from:
+            models["average"] = self.arrays.mean
+            if self.first:
+                span = [self.run.training.average_from, len(self.record.history)]
+                origin = json.dumps(runs.run_metadata(self.run, {"averaged_epochs": span}))
+                whole = Checkpoint(self.arrays.mean, self.run.config, self.run.frontend, origin)
+                save(self.folder / runs.AVERAGE, whole)
+        history = self.record.history
+        content: dict[str, Any] = {"epochs": len(history), "best": runs.best_row(history), "last": history[-1]}
+        for split, examples in (("validation", self.validation), ("test", self.test)):
+            if not examples:
+                continue
+            with contextlib.closing(self._evaluator(examples, len(models))) as evaluator:
+                for name, params in models.items():
+                    found = evaluator(self.parallel.replicate(params))
+                    content.setdefault(split, {})[name] = report(*found.measured(), self.run.config)
+        if self.first:
+            self._tell(content)
+            self._draw(content)
+            write_text(self.folder / runs.RESULTS_FILE, runs.json_text(content))
+        return best
+
+    def _tell(self, content: dict[str, Any]) -> None:
+        """Print what the run gave."""
+        for split in ("validation", "test"):
+            for name, found in content.get(split, {}).items():
+                self.say(f"{split}, {name} epoch:" if name == "best" else f"{split}, average of the epochs' weights:")
+                for line in report_lines(found):
+                    self.say(f"  {line}".rstrip())
+
+    def _draw(self, content: dict[str, Any]) -> None:
+        """Draw the run's curves, and what the best epoch takes for what."""
+        plots.curves(self.record.history, self.folder / "curves.png")
+        measured = content.get("test", content.get("validation"))
+        if measured is None or self.run.config.resolved_problem_type == "regression":
+            return
+        best = measured["best"]
+        if best["confusion"] is not None:
+            plots.confusion(best["confusion"], self.run.config.labels, self.folder / "confusion.png")
+        elif best["ranked_classes"]:
+            plots.ranked_classes(best, self.folder / "classes.png")
+
+
+def _softener(run: Run, parallel: DataParallel) -> Callable[[data.Batch], data.Batch]:
+    """Return what a teacher, if there is one, makes of a batch's labels."""
+    if run.teacher is None:
+        return lambda batch: batch
+    per_device = run.training.batch_size // len(parallel.devices)
+    teacher = distill.load_teacher(run.teacher, run.config, run.frontend, per_device)
+    logits, params = parallel.wrap_eval(teacher.logits), parallel.replicate(teacher.params)
+
+    def soften(batch: data.Batch) -> data.Batch:
+        heard = {name: batch[name] for name in ("waveform", "num_samples")}
+        weight = run.training.teacher_weight
+        return {**batch, "labels": distill.soften(batch["labels"], logits(params, heard), weight, run.config)}
+
+    return soften
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar on stderr by a number of steps, shown on a terminal only."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not console.is_terminal:  # and not `disable=True`: rich before 15 ends a disabled bar with an empty line
+        yield lambda _: None
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,210 @@
+"""Lists of sounds: CSV, TSV and JSONL manifests, and the JSON files of the original AST repository."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .audio import MIN_SECONDS
+from .rows import DataError, Listing, Row, checked_split, split_named
+
+# In this order, where a folder holds several. `metadata` is the name in Hugging Face's audiofolder.
+MANIFESTS = ("manifest.csv", "manifest.tsv", "manifest.jsonl", "metadata.csv", "metadata.jsonl")
+PATH_COLUMNS = ("path", "file_name")
+LABEL_COLUMNS = ("label", "labels")
+LABEL_SEPARATOR = ";"  # AudioSet's own names contain commas
+ID_SEPARATOR = ","  # its ids do not, and the original's JSON joins them so
+TAB_SUFFIXES = (".tsv", ".tab")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+
+
+def find_manifests(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the manifests in a folder, the one to read first."""
+    return [folder / name for name in MANIFESTS if (folder / name).is_file()]
+
+
+def read_manifest(path: pathlib.Path, split: str = "") -> Listing:
+    """Read a manifest; its ending, and for tab-separated ones its header, tells which kind it is.
+
+    Columns, or keys of the JSON objects in JSONL: `path` or `file_name`, relative to the manifest; `label` or `labels`,
+    several joined by ";" or in JSONL a list; and where they are there `split`, `start` and `end` in seconds, `fold` and
+    `group`. Others are passed over.
+
+    Args:
+        path: the file.
+        split: of the rows that name none. Without it, a first folder `train`, `validation` or `test` of the paths in
+            a `metadata` file tells theirs, as Hugging Face's audiofolder has it.
+
+    Raises:
+        DataError: a missing or doubled column, or a row that cannot be read; the message names file and line.
+    """
+    is_lines = path.suffix.lower() in LINE_SUFFIXES
+    fields = _read_lines(path) if is_lines else read_table(path, (PATH_COLUMNS, LABEL_COLUMNS))
+    rows = [_row(values, where, path.parent) for where, values in fields]
+    if split:
+        rows = [row if row.split else row._replace(split=split) for row in rows]
+    elif path.stem == "metadata":
+        rows = [row if row.split else row._replace(split=_first_folder(row.path, path.parent)) for row in rows]
+    return Listing(rows)
+
+
+def _first_folder(path: pathlib.Path, folder: pathlib.Path) -> str:
+    """Return the split that the first part of a path below a folder names."""
+    return split_named(path.relative_to(folder).parts[0]) if path.is_relative_to(folder) else ""
+
+
+def read_table(path: pathlib.Path, required: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (file and line, row) of a CSV file, or of a tab-separated one, in UTF-8; blank lines are skipped.
+
+    Args:
+        path: the file.
+        required: columns that it must have, each with its aliases.
+
+    Raises:
+        DataError: another encoding, no CSV, a column missing or twice, or a row unlike the header.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            tabs = path.suffix.lower() in TAB_SUFFIXES or ("\t" in first and "," not in first)
+            reader = csv.reader(file, delimiter="\t" if tabs else ",")
+            header = [name.strip() for name in next(reader, [])]
+            if missing := [names[0] for names in required if not set(names) & set(header)]:
+                expected = ", ".join(names[0] for names in required)
+                raise DataError(f"{path}: expected the columns {expected}; missing {', '.join(missing)}")
+            if doubled := sorted(name for name, count in collections.Counter(header).items() if count > 1):
+                raise DataError(f"{path}: expected each column once, got several of {', '.join(doubled)}")
+            for names in required:
+                _either(dict.fromkeys(header), names, path)
+            for values in filter(None, reader):
+                where = f"{path}, line {reader.line_num}"
+                if len(values) != len(header):
+                    raise DataError(f"{where}: expected {len(header)} fields as in the header, got {len(values)}")
+                yield where, dict(zip(header, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected a CSV manifest in UTF-8 or a folder, got something else") from error
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: expected CSV ({error})") from error
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (file and line, JSON object) of a JSONL file; blank lines are skipped."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    values = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where}: expected a JSON object ({error})") from error
+                if not isinstance(values, dict):
+                    raise DataError(f"{where}: expected a JSON object, got {type(values).__name__}")
+                yield where, values
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected JSON lines in UTF-8, got something else") from error
+
+
+def _either(values: Mapping[str, Any], names: tuple[str, ...], where: object) -> Any:
+    """Return the value of the one of a column and its aliases that is there."""
+    found = [name for name in names if name in values]
+    if len(found) != 1:
+        raise DataError(f"{where}: expected {' or '.join(names)}, got {'both' if found else 'neither'}")
+    return values[found[0]]
+
+
+def _row(values: Mapping[str, Any], where: str, folder: pathlib.Path) -> Row:
+    """Check one row; CSV has texts only, JSONL also numbers, lists and null."""
+    path = _either(values, PATH_COLUMNS, where)
+    if not isinstance(path, str) or not path.strip():
+        raise DataError(f"{where}: expected a path, got {repr(path) if path else 'nothing'}")
+    labels = _either(values, LABEL_COLUMNS, where)
+    names = labels.split(LABEL_SEPARATOR) if isinstance(labels, str) else labels
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: expected labels as text or as a list of texts, got {labels!r}")
+    start = _seconds(values.get("start"), "start", where) or 0.0
+    end = _seconds(values.get("end"), "end", where)
+    if end is not None and end - start < MIN_SECONDS:
+        raise DataError(
+            f"{where}: expected an end at least {1000 * MIN_SECONDS:.0f} ms after the start {start:g} s, got {end:g} s"
+        )
+    return Row(
+        folder / path,
+        tuple(name.strip() for name in names if name.strip()),
+        checked_split(_text(values.get("split"), "split", where), where),
+        _text(values.get("fold"), "fold", where),
+        start,
+        end,
+        group=_text(values.get("group"), "group", where),
+    )
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    """Return a text or a whole number as text; nothing is the empty one."""
+    if value is None:
+        return ""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise DataError(f"{where}: expected a text as {name}, got {value!r}")
+    return str(value).strip()
+
+
+def _seconds(value: Any, name: str, where: str) -> float | None:
+    """Return seconds, None where nothing stands."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise DataError(f"{where}: expected {name} in seconds, 0 or more, got {value!r}")
+    return seconds
+
+
+def read_original(path: pathlib.Path) -> Listing:
+    """Read a JSON file of the original AST repository: {"data": [{"wav": path, "labels": "/m/09x0r,/m/05zppz"}]}.
+
+    Labels are ids (or names without commas), joined by ","; a path may be relative to the file. Source:
+    `src/dataloader.py` and the `egs/*/prep_*.py` of github.com/YuanGongND/ast.
+
+    Raises:
+        DataError: another JSON file, or an entry that cannot be read; the message counts entries from 1.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected JSON in UTF-8 ({error})") from error
+    entries = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}, got other JSON')
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        texts = [entry.get(key) if isinstance(entry, dict) else None for key in ("wav", "labels")]
+        if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
+            raise DataError(f'{path}, entry {number}: expected "wav" and "labels" as texts, got {str(entry)[:100]}')
+        names = (name.strip() for name in texts[1].split(ID_SEPARATOR))
+        rows.append(Row(path.parent / texts[0], tuple(filter(None, names))))
+    return Listing(rows)
+
+
+def find_label_file(path: pathlib.Path) -> pathlib.Path | None:
+    """Return the label CSV beside one of the original's JSON files, or in the folder above, where its recipes keep it.
+
+    Raises:
+        DataError: there are several.
+    """
+    for folder in (path.absolute().parent, path.absolute().parent.parent):
+        found = sorted(folder.glob("*class_labels_indices*.csv"))
+        if len(found) > 1:
+            names = ", ".join(map(str, found))
+            raise DataError(f"{path}: expected one label file, found {names}; choose one with --labels")
+        if found:
+            return found[0]
+    return None

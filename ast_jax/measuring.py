@@ -1,0 +1,154 @@
+"""`ast-jax evaluate`: models, alone and as an ensemble, on a split of a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import datasets, plots
+from .checkpoint import load
+from .config import ASTConfig
+from .datasets import SPLITS, DataError, DataSet, Example
+from .evaluation import align, evaluate
+from .files import write_text
+from .metrics import Report, report, report_lines, scores
+from .runs import checkpoints_of, json_text
+
+ENSEMBLE = "ensemble"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Reports by model, and of their ensemble where there are several.
+
+    Attributes:
+        split: what was measured on.
+        examples: how many sounds.
+        skipped: how many could not be read.
+        reports: by the name of the model, `ENSEMBLE` last.
+        notes: lines for the user.
+    """
+
+    split: str
+    examples: int
+    skipped: int
+    reports: dict[str, Report]
+    notes: tuple[str, ...] = ()
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return it for the terminal: every model's metrics, and the last one's classes."""
+        skipped = f", {self.skipped} more could not be read" if self.skipped else ""
+        found = [*self.notes, f"{self.examples} sounds of the split {self.split}{skipped}"]
+        for name, one in list(self.reports.items())[:-1]:
+            found += [f"{name}:", f"  {report_lines(one)[0]}"]
+        name, last = list(self.reports.items())[-1]
+        return [*found, f"{name}:", *(f"  {line}" for line in report_lines(last))]
+
+
+def measure(
+    models: Sequence[str],
+    source: str | pathlib.Path,
+    reading: dict[str, Any] | None = None,
+    *,
+    split: str | None = None,
+    threshold: float = 0.5,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    output: pathlib.Path | None = None,
+) -> Measured:
+    """Measure models on a split of a data set.
+
+    Args:
+        models: what `load` takes, or run folders, which stand for their best epoch.
+        source: the data set, see `datasets.read_dataset`.
+        reading: further arguments of it.
+        split: None for test where there is one, else validation; "all" for everything.
+        threshold: see `metrics.report`.
+        batch_size: over all devices.
+        num_workers: processes that decode.
+        output: a folder to write `report.json` and pictures into.
+
+    Raises:
+        DataError: no such split, nothing in it, or labels that a model does not know.
+        ValueError: a model that cannot be loaded or has no classifier.
+    """
+    dataset = datasets.read_dataset(source, **(reading or {}))
+    split, examples = _examples(dataset, split)
+    notes = list(dataset.notes)
+    reports, all_scores, usable = {}, [], np.ones(len(examples), bool)
+    for model in models:
+        (folder,) = checkpoints_of(model)
+        checkpoint = load(folder)
+        if "classifier" not in checkpoint.params:
+            raise ValueError(f"{model}: has no classifier; fine-tune it first")
+        columns = align(checkpoint, dataset.labels)
+        if len(columns) < checkpoint.config.num_labels:
+            notes.append(f"{model}: of its {checkpoint.config.num_labels} labels the data have {len(columns)}")
+        config = checkpoint.config.replace(num_labels=len(columns), id2label=dataset.labels)
+        own = dataclasses.replace(dataset, splits={split: examples}).reordered(dataset.labels).splits[split]
+        found = evaluate(_only(checkpoint, columns, config), own, batch_size, num_workers=num_workers)
+        reports[model] = report(*found.measured(), config, threshold)
+        all_scores.append(scores(found.logits, config))
+        usable &= found.usable
+    if len(models) > 1:
+        logits = _as_logits(np.mean(all_scores, axis=0), config)
+        reports[ENSEMBLE] = report(logits[usable], found.labels[usable], config, threshold)
+    measured = Measured(split, int(usable.sum()), int((~usable).sum()), reports, tuple(notes))
+    if output is not None:
+        _write(measured, dataset.labels, output)
+    return measured
+
+
+def _examples(dataset: DataSet, split: str | None) -> tuple[str, list[Example]]:
+    """Return a split by its name, or the one that is meant without."""
+    if split is None:
+        split = next((name for name in ("test", "validation", "train") if dataset.splits[name]), "test")
+    if split == "all":
+        return split, [example for name in SPLITS for example in dataset.splits[name]]
+    if split not in SPLITS:
+        raise DataError(f"split: expected {', '.join(SPLITS)} or all, got {split!r}")
+    if not dataset.splits[split]:
+        raise DataError(f"the split {split} has no sounds; choose another, or --split all")
+    return split, dataset.splits[split]
+
+
+def _only(checkpoint: Any, columns: np.ndarray, config: ASTConfig) -> Any:
+    """Return a checkpoint with the data's labels alone, in their order."""
+    dense = checkpoint.params["classifier"]["dense"]
+    head = {
+        **checkpoint.params["classifier"],
+        "dense": {"kernel": dense["kernel"][:, columns], "bias": dense["bias"][columns]},
+    }
+    return checkpoint.replace(params={**checkpoint.params, "classifier": head}, config=config)
+
+
+def _as_logits(mean: np.ndarray, config: ASTConfig) -> np.ndarray:
+    """Return logits whose scores are the given ones."""
+    from scipy.special import logit
+
+    kind = config.resolved_problem_type
+    if kind == "regression":
+        return mean
+    tiny = np.finfo(mean.dtype).tiny
+    if kind == "single_label_classification":
+        return np.log(np.maximum(mean, tiny))
+    return logit(np.clip(mean, tiny, 1 - np.finfo(mean.dtype).epsneg))
+
+
+def _write(measured: Measured, labels: Sequence[str], output: pathlib.Path) -> None:
+    """Write a report and the pictures of the last model's."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "report.json", json_text(measured.to_json_dict()))
+    last = list(measured.reports.values())[-1]
+    if last.get("confusion") is not None:
+        plots.confusion(last["confusion"], labels, output / "confusion.png")
+    elif last.get("ranked_classes"):
+        plots.ranked_classes(last, output / "classes.png")

@@ -1,0 +1,271 @@
+"""Pictures of a run and of a report, as PNG; matplotlib without pyplot, so that nothing needs a display or is kept.
+
+Each picture has a function that returns the figure and one that writes it. Colours are those of Okabe and Ito, which
+are told apart without colour vision too, and a map that grows darker throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import pathlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.cells import cell_len
+
+from .files import whole_file
+from .metrics import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#666666"
+DPI = 120
+METRICS = ("accuracy", "mAP", "mAUC", "d_prime", "negative_mse")  # what has a panel beside losses and learning rate
+MANY_EPOCHS = 40  # up to which every epoch has a dot
+MANY_CLASSES = 100  # up to which a confusion matrix has names at its sides
+MANY_COUNTS = 20  # classes up to which it has counts in its cells
+END_CLASSES = 20  # of the best, and of the worst, where there are more than both
+NAME_LENGTH = 40  # characters of a class name, beyond which its middle is cut out
+# Tried after matplotlib's own font, where they are installed, for scripts that it lacks.
+OTHER_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+    "Noto Sans Devanagari", "Nirmala UI", "Noto Sans Thai", "Leelawadee UI",
+)  # fmt: skip
+
+
+def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path) -> None:
+    """Write `curves_figure` as a PNG, whole or not at all."""
+    _save(curves_figure(history), path)
+
+
+def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], path: str | pathlib.Path) -> None:
+    """Write `confusion_figure` as a PNG, whole or not at all."""
+    _save(confusion_figure(matrix, labels), path)
+
+
+def ranked_classes(report: Report, path: str | pathlib.Path) -> None:
+    """Write `ranked_classes_figure` as a PNG, whole or not at all."""
+    _save(ranked_classes_figure(report), path)
+
+
+def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return losses, metrics and learning rate against the epoch, a panel for each.
+
+    Values that are missing, None or not finite leave gaps. A line marks the epoch that was the best by the first of
+    `METRICS` in the rows, where `evaluate_logits` puts the one that chooses, or by the lowest "train_loss" where there
+    is no such number.
+
+    Args:
+        history: a row an epoch: "epoch", "learning_rate", whatever has "loss" in its name, and metrics whose
+            names end in one of `METRICS`. Other columns are passed over.
+
+    Raises:
+        ValueError: no rows, a row without an epoch, or matplotlib is missing.
+    """
+    if not history or not all("epoch" in row for row in history):
+        raise ValueError(f"history: expected one row or more, each with an epoch, got {list(history)!r:.80}")
+    numbers = [int(row["epoch"]) for row in history]
+    epochs = np.arange(min(numbers), max(numbers) + 1)
+    names = dict.fromkeys(name for row in history for name in row)
+    panels = {"loss": [name for name in names if "loss" in name]}
+    panels |= {metric: [name for name in names if name.endswith(metric)] for metric in METRICS}
+    panels |= {"learning_rate": [name for name in names if name == "learning_rate"]}
+    columns = {name: _column(history, epochs, name) for found in panels.values() for name in found}
+    panels = {title: {name: columns[name] for name in found} for title, found in panels.items() if found}
+    best = _best({name: columns[name] for name in names if name in columns})
+    across = min(3, max(1, len(panels)))
+    down = max(1, math.ceil(len(panels) / across))
+    with _drawing():
+        figure = _figure(4 * across, 3 * down + 0.4)
+        places = list(figure.subplots(down, across, squeeze=False).flat)
+        for axes, (title, lines) in zip(places, panels.items(), strict=False):
+            _draw_lines(axes, _words(title), epochs, lines, best and best[1])
+        for axes in places[len(panels) :]:
+            axes.remove()
+        if best:
+            name, index = best
+            figure.suptitle(f"best epoch {epochs[index]}: {_words(name)} {columns[name][index]:.4g}")
+    return figure
+
+
+def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Figure:
+    """Return a confusion matrix, each cell the darker the larger its share of the row.
+
+    Rows without an example are grey. Counts stand in the cells up to `MANY_COUNTS` classes, names at the sides up to
+    `MANY_CLASSES`.
+
+    Args:
+        matrix: counts [C][C], rows are the true classes.
+        labels: the C names.
+
+    Raises:
+        ValueError: not a square of counts, another number of labels, or matplotlib is missing.
+    """
+    counts = np.asarray(matrix)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
+        raise ValueError(f"matrix: expected counts of shape (C, C), got shape {counts.shape}")
+    if counts.min() < 0:
+        raise ValueError(f"matrix: expected counts, none below 0, got {counts.min()}")
+    size = len(counts)
+    if len(labels) != size:
+        raise ValueError(f"labels: expected {size} names for a {size} x {size} matrix, got {len(labels)}")
+    names = [_name(label) for label in labels]
+    totals = counts.sum(1, keepdims=True)
+    shares = np.ma.masked_array(counts / np.maximum(totals, 1), np.broadcast_to(totals == 0, counts.shape))
+    cell = 0.3 + 0.07 * len(f"{counts.max():,}") if size <= MANY_COUNTS else 0.2 if size <= MANY_CLASSES else 9 / size
+    side = max(3.0, cell * size)
+    margin = 0.07 * max(map(cell_len, names)) if size <= MANY_CLASSES else 0.0  # inches for names
+    with _drawing():
+        import matplotlib
+        from matplotlib.colors import PowerNorm
+
+        figure = _figure(side + margin + 1.8, side + margin + 1.0)
+        axes = figure.subplots()
+        blues = matplotlib.colormaps["Blues"].with_extremes(bad="#d9d9d9")
+        image = axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 1))  # the root, so that rare confusions show
+        figure.colorbar(image, label="share of the true class", shrink=0.8, aspect=30)
+        axes.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
+        if size <= MANY_CLASSES:
+            upright = max(map(cell_len, names)) * 0.08 > side / size
+            axes.set_xticks(range(size), names, rotation=90 if upright else 0, parse_math=False)
+            axes.set_yticks(range(size), names, parse_math=False)
+        if size <= MANY_COUNTS:
+            for (row, column), count in np.ndenumerate(counts):
+                color = "white" if shares[row, column] > 0.3 else "black" if count else "#999999"
+                axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
+        right = np.trace(counts) / max(1, counts.sum())
+        axes.set_title(f"{counts.sum():,} examples, {right:.1%} right")
+    return figure
+
+
+def ranked_classes_figure(report: Report) -> Figure:
+    """Return each class's average precision as a bar, from the best to the worst; of many, both ends.
+
+    Classes without an average precision are left out, and counted.
+
+    Args:
+        report: what `metrics.report` returned for a classification.
+
+    Raises:
+        ValueError: no class has an average precision, or matplotlib is missing.
+    """
+    ranked = [entry for entry in report["classes"] if entry.get("average_precision") is not None]
+    if not ranked:
+        raise ValueError(
+            "report: expected a class with an average precision, got none; it takes positives and negatives"
+        )
+    ranked.sort(key=lambda entry: entry["average_precision"], reverse=True)
+    between = max(0, len(ranked) - 2 * END_CLASSES)
+    shown = [ranked] if not between else [ranked[:END_CLASSES], ranked[-END_CLASSES:]]
+    left_out = len(report["classes"]) - len(ranked)
+    names = [f"{_name(entry['name'])} ({entry['positives']:,})" for part in shown for entry in part]
+    with _drawing():
+        figure = _figure(6.0 + 0.08 * max(map(cell_len, names)), 1.2 + 0.2 * (len(names) + len(shown) - 1))
+        axes = figure.subplots()
+        ticks: list[int] = []
+        for part, color in zip(shown, COLORS, strict=False):
+            places = range(len(ticks) + bool(ticks), len(ticks) + bool(ticks) + len(part))
+            bars = axes.barh(places, [entry["average_precision"] for entry in part], color=color, height=0.75)
+            axes.bar_label(bars, fmt="{:.3f}", padding=3, fontsize=8)
+            ticks += places
+        if between:
+            axes.text(0.01, END_CLASSES, f"{between:,} classes between", va="center", color=GREY, fontsize=8)
+        mean = report["metrics"]["mAP"]
+        axes.axvline(mean, color=GREY, linestyle="--", linewidth=1, zorder=0)
+        axes.set_yticks(ticks, names, parse_math=False)
+        axes.set(xlim=(0, 1.1), xticks=np.linspace(0, 1, 6), ylim=(ticks[-1] + 0.6, -0.6))
+        axes.set_xlabel("average precision (in brackets: positives)")
+        axes.set_title(
+            f"mAP {mean:.4f} (classes: {len(ranked):,}" + (f", left out: {left_out:,})" if left_out else ")")
+        )
+    return figure
+
+
+def _draw_lines(axes: Axes, title: str, epochs: np.ndarray, lines: dict[str, np.ndarray], best: int | None) -> None:
+    """Draw a panel: a line for each column, its gaps left open, and the best epoch."""
+    from matplotlib.ticker import MaxNLocator
+
+    for (name, values), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
+        known = np.pad(np.isfinite(values), 1)
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two gaps, where a line shows nothing
+        dots = np.flatnonzero(alone | (len(epochs) <= MANY_EPOCHS))
+        axes.plot(epochs, values, color=color, marker="o", markersize=3, markevery=dots.tolist(), label=_words(name))
+    if best is not None:
+        axes.axvline(epochs[best], color=GREY, linestyle="--", linewidth=1, zorder=0)
+    axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.margins(y=0.1)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    if len(lines) > 1:
+        axes.legend()
+
+
+def _column(history: Sequence[Mapping[str, Any]], epochs: np.ndarray, name: str) -> np.ndarray:
+    """Return a column of the history [epochs], NaN where there is no finite number."""
+    values = np.full(len(epochs), np.nan)
+    for row in history:
+        value = row.get(name)
+        if value is not None and math.isfinite(value):
+            values[int(row["epoch"]) - epochs[0]] = value
+    return values
+
+
+def _best(columns: dict[str, np.ndarray]) -> tuple[str, int] | None:
+    """Return the column that chooses and the index of the best epoch, None where nothing is known."""
+    for name, values in columns.items():
+        if name in METRICS and np.isfinite(values).any():
+            return name, int(np.nanargmax(values))
+    losses = columns.get("train_loss", np.array([]))
+    return ("train_loss", int(np.nanargmin(losses))) if np.isfinite(losses).any() else None
+
+
+def _words(name: str) -> str:
+    """Return a column's name as text."""
+    return name.replace("_", " ")
+
+
+def _name(label: str) -> str:
+    """Return a class name as one line that is not too long: beginning and end, as either may tell it from others."""
+    label = " ".join(label.split())
+    return label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return a new figure of this size in inches, whose parts make room for each other."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """Draw with matplotlib's own settings and ours, whatever the user's are (dark pages, text by LaTeX).
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib.style
+        from matplotlib import font_manager
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib; install it with: pip install 'ast-jax[train]'") from error
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
+    ours = {"font.family": fonts, "font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "legend.frameon": False}
+    ours |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    with matplotlib.style.context(["default", ours]):
+        yield
+
+
+def _save(figure: Figure, path: str | pathlib.Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    with _drawing(), warnings.catch_warnings(), whole_file(path) as name:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
+        figure.savefig(name, format="png")

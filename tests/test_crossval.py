@@ -1,0 +1,118 @@
+"""Cross-validation: a run a fold, all of them resumable, and a table whose figures are the runs' own."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+import ast_jax
+from ast_jax import crossval, finetune, plots, runs
+from ast_jax.datasets import DataError
+from ast_jax.parallel import DataParallel
+from ast_jax.settings import TrainConfig
+
+TINY = ast_jax.ASTConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=32, num_mel_bins=32,
+    frequency_stride=16, time_stride=16,
+)  # fmt: skip
+SETTINGS = TrainConfig(batch_size=8, epochs=2)
+
+
+@pytest.fixture(autouse=True)
+def no_compiling(monkeypatch):
+    """A model that goes by loudness, and steps that change nothing."""
+    monkeypatch.setattr(DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(1)))
+    monkeypatch.setattr(DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :2])
+    monkeypatch.setattr(plots, "curves", lambda *_: None)
+    monkeypatch.setattr(plots, "confusion", lambda *_: None)
+
+
+@pytest.fixture
+def folded(tmp_path):
+    """Thirty sounds in three folds; in fold 2 the model is wrong once in five."""
+    rows = [["path", "label", "fold"]]
+    for index in range(30):
+        fold, label = index % 3 + 1, index // 3 % 2
+        wrong = fold == 2 and index < 6
+        sound = np.zeros(4000)
+        sound[(1 - label) if wrong else label :: 2] = 0.5
+        soundfile.write(tmp_path / f"{index}.wav", sound, 16000, subtype="FLOAT")
+        rows.append([f"{index}.wav", "ab"[label], str(fold)])
+    with (tmp_path / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return tmp_path
+
+
+def test_every_fold_is_validated_on_once_and_the_table_is_theirs(folded, tmp_path):
+    said = []
+    initial = ast_jax.load("sounds-tiny")
+    rows = crossval.start(folded, tmp_path / "run", SETTINGS, initial=initial, say=said.append)
+    assert [row["fold"] for row in rows] == ["1", "2", "3", "mean"]
+    assert [row["last"] for row in rows[:3]] == [1.0, 0.8, 1.0]
+    assert rows[3]["last"] == pytest.approx(2.8 / 3)
+    assert {row["metric"] for row in rows} == {"accuracy"}
+    for fold in "123":
+        record = runs.read_record(runs.newest_state(tmp_path / "run" / f"fold-{fold}"))
+        assert record.sizes == [20, 10]
+        assert runs.read_run(tmp_path / "run" / f"fold-{fold}").data["fold"] == fold
+    assert json.loads((tmp_path / "run" / "folds.json").read_text()) == rows
+    with (tmp_path / "run" / "folds.csv").open() as file:
+        assert [float(row["last"]) for row in csv.DictReader(file)] == [row["last"] for row in rows]
+    assert [line for line in said if line.startswith("fold ")] == [f"fold {fold} ({fold} of 3)" for fold in "123"]
+    assert said[-4].split() == ["1", "1.0000", "1.0000", "(epoch", "1)"]
+    assert said[-1].split() == ["mean", "0.9333", "0.9333"]
+
+
+def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch):
+    publish, calls = runs.publish, []
+
+    def stop_in_fold_2(run, folder, params, record):
+        calls.append(folder.name)
+        if calls.count("fold-2") == 1 and folder.name == "fold-2":
+            raise KeyboardInterrupt
+        publish(run, folder, params, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "publish", stop_in_fold_2)
+        with pytest.raises(KeyboardInterrupt):
+            crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+    assert crossval.is_cross_validation(tmp_path / "run")
+    assert crossval.read_training(tmp_path / "run") == SETTINGS
+    assert not (tmp_path / "run" / "fold-3").exists()
+    said = []
+    rows = crossval.resume(tmp_path / "run", say=said.append)
+    assert [row["last"] for row in rows[:3]] == [1.0, 0.8, 1.0]
+    assert "going on after epoch 1 of 2, step 2" in said
+    assert runs.read_run(tmp_path / "run" / "fold-3").config.hidden_size == TINY.hidden_size
+    assert crossval.resume(tmp_path / "run", say=lambda _: None) == rows  # all done: nothing but the table
+
+
+def test_table_of_last_and_best():
+    histories = {
+        "1": [{"epoch": 1, "accuracy": 0.5}, {"epoch": 2, "accuracy": 0.9}, {"epoch": 3, "accuracy": 0.7}],
+        "2": [{"epoch": 1, "accuracy": 0.6}],
+    }
+    rows = crossval.table(histories)
+    assert [(row["last"], row["best"], row["best_epoch"]) for row in rows[:2]] == [(0.7, 0.9, 2), (0.6, 0.6, 1)]
+    assert (rows[2]["last"], rows[2]["best"]) == (pytest.approx(0.65), pytest.approx(0.75))
+    assert crossval.table({}) == []
+
+
+def test_refusals(folded, tmp_path):
+    for name in "ab":
+        (tmp_path / "unfolded" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "unfolded" / name / "1.wav", np.ones(4000) / 2, 16000)
+    with pytest.raises(DataError, match="expected a data set with folds"):
+        crossval.start(tmp_path / "unfolded", tmp_path / "run", SETTINGS, architecture=TINY)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        crossval.start(folded, tmp_path / "full", SETTINGS, architecture=TINY)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / crossval.ASKED_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="expected the file as finetune wrote it"):
+        crossval.resume(tmp_path / "bad")
+    with pytest.raises(ValueError, match="expected a run folder to resume"):
+        finetune.resume(tmp_path / "bad")

@@ -1,0 +1,192 @@
+"""Whole splits, ensembles of models of different strides, averages of weights; and the commands for them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+import typer.testing
+
+import ast_jax
+from ast_jax import cli, datasets, evaluation, measuring, metrics, runs
+from ast_jax.checkpoint import Checkpoint, save
+from ast_jax.config import FrontendConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+LABELS = ("a", "b", "c")
+
+
+def checkpoint(seed, labels=LABELS, problem_type="multi_label_classification", **changes):
+    config = ast_jax.ASTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=48,
+        num_mel_bins=32, frequency_stride=16, time_stride=16, num_labels=len(labels), id2label=labels,
+        problem_type=problem_type, initializer_range=1.0,
+    ).replace(**changes)  # fmt: skip
+    frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=32)
+    return Checkpoint(ast_jax.init(jax.random.key(seed), config), config, frontend)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Three models that share labels and nothing else: strides, length, the order of the labels, one label more."""
+    folder = tmp_path_factory.mktemp("models")
+    save(folder / "one", checkpoint(0))
+    save(folder / "two", checkpoint(1, time_stride=8, max_length=64))
+    save(folder / "three", checkpoint(2, ("z", "c", "b", "a")))
+    return [str(folder / name) for name in ("one", "two", "three")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty-one sounds, one of them no sound: with batches of eight the last one is short."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    lines = ["path,label,split"]
+    for index in range(21):
+        sound = 0.1 * rng.standard_normal(rng.integers(2000, 9000))
+        soundfile.write(folder / f"{index}.wav", np.cumsum(sound) / 10 if index % 2 else sound, 16000)
+        lines.append(f"{index}.wav,{';'.join(np.array(LABELS)[rng.random(3) < 0.5])},{'test' if index else 'train'}")
+    (folder / "13.wav").write_text("no sound")
+    (folder / "manifest.csv").write_text("\n".join(lines))
+    return folder
+
+
+def logits_one_by_one(model, examples):
+    """The same from the host's features, sound by sound."""
+    params, config, frontend = model
+    extract = ast_jax.ASTFeatureExtractor(frontend)
+    apply = jax.jit(ast_jax.apply, static_argnames="config")
+    sounds = [datasets.load_example(example, frontend) for example in examples]
+    return np.concatenate([apply(params, extract(sound, sampling_rate=16000), config=config) for sound in sounds])
+
+
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_a_split_on_eight_devices_is_each_sound_alone(models, data, batch_size):
+    model = ast_jax.load(models[0])
+    examples = datasets.read_dataset(data).splits["test"]
+    found = evaluation.evaluate(model, examples, batch_size)
+    assert found.usable.tolist() == [index != 12 for index in range(20)]
+    readable = [example for example in examples if example.path.name != "13.wav"]
+    logits, labels = found.measured()
+    np.testing.assert_allclose(logits, logits_one_by_one(model, readable), atol=2e-4)  # features on device and host
+    for row, example in zip(labels, readable, strict=True):
+        assert tuple(np.flatnonzero(row)) == example.targets
+    again = evaluation.evaluate(model, examples, batch_size, num_workers=1)
+    np.testing.assert_array_equal(again.logits, found.logits)
+
+
+def test_nothing_readable_is_an_error(models, data):
+    bad = [example for example in datasets.read_dataset(data).splits["test"] if example.path.name == "13.wav"]
+    with pytest.raises(datasets.DataError, match="none of the 1 sounds to evaluate on can be read"):
+        evaluation.evaluate(ast_jax.load(models[0]), bad, 8).measured()
+
+
+def test_an_ensemble_is_the_mean_of_the_scores(models, data):
+    measured = measuring.measure(models, data, batch_size=8, threshold=0.4)
+    assert (measured.split, measured.examples, measured.skipped) == ("test", 19, 1)
+    assert list(measured.reports) == [*models, "ensemble"]
+    assert measured.notes == (f"{models[2]}: of its 4 labels the data have 3",)
+    examples = [one for one in datasets.read_dataset(data).splits["test"] if one.path.name != "13.wav"]
+    truth = np.array([[label in one.targets for label in range(3)] for one in examples])
+    scores = []
+    for name in models:
+        model = ast_jax.load(name)
+        columns = [model.config.labels.index(label) for label in LABELS]
+        scores.append(1 / (1 + np.exp(-logits_one_by_one(model, examples)[:, columns])))
+    for name, score in zip([*models, "ensemble"], [*scores, np.mean(scores, axis=0)], strict=True):
+        found = measured.reports[name]
+        np.testing.assert_allclose(found["metrics"]["mAP"], metrics.average_precisions(score, truth).mean(), atol=1e-6)
+        for column, one in enumerate(found["classes"]):
+            hits = ((score[:, column] >= 0.4) & truth[:, column]).sum()
+            assert one["recall"] == pytest.approx(hits / truth[:, column].sum())
+
+
+def test_scores_and_logits_of_an_ensemble_say_the_same():
+    mean = np.random.default_rng(0).dirichlet(np.ones(4), 6)
+    for kind in ("multi_label_classification", "single_label_classification"):
+        config = ast_jax.ASTConfig(num_labels=4, problem_type=kind)
+        np.testing.assert_allclose(metrics.scores(measuring._as_logits(mean, config), config), mean, atol=1e-12)
+        extreme = np.array([[0.0, 1.0, 0.0, 0.0]])
+        np.testing.assert_allclose(metrics.scores(measuring._as_logits(extreme, config), config), extreme, atol=1e-12)
+
+
+def test_an_average_is_the_mean_of_the_params():
+    ones = [checkpoint(seed) for seed in range(3)]
+    mean = evaluation.average(ones)
+    kernels = [one.params["layers"]["mlp"]["fc1"]["kernel"] for one in ones]
+    np.testing.assert_allclose(mean.params["layers"]["mlp"]["fc1"]["kernel"], np.mean(kernels, axis=0), atol=1e-7)
+    assert mean.params["layernorm"]["scale"].dtype == np.float32
+    assert len(mean.metadata["averaged"]) == 3
+    with pytest.raises(ValueError, match="expected one checkpoint or more"):
+        evaluation.average([])
+    with pytest.raises(ValueError, match="checkpoint 2 has another config than the first"):
+        evaluation.average([ones[0], checkpoint(0, time_stride=8)])
+
+
+def invoke(*arguments):
+    return typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_evaluate_on_the_command_line(models, data, tmp_path):
+    done = invoke("evaluate", *models[:2], data, "--json", "--batch-size", 8, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["examples"] == 19
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == found
+    assert (tmp_path / "out" / "classes.png").is_file()
+    done = invoke("evaluate", *models[:2], data, "--batch-size", 8)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0] == "19 sounds of the split test, 1 more could not be read"
+    mean = found["reports"]["ensemble"]["metrics"]["mAP"]
+    assert any(f"mAP {mean:.4f}" in line for line in lines[lines.index("ensemble:") :])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["one"], 2, "evaluate: expected a model and a data set, got one of them"),
+        (["one", "data", "--split", "validation"], 1, "the split validation has no sounds; choose another"),
+        (["one", "data", "--split", "dev"], 1, "split: expected train, validation, test or all, got 'dev'"),
+        (["one", "data", "--batch-size", "5"], 1, "5 does not divide over 8 devices; the nearest are 8"),
+        (["other", "data"], 1, "the model does not know 3 of the data's 3 labels, the first is 'a'"),
+        (["headless", "data"], 1, "has no classifier; fine-tune it first"),
+    ],
+)  # fmt: skip
+def test_what_evaluate_cannot_do_is_one_line(arguments, status, message, models, data, tmp_path):
+    save(tmp_path / "other", checkpoint(0, ("x", "y")))
+    headless = checkpoint(0)
+    body = {name: part for name, part in headless.params.items() if name != "classifier"}
+    save(tmp_path / "headless", headless.replace(params=body))
+    places = {"one": models[0], "data": str(data), **{name: str(tmp_path / name) for name in ("other", "headless")}}
+    done = invoke("evaluate", *(places.get(argument, argument) for argument in arguments))
+    assert done.exit_code == status
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+
+
+def test_average_on_the_command_line(tmp_path):
+    """Of runs their best epochs, or those that were kept."""
+    for number in (1, 2):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        (run / runs.RUN_FILE).touch()
+        save(run / "best", checkpoint(number))
+        for epoch in (3, 4):
+            save(run / "epochs" / f"{epoch:04d}", checkpoint(10 * number + epoch))
+    for options, seeds in (([], (1, 2)), (["--epochs", "3-4"], (13, 14, 23, 24)), (["--epochs", "4"], (14, 24))):
+        done = invoke("average", tmp_path / "run1", tmp_path / "run2", "--output", tmp_path / "mean", *options)
+        assert done.exit_code == 0, done.output
+        assert done.stdout == f"checkpoint: {tmp_path / 'mean'}, the mean of {len(seeds)}\n"
+        want = np.mean([checkpoint(seed).params["classifier"]["dense"]["kernel"] for seed in seeds], axis=0)
+        np.testing.assert_allclose(
+            ast_jax.load(tmp_path / "mean").params["classifier"]["dense"]["kernel"], want, atol=1e-6
+        )
+    for epochs, message in (
+        ("4-3", "epochs: expected FIRST-LAST, as 6-25, got '4-3'"),
+        ("3-5", "1 of 3 epochs are not there, the first is "),
+    ):
+        done = invoke("average", tmp_path / "run1", "--output", tmp_path / "no", "--epochs", epochs)
+        assert done.exit_code == 1
+        assert message in done.stderr
+    assert not (tmp_path / "no").exists()

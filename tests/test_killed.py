@@ -1,0 +1,185 @@
+"""Real processes that are killed, stopped and starved: whatever happens, no run is lost and none is another."""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+import ast_jax
+from ast_jax import runs
+
+ARCHITECTURE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 32,
+    "num_mel_bins": 32, "frequency_stride": 16, "time_stride": 16,
+}  # fmt: skip
+EPOCHS = 8
+# Fewer optimisations, for speed: what is compared was compiled in the same way.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Two classes of 20 short sounds."""
+    root = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    for name in ("hiss", "hum"):
+        (root / name).mkdir()
+        for index in range(20):
+            sound = 0.2 * rng.standard_normal(4000)
+            soundfile.write(root / name / f"{index}.wav", np.cumsum(sound) / 20 if name == "hum" else sound, 16000)
+    (root.parent / "architecture.json").write_text(json.dumps(ARCHITECTURE))
+    return root
+
+
+def command(sounds, output, *options):
+    """Return a command whose every step is followed by a save, so that a kill often falls into one."""
+    return [
+        sys.executable, "-m", "ast_jax.cli", "finetune", str(sounds), "--output", str(output), "--workers", "0",
+        "--save-minutes", "1e-6", *options,
+    ]  # fmt: skip
+
+
+def fresh(sounds):
+    return [
+        "--architecture", str(sounds.parent / "architecture.json"), "--epochs", str(EPOCHS), "--batch-size", "8",
+        "--mixup", "0.5", "--time-mask", "4", "--noise", "--ema", "0.9", "--average-from", "3", "--lr", "1e-3",
+    ]  # fmt: skip
+
+
+def start(arguments, **options):
+    return subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(process):
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sounds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, stdout, stderr = finish(start(command(sounds, folder, *fresh(sounds))))
+    assert (code, stderr) == (0, ""), stderr
+    assert f"checkpoint: {folder / 'best'}" in stdout
+    return folder
+
+
+def wait_for(condition, process):
+    """Wait until something has happened in a process that is still running."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def saved(folder):
+    return runs.newest_state(folder) is not None
+
+
+def is_saving(folder):
+    return any("orbax-checkpoint-tmp" in path.name for path in (folder / "states").glob("*"))
+
+
+def assert_same_run(folder, other):
+    """Every array bit for bit, and every figure but the seconds."""
+    arrays = [runs.restore_numpy(runs.newest_state(one) / "arrays") for one in (folder, other)]
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, leaf in arrays[0].items():
+        np.testing.assert_array_equal(leaf, arrays[1][name])
+    tables = []
+    for one in (folder, other):
+        with (one / "metrics.csv").open() as file:
+            tables.append([{**row, "seconds": ""} for row in csv.DictReader(file)])
+    assert tables[0] == tables[1]
+    for name in ("best", "average"):
+        ours, theirs = (ast_jax.load(one / name).params["classifier"]["dense"]["kernel"] for one in (folder, other))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_path):
+    """At random moments and, every second time, in the middle of a save."""
+    chance, folder, moments = random.Random(kills), tmp_path / "run", []
+    for number in range(kills):
+        resumed = saved(folder)
+        process = start(command(sounds, folder, *(["--resume"] if resumed else fresh(sounds))))
+        before = runs.newest_state(folder)
+        wait_for(lambda: runs.newest_state(folder) != before or (folder / "results.json").exists(), process)  # noqa: B023
+        if number % 2:
+            wait_for(lambda: is_saving(folder), process)
+        else:
+            time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        moments.append((int(runs.newest_state(folder).name), is_saving(folder)))
+    assert process.returncode == -signal.SIGKILL
+    assert moments == sorted(moments, key=lambda moment: moment[0])  # no kill took the run back
+    assert moments[0][0] < moments[-1][0] < 4 * EPOCHS + EPOCHS
+    assert any(in_save for _, in_save in moments)
+    code, stdout, stderr = finish(start(command(sounds, folder, "--resume")))
+    assert (code, stderr) == (0, ""), stderr
+    assert "going on after epoch" in stdout
+    assert_same_run(folder, undisturbed)
+    assert not is_saving(folder)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_say_how_to_go_on(number, status, undisturbed, sounds, tmp_path):
+    folder = tmp_path / "stopped here"
+    process = start(command(sounds, folder, *fresh(sounds)))
+    wait_for(lambda: saved(folder) and runs.newest_state(folder).name != "0", process)
+    process.send_signal(number)
+    code, _, stderr = finish(process)
+    assert code == status
+    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune --output '{folder}' --resume\n"
+    if number == signal.SIGTERM:
+        assert finish(start(command(sounds, folder, "--resume")))[0] == 0
+        assert_same_run(folder, undisturbed)
+
+
+def test_a_full_disk_leaves_the_last_state_whole(undisturbed, sounds, tmp_path):
+    """No file may grow beyond a few bytes from some moment on, which is what a full disk does to a writer."""
+    folder = tmp_path / "run"
+    process = start(command(sounds, folder, *fresh(sounds)))
+    wait_for(lambda: saved(folder) and runs.newest_state(folder).name != "0", process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    code, _, stderr = finish(process)
+    assert code == 1
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("ast-jax: ")
+    assert "File too large" in stderr
+    assert finish(start(command(sounds, folder, "--resume")))[0] == 0
+    assert_same_run(folder, undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(sounds):
+    """Nobody, root neither, can make a folder in /proc."""
+    output = pathlib.Path("/proc/ast_jax_run")
+    code, stdout, stderr = finish(start(command(sounds, output, *fresh(sounds))))
+    assert code == 1
+    assert len(stderr.splitlines()) == 1, stderr
+    assert str(output) in stderr
+    assert "Traceback" not in stdout + stderr
+
+
+def test_a_run_is_never_overwritten(undisturbed, sounds, tmp_path):
+    copy = shutil.copytree(undisturbed, tmp_path / "run")
+    code, _, stderr = finish(start(command(sounds, copy, *fresh(sounds))))
+    assert (code, stderr) == (
+        1, f"ast-jax: {copy}: already holds a run; go on with it (--resume) or choose another folder\n",
+    )  # fmt: skip
+    assert_same_run(copy, undisturbed)
