@@ -158,9 +158,9 @@ class Loop:
             self.states = stack.enter_context(States(self.folder))
             if self.first:
                 write_text(self.folder / runs.RUN_FILE, self.run.to_json())
-            if self.resumed:
-                self._publish(self.arrays.state.kept)
-            else:  # the start too, so that a kill in the first epoch can be resumed
+            if self.resumed and record.step == len(record.history) * self.steps_per_epoch:
+                self._publish(self.arrays.state.kept)  # a state within an epoch was saved after that was done
+            if not self.resumed:  # the start too, so that a kill in the first epoch can be resumed
                 self.states.save(record, jax.tree.map(np.array, self.arrays), wait=True)
             self.board = stack.enter_context(Board(self.folder / runs.TENSORBOARD, record.history, write=self.first))
             self.say(

@@ -268,6 +268,30 @@ def test_resume_gives_the_uninterrupted_run(run, killed):
     assert states_of(killed) == states_of(folder)
 
 
+def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeypatch):
+    """The state's parameters are of the epoch under way then, and not the best epoch's."""
+    take = loop.Loop._take
+
+    def interrupt_at_step_8(self, batch):
+        if self.record.step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        take(self, batch)
+
+    def stop(line):
+        if "training examples" in line:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Loop, "_take", interrupt_at_step_8)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.start(sounds, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+    before = ast_jax.load(tmp_path / "run" / "best")
+    assert states_of(tmp_path / "run") == [6, 10]  # steps and finished epochs
+    with pytest.raises(Killed):
+        finetune.resume(tmp_path / "run", say=stop)
+    jax.tree.map(np.testing.assert_array_equal, ast_jax.load(tmp_path / "run" / "best").params, before.params)
+
+
 @pytest.mark.parametrize(("devices", "method"), [(1, "pmap"), (2, "jit")])
 def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, method):
     """Saved and loaded as NumPy; sums over devices are in another order, so that the figures agree and not the bits."""
