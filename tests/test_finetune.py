@@ -292,7 +292,7 @@ def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeyp
     jax.tree.map(np.testing.assert_array_equal, ast_jax.load(tmp_path / "run" / "best").params, before.params)
 
 
-@pytest.mark.parametrize(("devices", "method"), [(1, "pmap"), (2, "jit")])
+@pytest.mark.parametrize(("devices", "method"), [pytest.param(1, "pmap", marks=pytest.mark.slow), (2, "jit")])
 def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, method):
     """Saved and loaded as NumPy; sums over devices are in another order, so that the figures agree and not the bits."""
     with pytest.MonkeyPatch.context() as patched:
@@ -304,8 +304,11 @@ def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, metho
     assert best.config == run[1].config
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 @pytest.mark.parametrize("where", ["step", "validation", "saving", "best"])
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, Terminated), pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow)],
+)
 def test_signals_are_held_back_to_where_stopping_is_safe(
     where, number, error, sounds, tmp_path, monkeypatch, no_compiling
 ):
