@@ -48,9 +48,9 @@ class Measured:
         skipped = f", {self.skipped} more could not be read" if self.skipped else ""
         found = [*self.notes, f"{self.examples} sounds of the split {self.split}{skipped}"]
         for name, one in list(self.reports.items())[:-1]:
-            found += [f"{name}:", f"  {report_lines(one)[0]}"]
+            found += [f"{name}:", f"  {report_lines(one)[1]}"]  # the metrics
         name, last = list(self.reports.items())[-1]
-        return [*found, f"{name}:", *(f"  {line}" for line in report_lines(last))]
+        return [*found, f"{name}:", *(f"  {line}".rstrip() for line in report_lines(last))]
 
 
 def measure(

@@ -310,7 +310,7 @@ def publish(run: Run, folder: pathlib.Path, params: Any, record: Record) -> None
 
 def run_metadata(run: Run, epoch: Any) -> dict[str, Any]:
     """Return what a checkpoint of a run says of its origin."""
-    return {**run.metadata, "training": dataclasses.asdict(run.training), "epoch": epoch}
+    return {**run.metadata, "training": dataclasses.asdict(run.training), "epoch": _finite(epoch)}
 
 
 def checkpoints_of(model: str, epochs: str | None = None) -> list[str]:
@@ -378,16 +378,17 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def json_text(content: Any) -> str:
-    """Return JSON text, null for NaN."""
+    """Return JSON text, null for what is no finite number."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def _finite(value: Any) -> Any:
+    """Return a tree with None for infinity and NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_states(folder: pathlib.Path) -> None:

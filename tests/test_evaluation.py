@@ -140,6 +140,8 @@ def test_evaluate_on_the_command_line(models, data, tmp_path):
     assert lines[0] == "19 sounds of the split test, 1 more could not be read"
     mean = found["reports"]["ensemble"]["metrics"]["mAP"]
     assert any(f"mAP {mean:.4f}" in line for line in lines[lines.index("ensemble:") :])
+    alone = found["reports"][models[0]]["metrics"]["mAP"]
+    assert f"mAP {alone:.4f}" in lines[lines.index(f"{models[0]}:") + 1]
 
 
 @pytest.mark.parametrize(
