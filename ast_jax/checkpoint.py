@@ -179,10 +179,18 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
 
 def write_numpy(folder: pathlib.Path, tree: Any) -> None:
     """Write an Orbax PyTree; uncompressed, as weights shrink by a tenth and take many times as long to write."""
+    with _checkpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), tree)
+
+
+def _checkpointer() -> Any:
+    """Return what reads and writes a tree in this process alone: of several, Orbax's own would wait for the others."""
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-        checkpointer.save(folder.absolute(), tree)
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def restore_numpy(folder: pathlib.Path) -> Any:
@@ -194,7 +202,7 @@ def restore_numpy(folder: pathlib.Path) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
             # restore_type: a plain restore would want the topology of the machine that saved.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

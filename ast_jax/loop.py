@@ -35,7 +35,7 @@ from .metrics import evaluate_logits, report, report_lines, scores
 from .parallel import METHODS, DataParallel, from_first, json_from_first
 from .runs import Record, Run, States
 from .settings import TrainConfig
-from .signals import held_back, stop
+from .signals import HELD_BACK, held_back, stop
 
 LAG = 4  # steps whose losses are not looked at yet, so that the device need not wait for the host
 NAMED = 8  # files of a batch that a message names
@@ -154,7 +154,8 @@ class Loop:
         """Train to the end, and return the best epoch's checkpoint."""
         training, record = self.run.training, self.record
         with contextlib.ExitStack() as stack:
-            self.came = stack.enter_context(held_back())
+            alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
+            self.came = stack.enter_context(held_back(HELD_BACK if alone else (signal.SIGINT,)))
             self.states = stack.enter_context(States(self.folder))
             if self.first:
                 write_text(self.folder / runs.RUN_FILE, self.run.to_json())
@@ -333,6 +334,8 @@ class Loop:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
+            if number is not None:  # Ctrl-C here: stop all of them, as SIGTERM does
+                signal.raise_signal(signal.SIGTERM)
             agreed = between_steps and multihost_utils.reached_preemption_sync_point(self.record.step)
             number = signal.SIGTERM if agreed else None
         if number is not None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -19,8 +20,8 @@ class Terminated(SystemExit):
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[Callable[[], int | None]]:
-    """Hold SIGINT and SIGTERM back; yield a function that returns the number of the one that came, or None.
+def held_back(numbers: tuple[int, ...] = HELD_BACK) -> Iterator[Callable[[], int | None]]:
+    """Hold signals back; yield a function that returns the number of the one that came, or None.
 
     An exception in the middle of a step could land in a callback of JAX, which swallows it, or leave XLA's threads
     working while the process ends; in the middle of saving it would lose the epoch. A second signal stops at once.
@@ -33,10 +34,10 @@ def held_back() -> Iterator[Callable[[], int | None]]:
 
     def note(number: int, _: Any) -> None:
         came.append(number)
-        for one in (signal.SIGINT, signal.SIGTERM):
+        for one in numbers:
             signal.signal(one, lambda second, _: stop(second))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: came[0] if came else None
     finally:

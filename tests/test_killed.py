@@ -7,6 +7,7 @@ import pathlib
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,3 +178,42 @@ def test_a_folder_that_cannot_be_written_is_one_line(sounds):
     assert len(stderr.splitlines()) == 1, stderr
     assert str(output) in stderr
     assert "Traceback" not in stdout + stderr
+
+
+def start_two(arguments, folder):
+    """Start the same command twice, as two processes of one run with two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    meeting = ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    pair = []
+    for number in (0, 1):
+        with (folder / f"{number}.out").open("w") as stdout, (folder / f"{number}.err").open("w") as stderr:
+            pair.append(
+                subprocess.Popen([*arguments, *meeting, str(number)], env=environment, stdout=stdout, stderr=stderr)
+            )
+    return pair
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(undisturbed, sounds, tmp_path):
+    """SIGTERM to one of them: both save at the same step, and the two, later, end where one alone ends."""
+    folder = tmp_path / "run"
+    pair = start_two(command(sounds, folder, *fresh(sounds)), tmp_path)
+    wait_for(lambda: saved(folder) and runs.newest_state(folder).name != "0", pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in pair] == [143, 143]
+    for number in (0, 1):
+        assert f"ast-jax finetune --output {folder} --resume" in (tmp_path / f"{number}.err").read_text()
+    assert runs.read_record(runs.newest_state(folder)).step > 0
+    pair = start_two(command(sounds, folder, "--resume"), tmp_path)
+    assert [process.wait(timeout=300) for process in pair] == [0, 0], (tmp_path / "0.err").read_text()
+    assert "going on after epoch" in (tmp_path / "0.out").read_text()
+    assert "going on after epoch" not in (tmp_path / "1.out").read_text()  # the first speaks for both
+    losses = []
+    for one in (folder, undisturbed):
+        with (one / "metrics.csv").open() as file:
+            losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert len(losses[0]) == EPOCHS
+    np.testing.assert_allclose(*losses, rtol=1e-3)  # float32 sums in another order, through 32 steps of Adam
