@@ -65,10 +65,10 @@ METHODS = {
 }
 TITLES = {
     "shipped": "`ast-jax finetune --init sounds-tiny`",
-    "shipped-augmented": "the same, with augmentation",
-    "scratch": "`ast-jax finetune`, from scratch",
-    "scratch-augmented": "the same, with augmentation",
-    "pytorch": "PyTorch and transformers, from scratch",
+    "shipped-augmented": "`ast-jax finetune --init sounds-tiny`, augmented",
+    "scratch": "`ast-jax finetune` from scratch",
+    "scratch-augmented": "`ast-jax finetune` from scratch, augmented",
+    "pytorch": "PyTorch and transformers from scratch",
 }
 
 Settings = dict[str, Any]
@@ -195,12 +195,12 @@ def run(name: str, settings: Settings, output: pathlib.Path) -> dict[str, Any]:
         best = output / "best"
     else:
         start = [output / "architecture.json" if word == "ARCHITECTURE" else word for word in METHODS[name]]
-        statistics_ = [] if "--init" in start else ["--mean", MEAN, "--std", STD]
-        steps = count_clips(pathlib.Path(settings["data"])) // settings["batch_size"]
+        input_statistics = [] if "--init" in start else ["--mean", MEAN, "--std", STD]
+        epoch_steps = count_clips(pathlib.Path(settings["data"])) // settings["batch_size"]
         succeed([
-            *ast_jax("finetune"), settings["data"], "--output", output / "run", *start, *statistics_,
+            *ast_jax("finetune"), settings["data"], "--output", output / "run", *start, *input_statistics,
             "--epochs", settings["epochs"], "--batch-size", settings["batch_size"],
-            "--learning-rate", settings["learning_rate"], "--schedule", "cosine", "--warmup-steps", steps,
+            "--learning-rate", settings["learning_rate"], "--schedule", "cosine", "--warmup-steps", epoch_steps,
             "--weight-decay", WEIGHT_DECAY, "--seed", settings["seed"],
         ])  # fmt: skip
         with (output / "run" / "metrics.csv").open(encoding="utf-8", newline="") as file:
@@ -245,7 +245,7 @@ def summary(runs: list[dict[str, Any]], clips: int) -> dict[str, float]:
     accuracies = [one["accuracy"] for one in runs]
     found = {
         "accuracy": statistics.mean(accuracies),
-        "accuracy_deviation": statistics.stdev(accuracies) if len(runs) > 1 else math.nan,
+        "accuracy_deviation": statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
         "clips_per_second": statistics.mean(clips / statistics.median(one["seconds"][1:]) for one in runs),
         "first_epoch_seconds": statistics.mean(one["seconds"][0] for one in runs),
         "total_seconds": statistics.mean(one["total_seconds"] for one in runs),
@@ -297,6 +297,8 @@ def main() -> None:
         return
     if arguments.data is None or arguments.output is None:
         parser.error("expected DATA and --output FOLDER")
+    if not (arguments.data / "manifest.csv").is_file():
+        parser.error(f"DATA: expected a folder with a manifest.csv, got {arguments.data}")
     if arguments.epochs < 2:
         parser.error("--epochs: expected at least 2, as the first is not timed")
 
@@ -306,7 +308,7 @@ def main() -> None:
         for name in arguments.methods:
             settings = {
                 "data": str(data), "seed": seed, "epochs": arguments.epochs, "batch_size": arguments.batch_size,
-                "learning_rate": arguments.learning_rate, "options": METHODS[name],
+                "learning_rate": arguments.learning_rate, "options": METHODS[name], "architecture": ARCHITECTURE,
             }  # fmt: skip
             found = run(name, settings, arguments.output.absolute() / f"{name}-{seed}")
             runs[name].append(found)
