@@ -16,7 +16,7 @@ from .config import ASTConfig, FrontendConfig
 from .datasets import DataError, DataSet
 from .files import remove_scratch, sole_use
 from .loop import Loop, Machine, Say, is_over
-from .parallel import METHODS, json_from_first
+from .parallel import METHODS, all_raise, json_from_first
 from .runs import Record, Run
 from .settings import TrainConfig
 
@@ -70,9 +70,7 @@ def start(
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
-    if first and output.exists():
-        with sole_use(output):
-            _refuse_occupied(output)
+    all_raise(lambda: _refuse_occupied(output))
     run, dataset, params = _prepare(
         source, training, initial=initial, architecture=architecture, problem_type=problem_type, statistics=statistics,
         teacher=teacher, keep_epochs=keep_epochs, reading=reading or {}, machine=machine, notes=notes or {}, say=say,
@@ -81,7 +79,7 @@ def start(
         return Loop(run, dataset, params, output, None, machine, say).train()
     output.mkdir(parents=True, exist_ok=True)
     with sole_use(output):
-        _refuse_occupied(output)  # again: another process may have been here while the data were read
+        _refuse_what_is_there(output)  # again: another process may have been here while the data were read
         try:
             return Loop(run, dataset, params, output, None, machine, say).train()
         except Exception:
@@ -193,6 +191,13 @@ def _frontend(
 
 
 def _refuse_occupied(output: pathlib.Path) -> None:
+    """Raise ValueError where a folder is another process's, holds a run, or other things."""
+    if output.exists():
+        with sole_use(output):
+            _refuse_what_is_there(output)
+
+
+def _refuse_what_is_there(output: pathlib.Path) -> None:
     """Raise ValueError where a folder holds a run or other things; what a start leaves that was killed goes.
 
     To be called in sole use of the folder.
@@ -206,6 +211,15 @@ def _refuse_occupied(output: pathlib.Path) -> None:
             runs.remove_states(output)
     if any(output.iterdir()):
         raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
+
+
+def _check_resumable(output: pathlib.Path) -> None:
+    """Raise ValueError where a folder holds no run that can go on."""
+    runs.read_run(output)
+    state = runs.newest_state(output)
+    if state is None:
+        raise ValueError(f"{output}: stopped before anything was saved; start it again in a new folder")
+    runs.read_record(state)
 
 
 def resume(
@@ -232,11 +246,10 @@ def resume(
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
+    all_raise(lambda: _check_resumable(output))
     run = Run.from_json(json_from_first(runs.read_run(output).to_json() if first else None))
     with sole_use(output) if first else contextlib.nullcontext():
         state = runs.newest_state(output) if first else None
-        if first and state is None:
-            raise ValueError(f"{output}: stopped before anything was saved; start it again in a new folder")
         record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if first else None))
         if source is not None:
             run = dataclasses.replace(run, data={**run.data, "source": _absolute(source)})

@@ -31,6 +31,12 @@ def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
     """
     if isinstance(key, int | np.integer):
         raise ValueError(f"key: expected a random key, got the number {key}; pass jax.random.key({key})")
+    return _init(key, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")  # one program: run bit by bit, it would be a hundred small ones
+def _init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
+    """Draw the parameters."""
     model = ASTForAudioClassification(config, dtype=jnp.zeros(0).dtype)
     spec = jnp.zeros((1, config.max_length, config.num_mel_bins))
     return model.init(key, spec)["params"]

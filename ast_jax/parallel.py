@@ -73,7 +73,8 @@ class DataParallel:
 
     def replicate(self, tree: Any) -> Any:
         """Copy a tree to every device, with a new first axis."""
-        copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=self.devices)
+        # Under the step's own axis: a state on another one would have the step compiled twice.
+        copy = jax.pmap(lambda _, x: x, AXIS, in_axes=(0, None), devices=self.devices)
         return copy(np.arange(len(self.local)), tree)
 
     @staticmethod
@@ -153,6 +154,25 @@ def from_first(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def all_raise(check: Callable[[], None]) -> None:
+    """Call a check in the first process; what it finds wrong is raised in all, so that none waits for the others.
+
+    Raises:
+        ValueError: what the check raised (in the first process also OSError, as it was).
+    """
+    found = None
+    if not jax.process_index():
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            found = error
+    message = json_from_first(None if found is None else str(found))
+    if found is not None:
+        raise found
+    if message is not None:
+        raise ValueError(message)
 
 
 def json_from_first(content: Any) -> Any:

@@ -22,6 +22,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -219,7 +220,8 @@ class States:
                     arrays=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(dataclasses.asdict(record))
                 )
                 rank = None if math.isnan(score) else {"score": score, "epoch": len(record.history)}
-                self._manager.save(number, args=items, metrics=rank, force=True)
+                with _hushed():
+                    self._manager.save(number, args=items, metrics=rank, force=True)
             if wait:
                 self._manager.wait_until_finished()
 
@@ -397,6 +399,18 @@ def remove_states(folder: pathlib.Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in (STATES, TENSORBOARD):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Orbax from warning that a state within an epoch has no metrics."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

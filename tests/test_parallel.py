@@ -100,6 +100,30 @@ def test_losses_in_float32(method, devices, on_one_in_float32):
 
 
 @pytest.mark.parametrize("method", [DataParallel, ShardedJit])
+def test_a_step_is_compiled_once(method):
+    """What a step returns must be what it takes, its place on the devices too: compiling is what takes long."""
+    traces = []
+
+    def step(state, batch, axis=None):
+        traces.append(axis)
+        mean = batch["labels"].mean()
+        mean = mean if axis is None else jax.lax.pmean(mean, axis)
+        return state.replace(step=state.step + 1, params=state.params + mean), mean
+
+    parallel = method()
+    state = parallel.replicate(train.TrainState(np.zeros((), np.int32), np.ones(3, np.float32), ()))
+    run = parallel.wrap_train(step)
+    for batch in batches(3, np.float32):
+        state, _ = run(state, batch)
+    assert len(traces) == 1
+    evaluated = []
+    predict = parallel.wrap_eval(lambda params, batch: evaluated.append(1) or batch["labels"] + params[0])
+    for params in (state.params, parallel.replicate(np.ones(3, np.float32))):
+        predict(params, next(batches(1, np.float32)))
+    assert len(evaluated) == 1
+
+
+@pytest.mark.parametrize("method", [DataParallel, ShardedJit])
 def test_evaluation_gives_the_rows_in_order(method):
     params = ast_jax.init(jax.random.key(0), CONFIG)
     batch = {key: value for key, value in next(batches(1, np.float32)).items() if key != "labels"}
