@@ -14,7 +14,6 @@ from .cli_training import (
     LabelFile,
     TestData,
     ValidationData,
-    Workers,
     need_train_extra,
     reading_of,
 )
@@ -36,7 +35,7 @@ def evaluate(
     fold: Fold = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Score from which on a label counts as said.")] = 0.5,
     batch_size: Annotated[int, typer.Option(min=1, help="Over all devices.")] = 32,
-    workers: Workers = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: threads.")] = 0,
     output: Annotated[
         pathlib.Path | None, typer.Option("--output", "-o", help="Folder for report.json and pictures.")
     ] = None,
@@ -55,7 +54,6 @@ def evaluate(
         from .measuring import measure
 
         reading = reading_of((validation, test, label_file, fold))
-        workers = 0 if workers is None else workers
         measured = measure(
             models, source, reading, split=split, threshold=threshold, batch_size=batch_size, num_workers=workers,
             output=output,

@@ -211,7 +211,8 @@ def finetune(
             machine = Machine(parallel.value, workers, save_minutes)
             if resume:
                 asked = {
-                    **settings, **size, "init": init, "architecture": architecture, "teacher": teacher,
+                    **settings, **_sized(size, chosen), "init": init, "architecture": architecture, "teacher": teacher,
+                    "recipe": recipe, "mean": mean, "std": std, "fold": fold, "keep_epochs": keep_epochs or None,
                     "problem_type": problem_type.value if problem_type else None,
                 }  # fmt: skip
                 if crossval.is_cross_validation(output):
@@ -222,7 +223,9 @@ def finetune(
                 best = tuning.resume(output, data, machine=machine)
             else:
                 if chosen:
-                    print(*chosen.lines(_others(chosen, training)), sep="\n")
+                    own = {"max_length": _sized(size, chosen)["max_length"]}
+                    own |= {} if mean is None else {"mean": mean, "std": std}
+                    print(*chosen.lines(_others(chosen, training), own, init or architecture or "scratch"), sep="\n")
                 statistics = None if mean is None else (mean, std)
                 if chosen and mean is None:
                     statistics = chosen.frontend["mean"], chosen.frontend["std"]
@@ -302,7 +305,11 @@ def _others(recipe: Any, training: TrainConfig) -> dict[str, Any]:
 def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]) -> None:
     """Say which of the options given together with --resume (None: not given) the run was not started with."""
     size = {name: getattr(run.config, name) for name in SIZE}
-    has = {**vars(run.training), **size, "problem_type": run.config.problem_type}
+    has = {
+        **vars(run.training), **size, "problem_type": run.config.problem_type, "recipe": run.metadata.get("recipe"),
+        "mean": run.frontend.mean, "std": run.frontend.std, "fold": run.data.get("fold"),
+        "keep_epochs": run.keep_epochs,
+    }  # fmt: skip
     if asked["teacher"]:
         names = asked["teacher"], str(pathlib.Path(asked["teacher"]).absolute())
         has["teacher"] = asked["teacher"] if run.teacher in names else None

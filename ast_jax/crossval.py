@@ -13,16 +13,19 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from . import datasets, finetune, runs
-from .checkpoint import Checkpoint, load, save
+from .checkpoint import Checkpoint, is_own, load, save
 from .config import ASTConfig
 from .datasets import DataError
 from .files import sole_use, write_text
+from .finetune import PATHS, absolute
 from .loop import Machine, is_over
 from .settings import TrainConfig
 
@@ -66,25 +69,60 @@ def start(
         ValueError: as `finetune.start`.
     """
     output = pathlib.Path(output)
+    _refuse_several_processes()
     folds = datasets.read_dataset(source, training.seed, **(reading or {})).folds
     if not folds:
         raise DataError(
-            f"{source}: expected a data set with folds, as ESC-50's or a manifest's column fold, found none"
+            f"{source}: expected a data set with folds (ESC-50, or a column fold), found none; "
+            "--no-cross-validate makes one run"
         )
     output.mkdir(parents=True, exist_ok=True)
+    _free(output)
     if any(output.iterdir()):
         raise ValueError(
             f"{output}: expected a new or empty folder; go on with what is in it (--resume) or choose another"
         )
     if initial is not None:
         save(output / INITIAL, initial)
+    reading = {name: absolute(value) if name in PATHS else value for name, value in (reading or {}).items()}
+    if others.get("teacher") and pathlib.Path(others["teacher"]).exists():
+        others["teacher"] = absolute(others["teacher"])
     asked = {
-        "folds": folds, "source": str(pathlib.Path(source).absolute()), "training": dataclasses.asdict(training),
-        "architecture": architecture.to_json_dict() if architecture else None, "reading": reading or {},
-        "others": others,
+        "folds": folds, "source": absolute(source), "training": dataclasses.asdict(training),
+        "architecture": architecture.to_json_dict() if architecture else None, "reading": reading, "others": others,
     }  # fmt: skip
+    _write_asked(output, asked)
+    try:
+        return resume(output, machine=machine, say=say)
+    except Exception:
+        _free(output)
+        raise
+
+
+def _free(output: pathlib.Path) -> None:
+    """Remove what a cross-validation leaves that ended before any fold had a state."""
+    paths = {path.name: path for path in output.iterdir()}
+    ours = {name for name in paths if name in (ASKED_FILE, INITIAL) or name.startswith("fold-")}
+    begun = any(runs.newest_state(path) for name, path in paths.items() if name.startswith("fold-"))
+    whole = ASKED_FILE in paths or (set(paths) == {INITIAL} and is_own(output / INITIAL))
+    if begun or not whole or ours != set(paths):
+        return
+    for path in paths.values():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _write_asked(output: pathlib.Path, asked: dict[str, Any]) -> None:
+    """Write what was asked for."""
     write_text(output / ASKED_FILE, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-    return resume(output, machine=machine, say=say)
+
+
+def _refuse_several_processes() -> None:
+    """Raise ValueError in one of several processes."""
+    if jax.process_count() > 1:
+        raise ValueError("cross-validation: expected one process, got several; run each fold by itself (--fold)")
 
 
 def is_cross_validation(output: str | pathlib.Path) -> bool:
@@ -133,8 +171,12 @@ def resume(
         ValueError: the folder holds none, or a damaged one.
     """
     output = pathlib.Path(output)
+    _refuse_several_processes()
     asked = _asked(output)
-    source = asked["source"] if source is None else source
+    if source is not None and absolute(source) != asked["source"]:
+        asked["source"] = absolute(source)
+        _write_asked(output, asked)
+    source = asked["source"]
     initial = load((output / INITIAL).absolute()) if (output / INITIAL).is_dir() else None
     architecture = ASTConfig.from_json_dict(asked["architecture"]) if asked["architecture"] else None
     with sole_use(output):

@@ -82,9 +82,10 @@ def start(
         _refuse_what_is_there(output)  # again: another process may have been here while the data were read
         try:
             return Loop(run, dataset, params, output, None, machine, say).train()
-        except Exception:
+        except Exception as error:
             state = runs.newest_state(output)
-            if state is None or state.name == "0":  # nothing to go on with: the folder stays free
+            full = isinstance(error, OSError)  # a disk: there is something to go on with, even if it is the start
+            if state is None or (state.name == "0" and not full):  # else the folder stays free
                 runs.remove_states(output)
             raise
 
@@ -137,12 +138,12 @@ def _prepare(
         distill.load_teacher(teacher, config, frontend, per_device)  # before anything is written
         metadata |= {"teacher": pathlib.Path(teacher).name, "teacher_weight": training.teacher_weight}
     where = {"source": source, **reading}
-    where = {name: _absolute(value) if name in PATHS else value for name, value in where.items()}
+    where = {name: absolute(value) if name in PATHS else value for name, value in where.items()}
     run = Run(where, config, frontend, training, metadata, teacher, keep_epochs)
     return Run.from_json(json_from_first(run.to_json())), dataset, params
 
 
-def _absolute(path: Any) -> str | None:
+def absolute(path: Any) -> str | None:
     """Return a path as `run.json` keeps it."""
     return None if path is None else str(pathlib.Path(path).absolute())
 
@@ -252,7 +253,7 @@ def resume(
         state = runs.newest_state(output) if first else None
         record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if first else None))
         if source is not None:
-            run = dataclasses.replace(run, data={**run.data, "source": _absolute(source)})
+            run = dataclasses.replace(run, data={**run.data, "source": absolute(source)})
         where = dict(run.data)
         dataset = datasets.read_dataset(where.pop("source"), run.training.seed, **where)
         if set(dataset.labels) != set(run.config.labels):
@@ -261,6 +262,8 @@ def resume(
         params = model.init(jax.random.key(run.training.seed), run.config)
         if first:
             remove_scratch(output, runs.OURS)
+            if (output / runs.EPOCHS).is_dir():
+                remove_scratch(output / runs.EPOCHS, runs.OURS)
         done = len(record.history)
         whole = "; that is all of them, and `--init` starts a new run from its checkpoint"
         say(

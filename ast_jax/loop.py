@@ -15,7 +15,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from .evaluation import Evaluator, Predictions
 from .files import write_text
 from .losses import loss
 from .metrics import evaluate_logits, report, report_lines, scores
-from .parallel import METHODS, DataParallel, from_first, json_from_first
+from .parallel import METHODS, DataParallel, from_first, json_from_all, json_from_first
 from .runs import Record, Run, States
 from .settings import TrainConfig
 from .signals import HELD_BACK, held_back, stop
@@ -148,6 +148,7 @@ class Loop:
                 )
             found = runs.restore_arrays(saved[1], self.arrays) if self.first else self.arrays
             self.arrays = from_first(found)
+        self.elsewhere: dict[str, str] = {}  # sounds that this process, one of several, could not read
         self.pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
 
     def train(self) -> Checkpoint:
@@ -156,14 +157,16 @@ class Loop:
         with contextlib.ExitStack() as stack:
             alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
             self.came = stack.enter_context(held_back(HELD_BACK if alone else (signal.SIGINT,)))
-            self.states = stack.enter_context(States(self.folder))
             if self.first:
                 write_text(self.folder / runs.RUN_FILE, self.run.to_json())
-            if self.resumed and record.step == len(record.history) * self.steps_per_epoch:
-                self._publish(self.arrays.state.kept)  # a state within an epoch was saved after that was done
+            self.states = stack.enter_context(States(self.folder))
+            if self.resumed and self.first:
+                self._catch_up()
             if not self.resumed:  # the start too, so that a kill in the first epoch can be resumed
                 self.states.save(record, jax.tree.map(np.array, self.arrays), wait=True)
-            self.board = stack.enter_context(Board(self.folder / runs.TENSORBOARD, record.history, write=self.first))
+            with runs.writing(self.folder):
+                board = Board(self.folder / runs.TENSORBOARD, record.history, write=self.first)
+            self.board = stack.enter_context(board)
             self.say(
                 f"{len(self.examples)} training examples, {len(self.validation)} for validation, "
                 f"{self.run.config.num_labels} labels, {model.num_params(self.arrays.state.params):,} parameters, "
@@ -214,7 +217,13 @@ class Loop:
 
     def _take(self, batch: data.Batch) -> None:
         """Take one step."""
-        self._note_skipped(batch.pop("skipped"))
+        skipped = batch.pop("skipped")
+        self._note_skipped([self.examples[number] for number in np.unique(skipped[skipped >= 0])])
+        if (skipped >= 0).all(-1).any():
+            raise DataError(
+                f"{data.MAX_SKIPPED} sounds in a row cannot be read, the last is "
+                f"{self.examples[int(skipped.max())].name}; are they there?"
+            )
         numbers = batch.pop("example")
         self.state, value = self.step(self.state, self.soften(batch))
         self.pending.append((self.record.step, value, numbers))
@@ -227,7 +236,7 @@ class Loop:
         step, value, numbers = self.pending.popleft()
         value = float(value)
         if not math.isfinite(value):
-            names = [str(self.examples[number].path) for number in numbers]
+            names = [self.examples[number].name for number in numbers]
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             raise FloatingPointError(
                 f"the loss is not finite at step {step} (epoch {step // self.steps_per_epoch + 1}), whose batch is "
@@ -241,23 +250,35 @@ class Loop:
         while self.pending:
             self._settle()
 
-    def _note_skipped(self, skipped: np.ndarray) -> None:
-        """Count and tell sounds that could not be read, or stop at them."""
-        for number in np.unique(skipped[skipped >= 0]).tolist():
-            example = self.examples[number]
-            if (name := str(example.path)) in self.record.skipped:
+    def _note_skipped(self, examples: Sequence[datasets.Example]) -> None:
+        """Count and tell sounds that could not be read, or stop at them; of several processes, later (see below)."""
+        for example in examples:
+            if example.name in self.record.skipped or example.name in self.elsewhere:
                 continue
             reason = "unreadable"
             try:
                 datasets.load_example(example, self.run.frontend)
             except data.UNREADABLE as error:
                 reason = str(error)
-            if self.run.training.strict:
-                raise DataError(f"{reason}; mend or remove it, or leave out --strict to skip such files")
-            self.record.skipped[name] = reason
-            self.say(f"skipped: {reason}")
-        if (skipped >= 0).all(-1).any():
-            raise DataError(f"{data.MAX_SKIPPED} sounds in a row cannot be read, the last is {name}; are they there?")
+            if jax.process_count() > 1:
+                self.elsewhere[example.name] = reason
+            else:
+                self._list_skipped({example.name: reason})
+
+    def _gather_skipped(self) -> None:
+        """Put together what several processes could not read."""
+        if jax.process_count() > 1:
+            for found in json_from_all(self.elsewhere):
+                self._list_skipped(found)
+
+    def _list_skipped(self, found: dict[str, str]) -> None:
+        """List sounds by name, with the reason; with `strict`, refuse them."""
+        for name, reason in found.items():
+            if name not in self.record.skipped:
+                if self.run.training.strict:
+                    raise DataError(f"{reason}; mend or remove it, or leave out --strict to skip such files")
+                self.record.skipped[name] = reason
+                self.say(f"skipped: {reason}")
 
     def _end_epoch(self, epoch: int, began: float) -> None:
         """Evaluate, save and publish."""
@@ -269,6 +290,7 @@ class Loop:
         arrays = self.arrays
         if self.validation:
             found = self.evaluator(self.state.kept, self._stop_if_asked)
+            self._note_skipped([self.validation[number] for number in np.flatnonzero(~found.usable)])
             measured = self._metrics(found)
             arrays = arrays._replace(
                 total=arrays.total + scores(found.logits, self.run.config), usable=arrays.usable & found.usable
@@ -283,6 +305,7 @@ class Loop:
             count = epoch - training.average_from + 1
             mean = jax.tree.map(lambda old, new: old + (new - old) / count, arrays.mean, single.kept)
             arrays = arrays._replace(mean=mean)
+        self._gather_skipped()
         row["seconds"] = round(time.monotonic() - began, 1)
         self.arrays = arrays
         record.history.append(row)
@@ -290,7 +313,8 @@ class Loop:
         self.states.save(record, arrays._replace(state=single), finished=True)
         self.saved_at = time.monotonic()
         self._publish(single.kept)
-        self.board.add(row)
+        with runs.writing(self.folder):
+            self.board.add(row)
         self.say(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                            for key, value in row.items()))  # fmt: skip
 
@@ -311,6 +335,21 @@ class Loop:
         """Bring the run folder up to the last state."""
         if self.first:
             runs.publish(self.run, self.folder, params, self.record)
+
+    def _catch_up(self) -> None:
+        """Do what a kill may have left undone after the last state was saved."""
+        history = self.record.history
+        if history and not runs.best_is_there(self.run, self.folder, history):
+            row = runs.best_row(history)
+            state = runs.state_of_epoch(self.folder, row["epoch"], self.steps_per_epoch)
+            like = self.arrays._replace(state=jax.tree.map(np.asarray, self.arrays.state))
+            kept = runs.restore_arrays(state, like).state.kept
+            metadata = json.dumps(runs.run_metadata(self.run, row))
+            with runs.writing(self.folder):
+                save(self.folder / runs.BEST, Checkpoint(kept, self.run.config, self.run.frontend, metadata))
+        if history and self.record.step == len(history) * self.steps_per_epoch:
+            self._publish(self.arrays.state.kept)
+        runs.write_tables(self.folder, self.record)
 
     def _save(self, wait: bool = False) -> None:
         """Save a state in the middle of an epoch."""
@@ -354,7 +393,8 @@ class Loop:
                 span = [self.run.training.average_from, len(self.record.history)]
                 origin = json.dumps(runs.run_metadata(self.run, {"averaged_epochs": span}))
                 whole = Checkpoint(self.arrays.mean, self.run.config, self.run.frontend, origin)
-                save(self.folder / runs.AVERAGE, whole)
+                with runs.writing(self.folder):
+                    save(self.folder / runs.AVERAGE, whole)
         history = self.record.history
         content: dict[str, Any] = {"epochs": len(history), "best": runs.best_row(history), "last": history[-1]}
         for split, examples in (("validation", self.validation), ("test", self.test)):
@@ -362,13 +402,23 @@ class Loop:
                 continue
             with contextlib.closing(self._evaluator(examples, len(models))) as evaluator:
                 for name, params in models.items():
-                    found = evaluator(self.parallel.replicate(params))
+                    found = evaluator(self.parallel.replicate(params), self._stop_when_done)
+                    self._note_skipped([examples[number] for number in np.flatnonzero(~found.usable)])
                     content.setdefault(split, {})[name] = report(*found.measured(), self.run.config)
+        self._gather_skipped()
         if self.first:
             self._tell(content)
-            self._draw(content)
-            write_text(self.folder / runs.RESULTS_FILE, runs.json_text(content))
+            with runs.writing(self.folder):
+                self._draw(content)
+                write_text(self.folder / runs.RESULTS_FILE, runs.json_text(content))
+            runs.write_tables(self.folder, self.record)
+        self._stop_when_done()
         return best
+
+    def _stop_when_done(self) -> None:
+        """Stop if a signal came after the last epoch, whose state is saved."""
+        if jax.process_count() == 1 and (number := self.came()) is not None:
+            stop(number)
 
     def _tell(self, content: dict[str, Any]) -> None:
         """Print what the run gave."""

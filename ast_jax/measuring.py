@@ -16,7 +16,7 @@ from .datasets import SPLITS, DataError, DataSet, Example
 from .evaluation import align, evaluate
 from .files import write_text
 from .metrics import Report, report, report_lines, scores
-from .runs import checkpoints_of, json_text
+from .runs import RUN_FILE, checkpoints_of, json_text, read_run
 
 ENSEMBLE = "ensemble"
 
@@ -80,10 +80,9 @@ def measure(
         DataError: no such split, nothing in it, or labels that a model does not know.
         ValueError: a model that cannot be loaded or has no classifier.
     """
-    dataset = datasets.read_dataset(source, **(reading or {}))
-    split, examples = _examples(dataset, split)
+    dataset, split, examples = _heard_by(models, source, reading or {}, split)
     notes = list(dataset.notes)
-    reports, all_scores, usable = {}, [], np.ones(len(examples), bool)
+    reports, all_scores, usable, kinds = {}, [], np.ones(len(examples), bool), set()
     for model in models:
         (folder,) = checkpoints_of(model)
         checkpoint = load(folder)
@@ -93,8 +92,10 @@ def measure(
         if len(columns) < checkpoint.config.num_labels:
             notes.append(f"{model}: of its {checkpoint.config.num_labels} labels the data have {len(columns)}")
         config = checkpoint.config.replace(num_labels=len(columns), id2label=dataset.labels)
-        own = dataclasses.replace(dataset, splits={split: examples}).reordered(dataset.labels).splits[split]
-        found = evaluate(_only(checkpoint, columns, config), own, batch_size, num_workers=num_workers)
+        kinds.add(config.resolved_problem_type)
+        if len(kinds) > 1:
+            raise ValueError(f"an ensemble: expected models of one problem type, got {' and '.join(sorted(kinds))}")
+        found = evaluate(_only(checkpoint, columns, config), examples, batch_size, num_workers=num_workers)
         reports[model] = report(*found.measured(), config, threshold)
         all_scores.append(scores(found.logits, config))
         usable &= found.usable
@@ -105,6 +106,34 @@ def measure(
     if output is not None:
         _write(measured, dataset.labels, output)
     return measured
+
+
+def _heard_by(
+    models: Sequence[str], source: str | pathlib.Path, reading: dict[str, Any], split: str | None
+) -> tuple[DataSet, str, list[Example]]:
+    """Read the data as the runs among the models did: with the seed and the fold that held out their validation.
+
+    Raises:
+        DataError: they held out different sounds, so that the split is not the same for all.
+    """
+    asked = []
+    for model in models:
+        if (pathlib.Path(model) / RUN_FILE).is_file():
+            run = read_run(model)
+            fold = {"fold": run.data["fold"]} if run.data.get("fold") is not None else {}
+            asked.append((run.training.seed, {**fold, **reading}))
+    found = [_chosen(datasets.read_dataset(source, seed, **how), split) for seed, how in asked or [(0, reading)]]
+    if any(other[1:] != found[0][1:] for other in found[1:]):
+        raise DataError(
+            f"{source}: the runs held out different sounds (by --seed or --fold), so that what one has not heard "
+            "another has; measure on a test split, or one by one"
+        )
+    return found[0]
+
+
+def _chosen(dataset: DataSet, split: str | None) -> tuple[DataSet, str, list[Example]]:
+    """Return a data set with the split that is meant, and its examples."""
+    return dataset, *_examples(dataset, split)
 
 
 def _examples(dataset: DataSet, split: str | None) -> tuple[str, list[Example]]:

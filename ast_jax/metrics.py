@@ -281,6 +281,8 @@ def _positive(labels: np.ndarray, config: ASTConfig) -> np.ndarray:
     """Return which classes an example has: bool [N, C]."""
     if config.resolved_problem_type == "multi_label_classification":
         return labels >= 0.5
+    if several := int(((labels >= 0.5).sum(-1) > 1).sum()):
+        raise ValueError(f"labels: expected one class an example, got {several} of {len(labels)} examples with several")
     without = int((labels.max(-1) <= 0).sum())
     if without:
         raise ValueError(f"labels: expected one class an example, got {without} of {len(labels)} examples with none")

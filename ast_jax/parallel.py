@@ -33,7 +33,8 @@ class DataParallel:
 
     def __init__(self, devices: Sequence[jax.Device] | None = None):
         """Take the devices; None means all of all processes."""
-        self.devices = list(devices or jax.devices())
+        # A process's rows are one stretch of the batch, so that its devices must stand together.
+        self.devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
         self.local = [device for device in self.devices if device.process_index == jax.process_index()]
 
     def check_batch_size(self, batch_size: int, parts: int = 1) -> None:
@@ -154,6 +155,20 @@ def from_first(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def json_from_all(content: Any) -> list[Any]:
+    """Return what JSON can hold of every process, in their order, on all of them."""
+    if jax.process_count() == 1:
+        return [content]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(content).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(one[:length].tobytes()) for one, length in zip(texts, lengths, strict=True)]
 
 
 def all_raise(check: Callable[[], None]) -> None:

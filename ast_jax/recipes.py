@@ -50,15 +50,25 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: expected settings of TrainConfig, got {', '.join(unknown)}")
         return TrainConfig(**{**self.training, **overrides})
 
-    def lines(self, overrides: Mapping[str, Any] | None = None) -> list[str]:
-        """Return the recipe as text: every value it names or that is overridden, there with its own value beside it."""
+    def lines(
+        self, overrides: Mapping[str, Any] | None = None, frontend: Mapping[str, Any] | None = None, init: str = ""
+    ) -> list[str]:
+        """Return what is used as text, with the recipe's own value beside what is another.
+
+        Args:
+            overrides: settings that are not the recipe's.
+            frontend: mean, std and max_length, as far as they are not the recipe's.
+            init: what is started from; else the recipe's words for it are printed.
+        """
         overrides = overrides or {}
-        own, used = self.settings(), self.settings(**overrides)
-        names = [field.name for field in dataclasses.fields(TrainConfig) if field.name in {*self.training, *overrides}]
-        rows = [("starts from", self.init), *self.frontend.items(), ("problem_type", self.problem_type)]
-        for name in names:
-            value, usual = getattr(used, name), getattr(own, name)
-            rows.append((name, f"{value}" if value == usual else f"{value} (recipe: {usual})"))
+        own, used = {**vars(self.settings()), **self.frontend}, {**vars(self.settings(**overrides)), **self.frontend}
+        used |= frontend or {}
+        fields = [field.name for field in dataclasses.fields(TrainConfig) if field.name in {*self.training, *overrides}]
+        rows = [("starts from", f"{init} (recipe: {self.init})" if init else self.init)]
+        for name in (*self.frontend, *fields):
+            value = f"{used[name]}" if used[name] == own[name] else f"{used[name]} (recipe: {own[name]})"
+            rows.append((name, value))
+        rows.append(("problem_type", self.problem_type))
         width = max(len(name) for name, _ in rows)
         head = f"recipe {self.name}: {self.description}; published: {self.published}"
         return [head, *(f"  {name:<{width}}  {value}" for name, value in rows)]

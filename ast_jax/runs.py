@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import Checkpoint, restore_numpy, save
+from .checkpoint import FORMAT_FILE, Checkpoint, restore_numpy, save
 from .config import ASTConfig, FrontendConfig
 from .files import write_text
 from .settings import TrainConfig
@@ -177,7 +177,7 @@ class States:
             "arrays": ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone),
             "record": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
@@ -187,7 +187,7 @@ class States:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._manager is None:
             return
-        with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), _writing(self.folder):
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), writing(self.folder):
             self._manager.wait_until_finished()
         self._manager.close()
 
@@ -213,7 +213,7 @@ class States:
         number = record.step + len(record.history)
         score = score_of(record.history) if finished else math.nan
         leaves = {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(arrays))}
-        with _writing(self.folder):
+        with writing(self.folder):
             self._manager.wait_until_finished()
             if number not in self._manager.all_steps():
                 items = ocp.args.Composite(
@@ -225,18 +225,17 @@ class States:
             if wait:
                 self._manager.wait_until_finished()
 
-    def check(self) -> None:
-        """Raise OSError if writing in the background has failed."""
-        if self._manager is not None:
-            with _writing(self.folder):
-                self._manager.check_for_errors()
-
 
 def newest_state(run_folder: str | pathlib.Path) -> pathlib.Path | None:
     """Return the folder of the last whole state of a run, or None."""
     folder = pathlib.Path(run_folder) / STATES
     names = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
     return max(names, key=lambda path: int(path.name), default=None)
+
+
+def state_of_epoch(run_folder: pathlib.Path, epoch: int, steps_per_epoch: int) -> pathlib.Path:
+    """Return the folder of the state at the end of an epoch, evaluation included."""
+    return run_folder / STATES / str(epoch * (steps_per_epoch + 1))
 
 
 def read_record(state: pathlib.Path) -> Record:
@@ -284,8 +283,6 @@ def can_resume(run_folder: str | pathlib.Path) -> bool:
 def publish(run: Run, folder: pathlib.Path, params: Any, record: Record) -> None:
     """Bring the rest of a run folder up to a state at an epoch's end; done twice, it changes nothing.
 
-    `best/` can be made from the state's own parameters: it changes only where the last epoch is the best.
-
     Args:
         run: what was asked for.
         folder: the run's.
@@ -296,18 +293,39 @@ def publish(run: Run, folder: pathlib.Path, params: Any, record: Record) -> None
         OSError: something cannot be written.
     """
     history = record.history
-    if record.skipped:
-        write_text(folder / SKIPPED_FILE, csv_text([{"path": p, "reason": r} for p, r in record.skipped.items()]))
-    if not history:
-        return
     checkpoint = Checkpoint(params, run.config, run.frontend, json.dumps(run_metadata(run, history[-1])))
-    if run.keep_epochs:
-        (folder / EPOCHS).mkdir(exist_ok=True)
-        save(folder / EPOCHS / f"{len(history):04d}", checkpoint)
-    if is_best(history):
-        save(folder / BEST, checkpoint)
-    write_text(folder / METRICS_FILE, csv_text(history))
-    write_text(folder / METRICS_JSON, json_text(history))
+    with writing(folder):
+        if run.keep_epochs:
+            (folder / EPOCHS).mkdir(exist_ok=True)
+            save(folder / EPOCHS / f"{len(history):04d}", checkpoint)
+        if is_best(history):
+            save(folder / BEST, checkpoint)
+    write_tables(folder, record)
+
+
+def write_tables(folder: pathlib.Path, record: Record) -> None:
+    """Write the metrics of all epochs, and the list of sounds that could not be read.
+
+    Raises:
+        OSError: one of them cannot be written.
+    """
+    with writing(folder):
+        if record.skipped:
+            rows = [{"path": path, "reason": reason} for path, reason in record.skipped.items()]
+            write_text(folder / SKIPPED_FILE, csv_text(rows))
+        if record.history:
+            write_text(folder / METRICS_FILE, csv_text(record.history))
+            write_text(folder / METRICS_JSON, json_text(record.history))
+
+
+def best_is_there(run: Run, folder: pathlib.Path, history: History) -> bool:
+    """Whether `best/` holds what the history says is best: a kill may have come between it and the state."""
+    wanted = run_metadata(run, best_row(history))["epoch"]
+    try:
+        description = json.loads((folder / BEST / FORMAT_FILE).read_text(encoding="utf-8"))
+        return description["metadata"]["epoch"] == wanted
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def run_metadata(run: Run, epoch: Any) -> dict[str, Any]:
@@ -362,7 +380,12 @@ def score_of(history: History) -> float:
 def best_row(history: History) -> dict[str, Any]:
     """Return the best epoch's row; of equals, the first."""
     metric = metric_of(history)
-    return max(history, key=lambda row: row[metric] if metric else -row["train_loss"])
+
+    def score(row: dict[str, Any]) -> float:
+        value = row.get(metric, math.nan) if metric else -row["train_loss"]
+        return -math.inf if math.isnan(value) else value
+
+    return max(history, key=score)
 
 
 def is_best(history: History) -> bool:
@@ -371,9 +394,10 @@ def is_best(history: History) -> bool:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV text; the first one names the columns."""
+    """Return rows as CSV text, with every column that any of them has."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -429,7 +453,7 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
+def writing(folder: pathlib.Path) -> Iterator[None]:
     """Turn what Orbax and tensorstore raise where a disk is full or a folder forbidden into one line."""
     try:
         yield
@@ -439,8 +463,8 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(
-            f"{folder}: the state of the run cannot be saved ({os.strerror(number)}); the last one that could is "
-            f"whole: {_REMEDY.get(number, 'mend that')} and go on with --resume"
+            f"{folder}: cannot be written ({os.strerror(number)}); the last saved state is whole: "
+            f"{_REMEDY.get(number, 'mend that')} and go on with --resume"
         ) from error
 
 

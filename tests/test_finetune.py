@@ -490,13 +490,11 @@ def test_several_labels_by_manifest(sounds, tmp_path, no_compiling):
     manifest = tmp_path / "list.csv"
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    no_labels = DataParallel.wrap_eval
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :4])
         best = finetune.start(
             manifest, tmp_path / "run", TrainConfig(batch_size=8, epochs=1), architecture=TINY, say=lambda _: None
         )
-    assert no_labels is DataParallel.wrap_eval
     assert best.config.problem_type == "multi_label_classification"
     assert "mAP" in best.metadata["epoch"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
