@@ -89,6 +89,23 @@ def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch
     assert crossval.resume(tmp_path / "run", say=lambda _: None) == rows  # all done: nothing but the table
 
 
+def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypatch):
+    (tmp_path / "names.txt").write_text("b\na\n")
+    monkeypatch.chdir(tmp_path)
+    crossval.start("manifest.csv", "run", SETTINGS, architecture=TINY, reading={"label_file": "names.txt"}, say=print)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(crossval.resume(tmp_path / "run", say=lambda _: None)) == 4
+    assert ast_jax.load(tmp_path / "run" / "fold-1" / "best").config.labels == ("b", "a")
+
+
+def test_a_start_that_fails_in_its_first_fold_leaves_the_folder_free(folded, tmp_path):
+    big = TrainConfig(batch_size=800)
+    with pytest.raises(DataError, match="less than one batch of 800"):
+        crossval.start(folded, tmp_path / "run", big, initial=ast_jax.load("sounds-tiny"), say=lambda _: None)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_table_of_last_and_best():
     histories = {
         "1": [{"epoch": 1, "accuracy": 0.5}, {"epoch": 2, "accuracy": 0.9}, {"epoch": 3, "accuracy": 0.7}],

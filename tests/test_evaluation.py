@@ -12,6 +12,7 @@ import ast_jax
 from ast_jax import cli, datasets, evaluation, measuring, metrics, runs
 from ast_jax.checkpoint import Checkpoint, save
 from ast_jax.config import FrontendConfig
+from ast_jax.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LABELS = ("a", "b", "c")
@@ -99,6 +100,34 @@ def test_an_ensemble_is_the_mean_of_the_scores(models, data):
         for column, one in enumerate(found["classes"]):
             hits = ((score[:, column] >= 0.4) & truth[:, column]).sum()
             assert one["recall"] == pytest.approx(hits / truth[:, column].sum())
+
+
+def test_a_run_is_measured_on_what_it_held_out(models, tmp_path):
+    """By its own seed, or its own fold; runs that held out different sounds have no validation split in common."""
+    rng = np.random.default_rng(0)
+    lines = ["path,label,fold"]
+    for index in range(40):
+        soundfile.write(tmp_path / f"{index}.wav", 0.1 * rng.standard_normal(3000), 16000)
+        lines.append(f"{index}.wav,{LABELS[index % 3]},{index % 4}")
+    (tmp_path / "folds.csv").write_text("\n".join(lines))
+    (tmp_path / "plain.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in lines))
+    for name, source, seed, fold in (("a", "plain", 3, None), ("b", "plain", 4, None), ("c", "folds", 0, "1")):
+        one = checkpoint(0)
+        reading = {"source": str(tmp_path / f"{source}.csv")} | ({"fold": fold} if fold else {})
+        run = runs.Run(reading, one.config, one.frontend, TrainConfig(seed=seed), {})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / runs.RUN_FILE).write_text(run.to_json())
+        save(tmp_path / name / "best", one)
+    for names, source, fold in (("a", "plain", None), ("c", "folds", "1")):
+        heard = measuring._heard_by([str(tmp_path / name) for name in names], tmp_path / f"{source}.csv", {}, None)
+        want = datasets.read_dataset(tmp_path / f"{source}.csv", 3 if source == "plain" else 0, fold=fold)
+        assert heard[1:] == ("validation", want.splits["validation"])
+    with pytest.raises(datasets.DataError, match="the runs held out different sounds"):
+        measuring.measure([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plain.csv")
+    single = checkpoint(1, problem_type="single_label_classification")
+    save(tmp_path / "single", single)
+    with pytest.raises(ValueError, match="expected models of one problem type"):
+        measuring.measure([models[0], str(tmp_path / "single")], tmp_path / "plain.csv", batch_size=8)
 
 
 def test_scores_and_logits_of_an_ensemble_say_the_same():

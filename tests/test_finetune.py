@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -326,6 +327,7 @@ def test_signals_are_held_back_to_where_stopping_is_safe(
         return original(*arguments, **settings)
 
     settings = TrainConfig(batch_size=40, epochs=3)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patched:
         patched.setattr(module, name, interrupt_and_go_on)
         with pytest.raises(error):
@@ -333,8 +335,7 @@ def test_signals_are_held_back_to_where_stopping_is_safe(
     record = runs.read_record(runs.newest_state(tmp_path / "run"))
     stopped = {"step": (2, 0), "validation": (0, 0), "saving": (2, 1), "best": (2, 1)}[where]
     assert (record.step, len(record.history)) == stopped
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     finetune.resume(tmp_path / "run", say=lambda _: None)
     assert len(read_metrics(tmp_path / "run")) == 3
 
@@ -579,6 +580,77 @@ def test_bad_files_are_skipped_counted_and_listed(with_bad, tmp_path, no_compili
     assert listed.keys() == {"7.wav", "8.wav", "5.wav"}
     assert "NaN or Inf" in listed["5.wav"]
     assert sum(line.startswith("skipped: ") for line in said) == 3
+
+
+def test_bad_sounds_of_other_splits_and_parts_of_files_are_listed_one_by_one(sounds, tmp_path, no_compiling):
+    """By file and place; with `strict` they stop the run wherever they are."""
+    soundfile.write(tmp_path / "long.wav", np.full(48000, 0.1), 16000)
+    (tmp_path / "bad.wav").write_text("no sound")
+    lines = ["path,label,split,start,end"]
+    for name in TONES:
+        lines += [f"{sounds / name / f'{index}.wav'},{name},{'train' if index < 8 else 'val'},," for index in range(10)]
+    lines += [f"long.wav,low,train,{start},{start + 0.4}" for start in (4, 5, 6)]  # beyond its end
+    lines += ["bad.wav,low,val,,", "bad.wav,high,test,,", f"{sounds / 'low' / '11.wav'},low,test,,"]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    settings = TrainConfig(batch_size=8, epochs=3)
+    finetune.start(tmp_path / "m.csv", tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
+    with (tmp_path / "run" / "skipped.csv").open() as file:
+        listed = [pathlib.Path(row["path"]).name for row in csv.DictReader(file)]
+    assert sorted(listed) == ["bad.wav", *(f"long.wav, {start} s to {start + 0.4:g} s" for start in (4, 5, 6))]
+    lines = [line for line in lines if not line.startswith("long.wav")]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    settings = dataclasses.replace(settings, strict=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(survey, "check_headers", lambda *_, **__: survey.Headers(0, 0, []))
+        with pytest.raises(datasets.DataError, match=r"bad\.wav: not a readable sound file"):
+            finetune.start(tmp_path / "m.csv", tmp_path / "strict", settings, architecture=TINY, say=lambda _: None)
+
+
+def test_metrics_that_come_and_go_do_not_spoil_a_run(tmp_path):
+    history = [{"epoch": 1, "train_loss": 2.0, "mAP": 0.5}, {"epoch": 2, "train_loss": 1.0, "mAP": math.nan},
+               {"epoch": 3, "train_loss": 0.5, "accuracy": 0.7, "mAP": 0.4}]  # fmt: skip
+    assert runs.best_row(history) is history[2]  # by the last row's metric, which the others do not have
+    assert not runs.is_best(history[:2]) or runs.metric_of(history[:2]) is None
+    assert runs.csv_text(history).splitlines()[0] == "epoch,train_loss,mAP,accuracy"
+    runs.Record.from_json_dict(dataclasses.asdict(runs.Record(history=history)))
+
+
+def test_best_is_mended_from_the_best_state(run, tmp_path):
+    """As where a kill came between a state and the checkpoint that belongs to it."""
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    for path in ("best", "results.json"):
+        (shutil.rmtree if path == "best" else pathlib.Path.unlink)(copy / path)
+    finetune.resume(copy, say=lambda _: None)
+    jax.tree.map(np.testing.assert_array_equal, ast_jax.load(copy / "best").params, run[1].params)
+    assert ast_jax.load(copy / "best").metadata == run[1].metadata
+
+
+def test_a_full_disk_in_the_first_epoch_leaves_something_to_go_on_with(sounds, tmp_path, no_compiling, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "save", full)
+        with pytest.raises(OSError, match=r"run: cannot be written \(No space left on device\); .* make room and"):
+            finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=2), architecture=TINY, say=lambda _: None)
+    finetune.resume(tmp_path / "run", say=lambda _: None)
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_signal_after_the_last_epoch_stops_too(sounds, tmp_path, no_compiling, monkeypatch):
+    """Of a cross-validation the next fold must not begin."""
+    finish = loop.Loop._finish
+
+    def interrupt(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Loop, "_finish", interrupt)
+        with pytest.raises(Terminated):
+            finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+    finetune.resume(tmp_path / "run", say=lambda _: None)
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_strict_stops_at_bad_files(with_bad, tmp_path, no_compiling):
