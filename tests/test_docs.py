@@ -1,0 +1,156 @@
+"""What the pages in docs/ say holds: the code runs, files are read, options and figures are those of the code."""
+
+import json
+import pathlib
+import re
+import shlex
+
+import pytest
+import soundfile
+import typer
+from typer.testing import CliRunner
+
+from ast_jax import datasets
+from ast_jax.cli import app
+from ast_jax.recipes import RECIPES
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+SHORTER = {"finetune": ["--epochs", "1", "--linear-probe", "--workers", "0"]}  # what a command is run with on top
+
+
+def page(name):
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def blocks(name, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """Return the `ast-jax` commands of a shell block as lists of arguments, with a number for each variable."""
+    lines = re.sub(r"\$\w+", "1", text.replace("\\\n", " ")).splitlines()
+    found = [line.strip() for line in lines if line.strip().startswith("ast-jax ")]
+    return [
+        shlex.split(re.split(r"\s[>&]", line)[0], comments=True)[1:] for line in found
+    ]  # what the shell does is cut
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Run the page on fine-tuning from top to bottom, Python and the first five commands; return what each printed."""
+    folder = tmp_path_factory.mktemp("docs")
+    first, *others = blocks("finetuning.md", "python")
+    printed, namespace = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(first, "finetuning.md", "exec"), namespace)
+        for arguments in commands(blocks("finetuning.md", "sh")[0]):
+            result = CliRunner().invoke(app, [*arguments, *SHORTER.get(arguments[0], [])])
+            assert result.exit_code == 0, (arguments, result.output)
+            printed[arguments[0]] = result.stdout
+        for block in others:
+            exec(compile(block, "finetuning.md", "exec"), namespace)
+    return printed
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_finetuning_page_runs(told):
+    assert list(told) == ["check-data", "stats", "finetune", "evaluate", "classify"]
+    assert "falling" in told["classify"]
+    assert "100 sounds of the split test" in told["evaluate"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_finetuning_page_shows_what_the_commands_print(told):
+    """Of the two commands that do not train, line by line."""
+    (shown,) = re.findall(r"^```text\n(examples .*?)^```", page("finetuning.md"), re.DOTALL | re.MULTILINE)
+    assert set(shown.splitlines()) <= {*told["check-data"].splitlines(), *told["stats"].splitlines()}
+
+
+def listed():
+    """Return the example files of the page on fine-tuning by name."""
+    return dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", page("finetuning.md"), re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "splits"),
+    [
+        ("manifest.csv", ("rain", "wind"), {"train": [(0, 1), (1,)], "validation": [(0,)], "test": [()]}),
+        ("parts.jsonl", ("rain", "wind"), {"train": [(0, 1), (1,)], "validation": [(0,)], "test": []}),
+        ("train_data.json", ("Rain", "Wind"), {"train": [(0, 1), (1,)], "validation": [], "test": []}),
+    ],
+)
+def test_example_files_are_read(name, labels, splits, tmp_path):
+    files = listed()
+    assert set(files) == {"manifest.csv", "parts.jsonl", "train_data.json", "class_labels_indices.csv"}
+    for other in {name, *({"class_labels_indices.csv"} if name.endswith(".json") else ())}:
+        (tmp_path / other).write_text(files[other])
+    for path in re.findall(r"[\w/]+\.wav", files[name]):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / path, [0.0] * 16, 16000)
+    kept = {"validation": str(tmp_path / name)} if name.endswith(".json") else {}  # or one of its two is held out
+    dataset = datasets.read_dataset(tmp_path / name, **kept)
+    assert dataset.labels == labels
+    for split, targets in splits.items():
+        if not (kept and split == "validation"):
+            assert [example.targets for example in dataset.splits[split]] == targets
+
+
+def test_recipes_are_the_code_s():
+    """The table's rows that are settings, of all four recipes."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page("finetuning.md").splitlines()]
+    (header,) = [row for row in rows if set(RECIPES) <= set(row)]
+    table = {row[0]: row[1:] for row in rows if len(row) == len(header) and row[0] in header_rows()}
+    assert set(table) == header_rows()
+    for name, recipe in RECIPES.items():
+        settings = {**vars(recipe.settings()), **recipe.frontend}
+        for key, cells in table.items():
+            assert as_value(cells[header.index(name) - 1]) == settings[key], (name, key)
+        loss = recipe.problem_type.removesuffix("_classification").replace("_", "-")
+        assert next(row for row in rows if row[0] == "loss")[header.index(name)] == loss
+
+
+def as_value(shown):
+    return {"yes": True, "no": False}[shown] if shown in ("yes", "no") else float(shown)
+
+
+def header_rows():
+    """Return what the table has a row for: all that any recipe sets, but for what all of them share."""
+    shared = {"optimizer", "beta1", "beta2", "weight_decay", "schedule", "warmup_hold"}
+    return {key for recipe in RECIPES.values() for key in {*recipe.training, *recipe.frontend}} - shared
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_options_are_the_command_line_s(path):
+    """Every --option on a page that is not gcloud's or another program's exists."""
+    known = {"--help"}
+    for command in typer.main.get_command(app).commands.values():
+        known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    text = re.sub(r"^ *(gcloud|python3|git) .*?[^\\]$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`(gcloud|tensorboard) [^`]*`", "", text).replace("--xla_force_host_platform_device_count", "")
+    found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert found
+    assert not found - known
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_commands_can_be_parsed(path):
+    """Every `ast-jax` command in a shell block is one, whatever its files."""
+    root = typer.main.get_command(app)
+    for arguments in [one for block in blocks(path.name, "sh") for one in commands(block)]:
+        command = root.commands[arguments[0]]
+        command.make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#:]+)", prose):
+        assert (path.parent / target).exists(), target
+
+
+def test_json_on_the_page_is_json():
+    for name, text in listed().items():
+        for line in text.splitlines() if name.endswith((".json", ".jsonl")) else ():
+            json.loads(line)
