@@ -35,9 +35,9 @@ def dot_product_attention(
         key: [B, N, H, K].
         value: [B, N, H, K].
         mask: [B, N] bool, the keys that may be seen; None for all.
-        implementation: "plain" computes all heads at once; "heads" one after the other, which keeps the scores of one
-            head in the cache and is faster on CPU; "auto" is "heads" where the program is compiled for CPU, else
-            "plain". Attention weights and dropout always take "plain".
+        implementation: "plain" computes all heads at once; "heads" one after the other, and their scores once more for
+            the gradient, which keeps the scores of one head in the cache and is faster on CPU; "auto" is "heads" where
+            the program is compiled for CPU, else "plain". Attention weights and dropout always take "plain".
         dropout_rate: share of attention weights set to zero.
         dropout_key: random key, needed where `dropout_rate` is not 0.
         return_weights: also return the weights, after dropout.
@@ -98,10 +98,16 @@ def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
 
 
 def _by_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend head by head, so that only one head's scores exist at a time."""
+    """Attend head by head of each example, so that only one head's scores exist at a time, in the gradient too."""
+    batch, tokens, heads, width = query.shape
 
-    def one_head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _plain(*(x[:, :, None] for x in qkv), mask)[:, :, 0]  # [B, N, K]
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no scores; a loop is no place for that to be undone
+    def one_head(head: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        *qkv, mask = head
+        mask = None if mask is None else mask[None]
+        return _plain(*(x[None, :, None] for x in qkv), mask)[0, :, 0]  # [N, K]
 
-    heads_first = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))  # 3 × [H, B, N, K]
-    return jnp.moveaxis(jax.lax.map(one_head, heads_first), 0, 2)  # [B, N, H, K]
+    each = tuple(x.swapaxes(1, 2).reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
+    masks = None if mask is None else jnp.repeat(mask, heads, axis=0)  # [B H, N]
+    output = jax.lax.map(one_head, (*each, masks))
+    return output.reshape(batch, heads, tokens, width).swapaxes(1, 2)  # [B, N, H, K]

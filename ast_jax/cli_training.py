@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -31,7 +32,10 @@ from .cli_common import (
 )  # fmt: skip
 from .settings import TrainConfig
 
+SAVE_MINUTES = 10.0
 READING = ("validation", "test", "label_file", "fold")
+MOVABLE = READING[:3]
+SPELLED = {"validation": "--validation-data", "test": "--test-data", "label_file": "--labels"}
 DATA_HELP = (
     "A folder per class; a manifest (CSV, TSV, JSONL: path, label, and split, start, end); the original's JSON; "
     "ESC-50 or Speech Commands as downloaded; a folder that Hugging Face's datasets saved."
@@ -165,7 +169,7 @@ def finetune(
     ] = False,
     parallel: Annotated[Parallel, typer.Option(help="How steps are spread over devices.")] = Parallel.pmap,
     workers: Workers = None,
-    save_minutes: Annotated[float, typer.Option(help="Between states within an epoch.")] = 10.0,
+    save_minutes: Annotated[float, typer.Option(help="Between states within an epoch.")] = SAVE_MINUTES,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="One of several processes that find each other (TPU pod, SLURM).")
     ] = False,
@@ -210,17 +214,19 @@ def finetune(
         try:
             machine = Machine(parallel.value, workers, save_minutes)
             if resume:
+                several = crossval.is_cross_validation(output)
+                begun = crossval.read_run(output) if several else runs.read_run(output)
                 asked = {
                     **settings, **_sized(size, chosen), "init": init, "architecture": architecture, "teacher": teacher,
-                    "recipe": recipe, "mean": mean, "std": std, "fold": fold, "keep_epochs": keep_epochs or None,
-                    "problem_type": problem_type.value if problem_type else None,
+                    "recipe": recipe, "mean": mean, "std": std, "keep_epochs": keep_epochs or None,
+                    "problem_type": problem_type and problem_type.value, "cross_validate": cross_validate, **reading,
                 }  # fmt: skip
-                if crossval.is_cross_validation(output):
-                    _refuse_others(output, settings, vars(crossval.read_training(output)))
-                    crossval.resume(output, data, machine=machine)
+                _refuse_contradictions(output, begun, asked, cross_validate=several)
+                paths = {name: path for name, path in reading.items() if name in MOVABLE}
+                going_on = crossval.resume if several else tuning.resume
+                best = going_on(output, data, reading=paths, machine=machine)
+                if several:
                     return
-                _refuse_contradictions(output, runs.read_run(output), asked)
-                best = tuning.resume(output, data, machine=machine)
             else:
                 if chosen:
                     own = {"max_length": _sized(size, chosen)["max_length"]}
@@ -236,13 +242,21 @@ def finetune(
                     "teacher": teacher, "keep_epochs": keep_epochs, "reading": reading, "machine": machine,
                     "notes": {"recipe": recipe} if recipe else {},
                 }  # fmt: skip
-                folds = (chosen is not None and chosen.cross_validate) if cross_validate is None else cross_validate
-                if folds and not fold:
+                by_recipe = chosen is not None and chosen.cross_validate and not fold
+                if by_recipe if cross_validate is None else cross_validate:
+                    _refuse_held_out(fold, validation, by_recipe and cross_validate is None)
                     crossval.start(data, output, training, **given)
                     return
                 best = tuning.start(data, output, training, **given)
         except (KeyboardInterrupt, Terminated) as stopped:
-            command = shlex.join(["ast-jax", "finetune", "--output", str(output), "--resume"])
+            joined = {
+                "--parallel": None if parallel is Parallel.pmap else parallel.value, "--workers": workers,
+                "--save-minutes": None if save_minutes == SAVE_MINUTES else save_minutes,
+                "--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id,
+            }  # fmt: skip
+            same = [word for name, value in joined.items() if value is not None for word in (name, str(value))]
+            same += ["--distributed"] if distributed else []
+            command = shlex.join(["ast-jax", "finetune", "--output", str(output), "--resume", *same])
             resumable = runs.can_resume(output) or crossval.is_cross_validation(output)
             complain(f"stopped; go on with: {command}" if resumable else "stopped")
             raise typer.Exit(EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED) from None
@@ -302,13 +316,29 @@ def _others(recipe: Any, training: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(training).items() if value != own[name]}
 
 
-def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]) -> None:
-    """Say which of the options given together with --resume (None: not given) the run was not started with."""
+def _refuse_held_out(fold: str | None, validation: pathlib.Path | None, by_recipe: bool) -> None:
+    """Say what cannot be had together with cross-validation, in which every fold is held out once."""
+    wrong = [name for name, value in (("--fold", fold), ("--validation-data", validation)) if value is not None]
+    if wrong:
+        wanted = "as the recipe wants it; add --no-cross-validate" if by_recipe else f"leave out {wrong[0]}"
+        wrong_usage(f"{wrong[0]}: every fold of DATA is held out once in cross-validation, {wanted}")
+
+
+def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any], *, cross_validate: bool) -> None:
+    """Say which of the options given together with --resume (None: not given) the run was not started with.
+
+    What says where data lie is no contradiction, as they may have been moved, unless the run was started without.
+    Nothing can be compared with a cross-validation that has not begun (`run` is None), and nothing may be given then.
+    """
+    if run is None:
+        _refuse_others(output, asked, dict.fromkeys(asked))
+        return
     size = {name: getattr(run.config, name) for name in SIZE}
     has = {
         **vars(run.training), **size, "problem_type": run.config.problem_type, "recipe": run.metadata.get("recipe"),
-        "mean": run.frontend.mean, "std": run.frontend.std, "fold": run.data.get("fold"),
-        "keep_epochs": run.keep_epochs,
+        "mean": run.frontend.mean, "std": run.frontend.std, "keep_epochs": run.keep_epochs,
+        "fold": None if cross_validate else run.data.get("fold"), "cross_validate": cross_validate,
+        **{name: run.data.get(name) and asked.get(name) for name in MOVABLE},
     }  # fmt: skip
     if asked["teacher"]:
         names = asked["teacher"], str(pathlib.Path(asked["teacher"]).absolute())
@@ -320,8 +350,10 @@ def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]
     if asked["init"]:
         from .checkpoint import load
 
-        same = load(asked["init"], **size).metadata == run.metadata.get("trained_from")
-        has["init"] = asked["init"] if same else None
+        has["init"] = None
+        with contextlib.suppress(ValueError):  # it does not even go to this size
+            if load(asked["init"], **size).metadata == run.metadata.get("trained_from"):
+                has["init"] = asked["init"]
     _refuse_others(output, asked, has)
 
 
@@ -330,14 +362,14 @@ def _refuse_others(output: pathlib.Path, asked: dict[str, Any], has: dict[str, A
     wrong = sorted(_option(name) for name, value in asked.items() if value is not None and value != has[name])
     if wrong:
         wrong_usage(
-            f"--resume: goes on with the settings that the run in {output} was started with, which are other than "
-            f"these; leave out {', '.join(wrong)}"
+            f"--resume: goes on with the settings that the run in {output} was started with, not with others; "
+            f"leave out {', '.join(wrong)}"
         )
 
 
 def _option(name: str, *message: str) -> str:
     """Return a setting's name as the command line has it, and what is said of it."""
-    return ":".join([f"--{name.replace('_', '-')}", *message])
+    return ":".join([SPELLED.get(name, f"--{name.replace('_', '-')}"), *message])
 
 
 def _architecture(name: str, size: dict[str, int | None]) -> Any:

@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, is_own, load, save
 from .config import ASTConfig
 from .datasets import DataError
 from .files import sole_use, write_text
-from .finetune import PATHS, absolute
+from .finetune import PATHS, absolute, moved
 from .loop import Machine, is_over
 from .settings import TrainConfig
 
@@ -130,13 +130,15 @@ def is_cross_validation(output: str | pathlib.Path) -> bool:
     return (pathlib.Path(output) / ASKED_FILE).is_file()
 
 
-def read_training(output: str | pathlib.Path) -> TrainConfig:
-    """Return the settings that a cross-validation was started with.
+def read_run(output: str | pathlib.Path) -> runs.Run | None:
+    """Return a description of what a cross-validation was started with: its first fold's; None before that began.
 
     Raises:
-        ValueError: its description is damaged.
+        ValueError: its description, or that run's, is damaged.
     """
-    return TrainConfig(**_asked(pathlib.Path(output))["training"])
+    output = pathlib.Path(output)
+    folder = output / f"fold-{_asked(output)['folds'][0]}"
+    return runs.read_run(folder) if runs.can_resume(folder) else None
 
 
 def _asked(output: pathlib.Path) -> dict[str, Any]:
@@ -153,6 +155,7 @@ def resume(
     output: str | pathlib.Path,
     source: str | pathlib.Path | None = None,
     *,
+    reading: dict[str, Any] | None = None,
     machine: Machine = Machine(),  # noqa: B008 (frozen)
     say: Say = print,
 ) -> list[dict[str, Any]]:
@@ -161,6 +164,7 @@ def resume(
     Args:
         output: its folder.
         source: where the data set lies now, if it was moved.
+        reading: as in `finetune.resume`.
         machine: as in `finetune.start`.
         say: where progress is told.
 
@@ -168,15 +172,17 @@ def resume(
         A row for each fold, see `table`.
 
     Raises:
-        ValueError: the folder holds none, or a damaged one.
+        ValueError: the folder holds none, or a damaged one; or as `finetune.resume`.
     """
     output = pathlib.Path(output)
     _refuse_several_processes()
     asked = _asked(output)
-    if source is not None and absolute(source) != asked["source"]:
-        asked["source"] = absolute(source)
+    where = {"source": asked["source"], **asked["reading"]}
+    now = moved(where, source, reading)
+    source, paths = now.pop("source"), {name: path for name, path in now.items() if name in PATHS}
+    if {"source": source, **now} != where:
+        asked |= {"source": source, "reading": now}
         _write_asked(output, asked)
-    source = asked["source"]
     initial = load((output / INITIAL).absolute()) if (output / INITIAL).is_dir() else None
     architecture = ASTConfig.from_json_dict(asked["architecture"]) if asked["architecture"] else None
     with sole_use(output):
@@ -184,7 +190,7 @@ def resume(
             folder = output / f"fold-{fold}"
             say(f"fold {fold} ({number} of {len(asked['folds'])})")
             if runs.can_resume(folder):
-                finetune.resume(folder, source, machine=machine, say=say)
+                finetune.resume(folder, source, reading=paths, machine=machine, say=say)
             else:
                 finetune.start(
                     source, folder, TrainConfig(**asked["training"]), initial=initial, architecture=architecture,

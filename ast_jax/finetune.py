@@ -214,6 +214,19 @@ def _refuse_what_is_there(output: pathlib.Path) -> None:
         raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
 
 
+def moved(where: dict[str, Any], source: str | pathlib.Path | None, reading: dict[str, Any] | None) -> dict[str, Any]:
+    """Return where the data of a run lie that goes on: what it was started with, at the paths that are given.
+
+    Raises:
+        ValueError: a path is given of something that the run was not started with.
+    """
+    now = {**(reading or {}), **({} if source is None else {"source": source})}
+    for name in now:
+        if name not in PATHS or where.get(name) is None:
+            raise ValueError(f"{name}: expected where something lies that the run was started with, got another")
+    return {**where, **{name: absolute(path) for name, path in now.items()}}
+
+
 def _check_resumable(output: pathlib.Path) -> None:
     """Raise ValueError where a folder holds no run that can go on."""
     runs.read_run(output)
@@ -227,6 +240,7 @@ def resume(
     output: str | pathlib.Path,
     source: str | pathlib.Path | None = None,
     *,
+    reading: dict[str, Any] | None = None,
     machine: Machine = Machine(),  # noqa: B008 (frozen)
     say: Say = print,
 ) -> Checkpoint:
@@ -235,6 +249,7 @@ def resume(
     Args:
         output: run folder.
         source: where the data set lies now, if it was moved; the run folder keeps it.
+        reading: likewise for validation, test and label_file, as far as the run was started with them.
         machine: devices and workers, which may be others than before.
         say: where progress is told.
 
@@ -243,7 +258,8 @@ def resume(
 
     Raises:
         DataError: the data set is no longer the one that the run was started with.
-        ValueError: `output` holds no run, or a damaged one, or another process is training into it.
+        ValueError: `output` holds no run, or a damaged one, or another process is training into it; or `reading` names
+            what the run was not started with.
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
@@ -252,8 +268,7 @@ def resume(
     with sole_use(output) if first else contextlib.nullcontext():
         state = runs.newest_state(output) if first else None
         record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if first else None))
-        if source is not None:
-            run = dataclasses.replace(run, data={**run.data, "source": absolute(source)})
+        run = dataclasses.replace(run, data=moved(run.data, source, reading))
         where = dict(run.data)
         dataset = datasets.read_dataset(where.pop("source"), run.training.seed, **where)
         if set(dataset.labels) != set(run.config.labels):

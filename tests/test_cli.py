@@ -113,6 +113,8 @@ def test_wrong_usage_is_2(arguments):
         (["x", "--architecture", "huge"], "--architecture: expected tiny, small, base or a config.json, got 'huge'"),
         (["x", "--init", "y", "--architecture", "tiny"], "--init: brings its own architecture; leave out"),
         ([], "expected DATA, a folder per class or a manifest, got none"),
+        (["x", "--cross-validate", "--fold", "1"], "--fold: every fold of DATA is held out once"),
+        (["x", "--recipe", "esc50", "--validation-data", "y"], "as the recipe wants it; add --no-cross-validate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -142,6 +144,8 @@ def test_resume_refuses_what_contradicts_the_run(tmp_path):
     for options, named in (
         (other, "--architecture, --epochs, --learning-rate, --max-length, --noise, --problem-type"),
         (["--init", "sounds-tiny", "--seed", "0"], "--init"),
+        (["--test-data", "x", "--validation-data", "x", "--labels", "x"], "--labels, --test-data, --validation-data"),
+        (["--fold", "1", "--cross-validate"], "--cross-validate, --fold"),
     ):
         done = ast_cli(*resume, *options)
         assert done.returncode == 2

@@ -9,6 +9,7 @@ import soundfile
 
 import ast_jax
 from ast_jax import crossval, finetune, plots, runs
+from ast_jax.cli import app
 from ast_jax.datasets import DataError
 from ast_jax.parallel import DataParallel
 from ast_jax.settings import TrainConfig
@@ -79,7 +80,7 @@ def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     assert crossval.is_cross_validation(tmp_path / "run")
-    assert crossval.read_training(tmp_path / "run") == SETTINGS
+    assert crossval.read_run(tmp_path / "run").training == SETTINGS
     assert not (tmp_path / "run" / "fold-3").exists()
     said = []
     rows = crossval.resume(tmp_path / "run", say=said.append)
@@ -97,6 +98,35 @@ def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(crossval.resume(tmp_path / "run", say=lambda _: None)) == 4
     assert ast_jax.load(tmp_path / "run" / "fold-1" / "best").config.labels == ("b", "a")
+    (tmp_path / "names.txt").rename(tmp_path / "moved.txt")
+    with pytest.raises(FileNotFoundError, match="names"):
+        crossval.resume(tmp_path / "run", say=lambda _: None)
+    crossval.resume(tmp_path / "run", reading={"label_file": tmp_path / "moved.txt"}, say=lambda _: None)
+    assert len(crossval.resume(tmp_path / "run", say=lambda _: None)) == 4  # which is kept
+    with pytest.raises(ValueError, match="validation: expected where something lies that the run was started with"):
+        crossval.resume(tmp_path / "run", reading={"validation": tmp_path})
+
+
+def test_options_that_contradict_it_are_refused_where_it_goes_on(folded, tmp_path, capsys):
+    crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+    resume = ["finetune", "--output", str(tmp_path / "run"), "--resume"]
+    for options, named in (
+        (["--init", "sounds-tiny", "--epochs", "2", "--cross-validate"], "--init"),
+        (["--fold", "1", "--test-data", "x", "--max-length", "64", "--lr", "1"],
+         "--fold, --learning-rate, --max-length, --test-data"),
+        (["--no-cross-validate", "--labels", "x"], "--cross-validate, --labels"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            app([*resume, *options])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.endswith(f"; leave out {named}\n")
+    with pytest.raises(SystemExit) as stopped:
+        app([*resume, "--epochs", "2", "--max-length", "32", "--num-mel-bins", "32"])
+    assert stopped.value.code == 0
+    (tmp_path / "run" / "fold-1" / "states").rename(tmp_path / "states")  # as if nothing had begun
+    with pytest.raises(SystemExit) as stopped:
+        app([*resume, "--epochs", "2"])
+    assert stopped.value.code == 2
 
 
 def test_a_start_that_fails_in_its_first_fold_leaves_the_folder_free(folded, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,35 @@ def test_packed_examples_are_the_examples():
     packed = data.PackedExamples(examples)
     assert list(packed) == examples
     assert packed.targets() == [(3, 5), (), (0,)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_memory_is_bounded_however_many_batches_wait(num_workers, tmp_path):
+    """A consumer that stands still is not read ahead of without end, and one that goes on leaves nothing behind."""
+    path, frontend, batch_bytes = tmp_path / "long.wav", FrontendConfig(), 16 * 4 * 164_080
+    assert batch_bytes == 16 * 4 * frontend.max_samples
+    soundfile.write(path, np.full(160_000, 0.1), 16000)
+    examples = [Example(path, (0,))] * 16
+    before = _memory()
+    stream = data.train_batches(examples, frontend, 1, TrainConfig(batch_size=16, epochs=300), num_workers=num_workers)
+    next(stream)
+    seen = [_memory()]
+    for _ in range(20):  # until nothing more is read ahead
+        time.sleep(0.1)
+        seen.append(_memory())
+    # Threads keep 8 batches and work on 4 more; two processes keep 6 each and work on 2. A process itself takes up to
+    # 150 MB, and so do this one's imports. All 300 batches are 3.1 GB.
+    assert seen[-1] - before < 16 * batch_bytes + (1 + num_workers) * 150e6
+    for _ in range(60):
+        next(stream)
+    assert _memory() - seen[-1] < 4 * batch_bytes
+    stream.close()
+
+
+def _memory():
+    """What this process and its children take, in bytes; what they share counts once."""
+    rollups = [pathlib.Path(f"/proc/{pid}/smaps_rollup") for pid in [os.getpid(), *_children(os.getpid())]]
+    return sum(int(re.search(r"^Pss: +([0-9]+) kB", rollup.read_text(), re.M)[1]) for rollup in rollups) * 1024
 
 
 def test_workers_end_with_a_parent_that_was_killed(examples, tmp_path):

@@ -363,11 +363,28 @@ def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch)
     with pytest.raises(datasets.DataError, match="give it the data it was started with"):
         finetune.resume(killed, tmp_path / "fewer")
     assert json.loads((killed / "run.json").read_text()) == gone
+    with pytest.raises(ValueError, match="test: expected where something lies that the run was started with"):
+        finetune.resume(killed, reading={"test": sounds})
+    with pytest.raises(ValueError, match="fold: expected where something lies"):
+        finetune.resume(killed, reading={"fold": "1"})
     monkeypatch.chdir(sounds.parent)
     monkeypatch.setattr(runs, "publish", raise_killed)
     with pytest.raises(Killed):
         finetune.resume(killed, sounds.name)
     assert json.loads((killed / "run.json").read_text()) == settings
+
+
+def test_resume_where_the_test_data_were_moved(killed, sounds, tmp_path, monkeypatch):
+    settings = json.loads((killed / "run.json").read_text())
+    settings["data"]["test"] = str(tmp_path / "gone")
+    (killed / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
+        finetune.resume(killed)
+    monkeypatch.setattr(runs, "publish", raise_killed)
+    with pytest.raises(Killed):
+        finetune.resume(killed, reading={"test": sounds})
+    kept = json.loads((killed / "run.json").read_text())["data"]
+    assert kept == {**settings["data"], "test": str(sounds)}
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ def test_signals_save_and_say_how_to_go_on(number, status, undisturbed, sounds, 
     process.send_signal(number)
     code, _, stderr = finish(process)
     assert code == status
-    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune --output '{folder}' --resume\n"
+    same = "--workers 0 --save-minutes 1e-06"  # what it was told of this machine
+    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune --output '{folder}' --resume {same}\n"
     if number == signal.SIGTERM:
         assert finish(start(command(sounds, folder, "--resume")))[0] == 0
         assert_same_run(folder, undisturbed)
@@ -205,7 +206,8 @@ def test_two_processes_stop_together_and_go_on(undisturbed, sounds, tmp_path):
     pair[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in pair] == [143, 143]
     for number in (0, 1):
-        assert f"ast-jax finetune --output {folder} --resume" in (tmp_path / f"{number}.err").read_text()
+        told = (tmp_path / f"{number}.err").read_text()
+        assert f"ast-jax finetune --output {folder} --resume --workers 0 --save-minutes 1e-06 --coordinator" in told
     assert runs.read_record(runs.newest_state(folder)).step > 0
     pair = start_two(command(sounds, folder, "--resume"), tmp_path)
     assert [process.wait(timeout=300) for process in pair] == [0, 0], (tmp_path / "0.err").read_text()
