@@ -22,6 +22,7 @@ from .features import ASTFeatureExtractor
 
 DEFAULT_MODEL = "sounds-tiny"
 BATCH_SIZE = 8
+CPU_TOKENS = 1300  # that go through the model together
 
 Prediction = list[tuple[str, float]]
 
@@ -158,7 +159,7 @@ def _predict(
         spec = ASTFeatureExtractor(frontend, return_attention_mask=False)(waveforms, frontend.sampling_rate)
         if len(spec) > 1:
             spec = np.pad(spec, ((0, batch_size - len(spec)), (0, 0), (0, 0)))
-        values = np.asarray(_scores(params, spec, config))
+        values = np.asarray(_scores(logits(params, spec, config), config))
         scores = dict(zip(sounds, values, strict=False))
     for index, (name, sound) in enumerate(pending):
         if isinstance(sound, str):
@@ -174,11 +175,32 @@ def _predict(
         yield Result(name, predictions, used, sound.duration)
 
 
+def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> jax.Array:
+    """Compute logits [B, C] of spectrograms [B, T, F], compiled, in pieces that suit the device.
+
+    On a CPU as many go through the model at once as leave what lies between two layers in the cache.
+    """
+    piece = len(spec)
+    if jax.default_backend() == "cpu":
+        most = max(1, CPU_TOKENS // config.num_tokens)
+        piece = max(size for size in range(1, min(most, piece) + 1) if piece % size == 0)
+    return _logits(params, spec, config, piece, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "piece", "dtype"))
+def _logits(params: Any, spec: jax.Array, config: ASTConfig, piece: int, dtype: Any) -> jax.Array:
+    """Compute logits [B, C], `piece` spectrograms at a time."""
+    if piece == len(spec):
+        return model.apply(params, spec, config, dtype=dtype)
+    pieces = spec.reshape(-1, piece, *spec.shape[1:])
+    in_pieces = jax.lax.map(lambda some: model.apply(params, some, config, dtype=dtype), pieces)
+    return in_pieces.reshape(len(spec), -1)
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def _scores(params: Any, spec: jax.Array, config: ASTConfig) -> jax.Array:
+def _scores(outputs: jax.Array, config: ASTConfig) -> jax.Array:
     """Return scores [B, C] in the sense of the model's problem type."""
-    logits = model.apply(params, spec, config)
     kind = config.resolved_problem_type
     if kind == "multi_label_classification":
-        return jax.nn.sigmoid(logits)
-    return jax.nn.softmax(logits) if kind == "single_label_classification" else logits
+        return jax.nn.sigmoid(outputs)
+    return jax.nn.softmax(outputs) if kind == "single_label_classification" else outputs

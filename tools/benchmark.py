@@ -1,16 +1,18 @@
-"""What ast_jax costs: time and memory, each measurement in a fresh process, several in turn, medians and spread.
+"""What ast_jax costs beside what people would use instead: time and memory, in turn, medians and spread.
 
+python tools/benchmark.py forward            # the base model's forward pass on this CPU
+python tools/benchmark.py train              # a step of training on this CPU
 python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
-python tools/benchmark.py convert --json FILE
+
+Each takes --json FILE. Results are compared before anything is timed. PyTorch and transformers come with the extra
+`test`; ONNX Runtime (onnxruntime, onnx, onnxscript) and OpenVINO (openvino) are measured where they are installed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
-import platform
 import resource
 import shutil
 import statistics
@@ -21,15 +23,134 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import bench_models
+import bench_worker
 import typer
+from bench_worker import MIB
 
 app = typer.Typer(add_completion=False, help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-MIB = 1 << 20
+# Relative to the largest result: float32's rounding adds up over twelve layers to less than a thousandth of this.
+TOLERANCE = 1e-3
+PRODUCT_SIZE = 3072  # of the square matrices whose product gives the peak
+
+Rounds = Annotated[int, typer.Option(min=1, help="How often each takes its turn.")]
+JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Also write the numbers here.")]
 
 
-@app.callback()
-def _commands() -> None:
-    """Keep `convert` a command of its own, as others will follow."""
+@app.command()
+def forward(
+    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "base",
+    max_length: Annotated[int, typer.Option(min=16, help="Frames of a clip.")] = 1024,
+    batch_sizes: Annotated[list[int] | None, typer.Option("--batch-size", help="Default: 1 and 8.")] = None,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the forward pass in float32: ast_jax, PyTorch eager and compiled, ONNX Runtime, OpenVINO."""
+    contenders = {
+        "ast_jax": "ast_jax_forward", "PyTorch": "torch_eager", "torch.compile": "torch_compiled",
+        "ONNX Runtime": "onnx_runtime", "OpenVINO": "openvino",
+    }  # fmt: skip
+    cases = [(preset, max_length, size) for size in batch_sizes or [1, 8]]
+    _compare_models("forward pass", contenders, cases, 1, rounds, json_file)
+
+
+@app.command()
+def train(
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a step of training in float32: tiny at 128 frames, batch 32, and base at 512 frames, batch 2."""
+    contenders = {"ast_jax": "ast_jax_train", "PyTorch": "torch_train"}
+    _compare_models(
+        "training step", contenders, [("tiny", 128, 32), ("base", 512, 2)], 3, rounds, json_file, reference="PyTorch"
+    )
+
+
+def _compare_models(
+    title: str,
+    contenders: dict[str, str],
+    cases: list[tuple[str, int, int]],
+    passes: int,
+    rounds: int,
+    json_file: pathlib.Path | None,
+    reference: str = "PyTorch",
+) -> None:
+    """Measure contenders on models of (preset, frames, batch size); print a table, and write it.
+
+    Args:
+        title: what is timed.
+        contenders: functions of `bench_models` by the name to print.
+        cases: the models.
+        passes: forward passes whose operations one run takes.
+        rounds: turns.
+        json_file: where to write.
+        reference: whose result the others are compared with.
+    """
+    peak = _product_peak()
+    print(f"{bench_worker.machine()}; matrix products of {PRODUCT_SIZE}: {peak / 1e9:.0f} GFLOP/s")
+    content: dict[str, Any] = {"machine": bench_worker.machine(), "product_flops": peak, "results": []}
+    for preset, frames, batch in cases:
+        print(f"{title}, {preset}, {frames} frames, batch {batch}, float32; {rounds} rounds")
+        titles = f"{'ms a clip':>10}{'quartiles':>18}{'clips/s':>9}{'of peak':>9}{'first, s':>10}{'MiB':>7}"
+        print(f"{'':<16}{titles}{'differs':>9}")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, inputs = pathlib.Path(scratch) / "model", pathlib.Path(scratch) / "inputs.npy"
+            config = bench_models.write_model(folder, preset, max_length=frames)
+            bench_models.write_inputs(inputs, batch, config)
+            arguments = {"folder": str(folder), "inputs": str(inputs)}
+            wanted = {name: (f"bench_models.{function}", arguments) for name, function in contenders.items()}
+            rows = _measure(wanted, rounds, reference)
+        operations = passes * bench_models.operations(config)
+        for name, row in rows.items():
+            row |= {"preset": preset, "frames": frames, "batch": batch, "contender": name}
+            row["share_of_peak"] = operations * batch / row["median"] / peak
+            low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
+            print(
+                f"{name:<16}{middle:>10.1f}{f'{low:.1f} to {high:.1f}':>18}{1e3 / middle:>9.2f}"
+                f"{row['share_of_peak']:>9.0%}{row['first_seconds']:>10.1f}{row['peak_bytes'] / MIB:>7.0f}"
+                f"{row['difference']:>9.0e}"
+            )
+        content["results"] += rows.values()
+    _write(json_file, content)
+
+
+def _measure(
+    contenders: dict[str, tuple[str, dict[str, Any]]], rounds: int, reference: str
+) -> dict[str, dict[str, Any]]:
+    """Return for each contender that can be had here: seconds of a run and of the first, memory, how it differs."""
+    with bench_worker.workers(contenders, print) as started:
+        if reference not in started:
+            raise SystemExit(f"{reference} cannot be had here, and with nothing to compare with nothing is timed")
+        first = {name: worker.result() for name, worker in started.items()}
+        ordered = {reference: first[reference][0], **{name: result for name, (result, _) in first.items()}}
+        differences = bench_worker.check_agreement(ordered, TOLERANCE)
+        bench_worker.time_in_turn(started, 1, 1)  # what is compiled or tuned at the second run is no steady time
+        seconds = bench_worker.time_in_turn(started, rounds, 1)
+        return {
+            name: {
+                **bench_worker.spread(seconds[name]), "first_seconds": first[name][1], "seconds": seconds[name],
+                "peak_bytes": worker.peak_memory(), "difference": differences[name],
+            }
+            for name, worker in started.items()
+        }  # fmt: skip
+
+
+def _product_peak() -> float:
+    """Return the most operations a second that JAX or PyTorch reach in products of large square matrices."""
+    contenders = {
+        "JAX": ("bench_models.jax_product", {"size": PRODUCT_SIZE, "dtype": "float32"}),
+        "PyTorch": ("bench_models.torch_product", {"size": PRODUCT_SIZE}),
+    }
+    with bench_worker.workers(contenders, print) as started:
+        bench_worker.time_in_turn(started, 1, 2)
+        seconds = bench_worker.time_in_turn(started, 3, 3)
+    return 2 * PRODUCT_SIZE**3 / min(min(values) for values in seconds.values())
+
+
+def _write(path: pathlib.Path | None, content: dict[str, Any]) -> None:
+    """Write the numbers, where that is wanted."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -38,7 +159,7 @@ def convert(
     scratch: Annotated[
         pathlib.Path | None, typer.Option(help="Where to put 1.5 GB of files; default: the system's.")
     ] = None,
-    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Convert the base model (86.6 million parameters, 527 labels) from both kinds of file, and load the result.
 
@@ -64,10 +185,8 @@ def convert(
     print(f"{'':<28}{'seconds':>9}{'fastest':>9}{'slowest':>9}{'peak MiB':>10}")
     for name, row in results.items():
         print(f"{name:<28}{row['median']:>9.2f}{row['fastest']:>9.2f}{row['slowest']:>9.2f}{row['peak_mib']:>10.0f}")
-    print(f"{repeats} measurements each; {_machine()}")
-    if json_file:
-        content = {"machine": _machine(), "repeats": repeats, "results": results}
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"{repeats} measurements each; {bench_worker.machine()}")
+    _write(json_file, {"machine": bench_worker.machine(), "repeats": repeats, "results": results})
 
 
 def _make_sources(place: pathlib.Path) -> None:
@@ -122,18 +241,6 @@ def _summary(rows: list[dict[str, float]]) -> dict[str, float]:
         "median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds),
         "peak_mib": max(row["peak_bytes"] for row in rows) / MIB,
     }  # fmt: skip
-
-
-def _machine() -> str:
-    """Say what this was measured on."""
-    import jax
-
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}, Python {platform.python_version()}, JAX {jax.__version__}"
 
 
 if __name__ == "__main__":
