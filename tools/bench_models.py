@@ -16,22 +16,17 @@ import numpy as np
 Work = Callable[[], np.ndarray]
 
 
-def write_model(folder: pathlib.Path, preset: str, **changes: Any) -> Any:
-    """Write a model with random weights in transformers' layout; return its configuration."""
+def write_case(folder: pathlib.Path, inputs: pathlib.Path, preset: str, frames: int, batch: int) -> Any:
+    """Write a model with random weights in transformers' layout, and spectrograms; return its configuration."""
     import jax
 
     import ast_jax
 
-    config = ast_jax.PRESETS[preset](**changes)
+    config = ast_jax.PRESETS[preset](max_length=frames)
     params = jax.device_get(ast_jax.init(jax.random.key(0), config))
-    ast_jax.to_torch(ast_jax.Checkpoint(params, config, ast_jax.FrontendConfig(max_length=config.max_length)), folder)
+    ast_jax.to_torch(ast_jax.Checkpoint(params, config, ast_jax.FrontendConfig(max_length=frames)), folder)
+    np.save(inputs, np.random.default_rng(0).standard_normal((batch, frames, config.num_mel_bins), np.float32))
     return config
-
-
-def write_inputs(path: pathlib.Path, batch: int, config: Any) -> None:
-    """Write spectrograms of unit normal values."""
-    rng = np.random.default_rng(0)
-    np.save(path, rng.standard_normal((batch, config.max_length, config.num_mel_bins), np.float32))
 
 
 def operations(config: Any) -> float:

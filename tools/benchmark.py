@@ -10,7 +10,9 @@ Each takes --json FILE. Results are compared before anything is timed. PyTorch a
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -95,8 +97,9 @@ def _compare_models(
         print(f"{'':<16}{titles}{'differs':>9}")
         with tempfile.TemporaryDirectory() as scratch:
             folder, inputs = pathlib.Path(scratch) / "model", pathlib.Path(scratch) / "inputs.npy"
-            config = bench_models.write_model(folder, preset, max_length=frames)
-            bench_models.write_inputs(inputs, batch, config)
+            # This process stays small: a child's peak begins with its parent's.
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+                config = other.submit(bench_models.write_case, folder, inputs, preset, frames, batch).result()
             arguments = {"folder": str(folder), "inputs": str(inputs)}
             wanted = {name: (f"bench_models.{function}", arguments) for name, function in contenders.items()}
             rows = _measure(wanted, rounds, reference)
