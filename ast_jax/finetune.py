@@ -70,11 +70,15 @@ def start(
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
-    all_raise(lambda: _refuse_occupied(output))
-    run, dataset, params = _prepare(
-        source, training, initial=initial, architecture=architecture, problem_type=problem_type, statistics=statistics,
-        teacher=teacher, keep_epochs=keep_epochs, reading=reading or {}, machine=machine, notes=notes or {}, say=say,
+    all_raise(lambda: _refuse_occupied(output), first_only=True)
+    run, dataset, params = all_raise(
+        lambda: _prepare(
+            source, training, initial=initial, architecture=architecture, problem_type=problem_type,
+            statistics=statistics, teacher=teacher, keep_epochs=keep_epochs, reading=reading or {}, machine=machine,
+            notes=notes or {}, say=say,
+        )
     )  # fmt: skip
+    run = Run.from_json(json_from_first(run.to_json()))
     if not first:
         return Loop(run, dataset, params, output, None, machine, say).train()
     output.mkdir(parents=True, exist_ok=True)
@@ -140,7 +144,7 @@ def _prepare(
     where = {"source": source, **reading}
     where = {name: absolute(value) if name in PATHS else value for name, value in where.items()}
     run = Run(where, config, frontend, training, metadata, teacher, keep_epochs)
-    return Run.from_json(json_from_first(run.to_json())), dataset, params
+    return run, dataset, params
 
 
 def absolute(path: Any) -> str | None:
@@ -227,6 +231,19 @@ def moved(where: dict[str, Any], source: str | pathlib.Path | None, reading: dic
     return {**where, **{name: absolute(path) for name, path in now.items()}}
 
 
+def _read_again(run: Run) -> DataSet:
+    """Read the data set that a run was started with.
+
+    Raises:
+        DataError: it has other labels now.
+    """
+    where = dict(run.data)
+    dataset = datasets.read_dataset(where.pop("source"), run.training.seed, **where)
+    if set(dataset.labels) != set(run.config.labels):
+        raise DataError(f"{run.data['source']}: its labels are no longer those that the run was started with")
+    return dataset.reordered(run.config.labels)
+
+
 def _check_resumable(output: pathlib.Path) -> None:
     """Raise ValueError where a folder holds no run that can go on."""
     runs.read_run(output)
@@ -263,17 +280,13 @@ def resume(
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
-    all_raise(lambda: _check_resumable(output))
+    all_raise(lambda: _check_resumable(output), first_only=True)
     run = Run.from_json(json_from_first(runs.read_run(output).to_json() if first else None))
     with sole_use(output) if first else contextlib.nullcontext():
         state = runs.newest_state(output) if first else None
         record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if first else None))
         run = dataclasses.replace(run, data=moved(run.data, source, reading))
-        where = dict(run.data)
-        dataset = datasets.read_dataset(where.pop("source"), run.training.seed, **where)
-        if set(dataset.labels) != set(run.config.labels):
-            raise DataError(f"{run.data['source']}: its labels are no longer those that the run was started with")
-        dataset = dataset.reordered(run.config.labels)
+        dataset = all_raise(lambda: _read_again(run))
         params = model.init(jax.random.key(run.training.seed), run.config)
         if first:
             remove_scratch(output, runs.OURS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .train import TrainState
 
 AXIS = "devices"
+Result = TypeVar("Result")
 
 
 class DataParallel:
@@ -171,23 +172,32 @@ def json_from_all(content: Any) -> list[Any]:
     return [json.loads(one[:length].tobytes()) for one, length in zip(texts, lengths, strict=True)]
 
 
-def all_raise(check: Callable[[], None]) -> None:
-    """Call a check in the first process; what it finds wrong is raised in all, so that none waits for the others.
+def all_raise(work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
+    """Do what every process does, without a word to the others; what fails in one is raised in all, so that none waits.
+
+    Args:
+        work: to be called.
+        first_only: in the first process alone; the others have None.
+
+    Returns:
+        What `work` returned.
 
     Raises:
-        ValueError: what the check raised (in the first process also OSError, as it was).
+        ValueError: what `work` raised, OSError too where it was in another process.
     """
-    found = None
-    if not jax.process_index():
+    result, failure = None, None
+    if not (first_only and jax.process_index()):
         try:
-            check()
+            result = work()
         except (ValueError, OSError) as error:
-            found = error
-    message = json_from_first(None if found is None else str(found))
-    if found is not None:
-        raise found
-    if message is not None:
-        raise ValueError(message)
+            failure = error
+    messages = json_from_all(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"process {number}: {message}" if number else message)
+    return result
 
 
 def json_from_first(content: Any) -> Any:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,8 +182,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(sounds):
     assert "Traceback" not in stdout + stderr
 
 
-def start_two(arguments, folder):
-    """Start the same command twice, as two processes of one run with two devices each."""
+def start_two(arguments, folder, cwd=(None, None)):
+    """Start the same command twice, as two processes of one run with two devices each, in folders of their own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -191,10 +192,22 @@ def start_two(arguments, folder):
     pair = []
     for number in (0, 1):
         with (folder / f"{number}.out").open("w") as stdout, (folder / f"{number}.err").open("w") as stderr:
-            pair.append(
-                subprocess.Popen([*arguments, *meeting, str(number)], env=environment, stdout=stdout, stderr=stderr)
-            )
+            own = [*arguments, *meeting, str(number)]
+            pair.append(subprocess.Popen(own, env=environment, stdout=stdout, stderr=stderr, cwd=cwd[number]))
     return pair
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_cannot_read_ends_both(sounds, tmp_path):
+    """Neither waits for the other until JAX gives up."""
+    places = [tmp_path / "has them", tmp_path / "has none"]
+    for place in places:
+        place.mkdir()
+    shutil.copytree(sounds, places[0] / "data")
+    pair = start_two(command("data", tmp_path / "run", *fresh(sounds)), tmp_path, cwd=places)
+    assert [process.wait(timeout=60) for process in pair] == [1, 1]
+    told = [(tmp_path / f"{number}.err").read_text().splitlines()[-1] for number in (0, 1)]
+    assert told == ["ast-jax: process 1: data: no such file or folder", "ast-jax: data: no such file or folder"]
 
 
 @pytest.mark.slow
