@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
@@ -21,9 +22,27 @@ app = typer.Typer(
     help="The Audio Spectrogram Transformer in JAX: name what is in a sound, convert checkpoints, fine-tune.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # whose tables cut the names of options short in a narrow terminal
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose `--help` lists the options under the headings that they were given."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options by heading, in the order in which the headings come."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in sorted(self.get_params(ctx), key=lambda parameter: parameter.param_type_name):
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            record = parameter.get_help_record(ctx)
+            if record:
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
 
 MODEL_HELP = "Name of a shipped model, a checkpoint folder, PyTorch weights (folder or file), or a Hub id."
 

@@ -24,6 +24,7 @@ from .cli_common import (
     FrequencyStride,
     MaxLength,
     NumMelBins,
+    GroupedCommand,
     TimeStride,
     app,
     complain,
@@ -92,7 +93,9 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         if hints[field.name] is bool:
             names = [f"{names[0]}/--no-{names[0][2:]}"]
         panel = next((title for title, members in PANELS.items() if field.name in members), "Training")
-        default = {True: "on", False: "off"}.get(field.default, field.default)
+        default = field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
         text = f"{field.metadata['help'][0].upper()}{field.metadata['help'][1:]}."
         option = typer.Option(*names, help=text, show_default=str(default), rich_help_panel=panel)
         annotation = Annotated[hints[field.name] | None, option]
@@ -114,7 +117,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 @_with_settings
 def finetune(
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The run's folder.")],
