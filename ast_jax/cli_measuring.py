@@ -41,10 +41,10 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Measure models on a data set: mAP, AUC, d-prime, accuracy, F1, every class; several models as an ensemble.
+    """Measure models on a data set, alone and as an ensemble.
 
-    An ensemble is the mean of the models' scores. They may differ in everything but the labels they know: each hears
-    the sounds in its own way.
+    It gives mAP, AUC, d-prime, accuracy, precision, recall and F1, overall and of every class. An ensemble is the mean
+    of the models' scores. They may differ in everything but the labels they know: each hears the sounds in its own way.
     """
     if len(models_and_data) < 2:
         wrong_usage("evaluate: expected a model and a data set, got one of them")
@@ -74,7 +74,7 @@ def average(
         str | None, typer.Option(help="Of each run that was trained with --keep-epochs: FIRST-LAST, as 6-25.")
     ] = None,
 ) -> None:
-    """Average the weights of several epochs or runs into one model (the paper's weight averaging)."""
+    """Average the weights of epochs or runs, as the paper does."""
     with user_errors():
         from .checkpoint import check_destination, load, save
         from .evaluation import average as mean_of
@@ -82,6 +82,11 @@ def average(
 
         check_destination(output)
         folders = [folder for model in models for folder in checkpoints_of(model, epochs)]
+        if len(folders) == 1:
+            raise ValueError(
+                f"{models[0]}: expected several models to average, got one; --epochs FIRST-LAST takes several of a run "
+                "that was trained with --keep-epochs"
+            )
         save(output, mean_of([load(folder) for folder in folders]))
         print(f"checkpoint: {output}, the mean of {len(folders)}")
 
@@ -96,9 +101,10 @@ def check_data(
     max_length: Annotated[int, typer.Option(min=16, help="The model's input, frames of 10 ms.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look through a data set before training: counts, lengths, rates, bad, silent and doubled sounds, leakage.
+    """Look through a data set before training on it.
 
-    The exit status is 1 where something is wrong with it.
+    It counts classes, lengths and rates, and names bad, silent and doubled sounds, and leakage between splits. The exit
+    status is 1 where something is wrong with it.
     """
     with user_errors():
         from .config import FrontendConfig
@@ -133,7 +139,10 @@ def stats(
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the mean and standard deviation of a data set's features, for --mean and --std of finetune."""
+    """Measure mean and deviation of a data set's features.
+
+    They are what finetune takes as --mean and --std, and measures itself where it is given neither.
+    """
     with user_errors():
         from .config import FrontendConfig
         from .datasets import read_dataset

@@ -138,10 +138,10 @@ def convert(
         int | None, typer.Option("--source-heads", min=1, help="Heads of SRC; else one for 64 of the width is assumed.")
     ] = None,
 ) -> None:
-    """Convert a PyTorch checkpoint to a checkpoint folder of ast_jax, or back; no PyTorch needed.
+    """Convert a PyTorch checkpoint to ast_jax's, or back.
 
-    Every tensor is used or named with the reason why not. Another input fits the position embeddings to it: cut from
-    the middle or interpolated, as the original does.
+    No PyTorch is needed. Every tensor is used or named with the reason why not. Another input fits the position
+    embeddings to it: cut from the middle or interpolated, as the original does.
     """
     with user_errors():
         from .conversion import convert_to
@@ -163,7 +163,7 @@ def info(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a model is: its size, its input, its labels and where its weights came from."""
+    """Say what a model is: size, input, labels and origin."""
     with user_errors():
         from .checkpoint import load
         from .conversion import report

@@ -7,7 +7,6 @@ import dataclasses
 import enum
 import functools
 import inspect
-import json
 import logging
 import pathlib
 import shlex
@@ -22,9 +21,9 @@ from .cli_common import (
     EXIT_INTERRUPTED,
     SIZE,
     FrequencyStride,
+    GroupedCommand,
     MaxLength,
     NumMelBins,
-    GroupedCommand,
     TimeStride,
     app,
     complain,
@@ -96,8 +95,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         default = field.default
         if isinstance(default, bool):
             default = "on" if default else "off"
-        text = f"{field.metadata['help'][0].upper()}{field.metadata['help'][1:]}."
-        option = typer.Option(*names, help=text, show_default=str(default), rich_help_panel=panel)
+        text = f"{field.metadata['help'][0].upper()}{field.metadata['help'][1:]}. [default: {default}]"
+        option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
         annotation = Annotated[hints[field.name] | None, option]
         options.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -172,7 +171,7 @@ def finetune(
     ] = False,
     parallel: Annotated[Parallel, typer.Option(help="How steps are spread over devices.")] = Parallel.pmap,
     workers: Workers = None,
-    save_minutes: Annotated[float, typer.Option(help="Between states within an epoch.")] = SAVE_MINUTES,
+    save_minutes: Annotated[float, typer.Option(help="Minutes between states within an epoch.")] = SAVE_MINUTES,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="One of several processes that find each other (TPU pod, SLURM).")
     ] = False,
@@ -264,7 +263,7 @@ def finetune(
             complain(f"stopped; go on with: {command}" if resumable else "stopped")
             raise typer.Exit(EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED) from None
         if best is not None:  # only the first of several processes has it
-            print(f"best epoch: {json.dumps(best.metadata['epoch'])}")
+            print(f"the best: {runs.row_line(best.metadata['epoch'])}")
             print(f"checkpoint: {output / 'best'}")
 
 

@@ -315,8 +315,7 @@ class Loop:
         self._publish(single.kept)
         with runs.writing(self.folder):
             self.board.add(row)
-        self.say(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                           for key, value in row.items()))  # fmt: skip
+        self.say(runs.row_line(row))
 
     def _metrics(self, found: Predictions) -> dict[str, float]:
         """Return loss and metrics of validation."""
@@ -431,14 +430,14 @@ class Loop:
     def _draw(self, content: dict[str, Any]) -> None:
         """Draw the run's curves, and what the best epoch takes for what."""
         plots.curves(self.record.history, self.folder / "curves.png")
-        measured = content.get("test", content.get("validation"))
-        if measured is None or self.run.config.resolved_problem_type == "regression":
+        split = next((name for name in ("test", "validation") if name in content), None)
+        if split is None or self.run.config.resolved_problem_type == "regression":
             return
-        best = measured["best"]
+        best, title = content[split]["best"], f"{split}, epoch {content['best']['epoch']}"
         if best["confusion"] is not None:
-            plots.confusion(best["confusion"], self.run.config.labels, self.folder / "confusion.png")
+            plots.confusion(best["confusion"], self.run.config.labels, self.folder / "confusion.png", title)
         elif best["ranked_classes"]:
-            plots.ranked_classes(best, self.folder / "classes.png")
+            plots.ranked_classes(best, self.folder / "classes.png", title)
 
 
 def _softener(run: Run, parallel: DataParallel) -> Callable[[data.Batch], data.Batch]:

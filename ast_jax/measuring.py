@@ -83,8 +83,10 @@ def measure(
     dataset, split, examples = _heard_by(models, source, reading or {}, split)
     notes = list(dataset.notes)
     reports, all_scores, usable, kinds = {}, [], np.ones(len(examples), bool), set()
-    for model in models:
-        (folder,) = checkpoints_of(model)
+    folders = [folder for model in models for folder in checkpoints_of(model)]
+    if len({str(pathlib.Path(folder).resolve()) for folder in folders}) < len(folders):
+        notes.append("a model is there more than once (a run stands for its best epoch), and weighs as much more")
+    for model, folder in zip(models, folders, strict=True):
         checkpoint = load(folder)
         if "classifier" not in checkpoint.params:
             raise ValueError(f"{model}: has no classifier; fine-tune it first")
@@ -176,8 +178,9 @@ def _write(measured: Measured, labels: Sequence[str], output: pathlib.Path) -> N
     """Write a report and the pictures of the last model's."""
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "report.json", json_text(measured.to_json_dict()))
-    last = list(measured.reports.values())[-1]
+    name, last = list(measured.reports.items())[-1]
+    title = f"{measured.split}, {name}"
     if last.get("confusion") is not None:
-        plots.confusion(last["confusion"], labels, output / "confusion.png")
+        plots.confusion(last["confusion"], labels, output / "confusion.png", title)
     elif last.get("ranked_classes"):
-        plots.ranked_classes(last, output / "classes.png")
+        plots.ranked_classes(last, output / "classes.png", title)

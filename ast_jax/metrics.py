@@ -169,8 +169,8 @@ def report_lines(found: Report, limit: int = 20) -> list[str]:
     lines.append("  ".join(f"{name} {_cell(value)}" for name, value in found["metrics"].items()))
     if found["problem_type"] == "regression":
         return lines + [f"{_name(entry['name'])}  {entry['mean_squared_error']:.4g}" for entry in classes]
-    decided = "the best class" if found["threshold"] is None else f"score {found['threshold']:g} or more"
-    lines[0] += f"; precision, recall and F1 at {decided}"
+    decided = "the highest-scoring class" if found["threshold"] is None else f"score {found['threshold']:g} or more"
+    lines[0] += f"; precision, recall and F1 for {decided}; best AP first"
     lines += ["", f"{_name('')} precision   recall       F1       AP      AUC  positives"]
     lines += [f"{_name(name)} {_figures(found[name])}" for name in ("micro", "macro")]
     ranked = [entry for entry in classes if entry["average_precision"] is not None]

@@ -45,14 +45,16 @@ def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path) -> No
     _save(curves_figure(history), path)
 
 
-def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], path: str | pathlib.Path) -> None:
+def confusion(
+    matrix: Sequence[Sequence[int]], labels: Sequence[str], path: str | pathlib.Path, title: str = ""
+) -> None:
     """Write `confusion_figure` as a PNG, whole or not at all."""
-    _save(confusion_figure(matrix, labels), path)
+    _save(confusion_figure(matrix, labels, title), path)
 
 
-def ranked_classes(report: Report, path: str | pathlib.Path) -> None:
+def ranked_classes(report: Report, path: str | pathlib.Path, title: str = "") -> None:
     """Write `ranked_classes_figure` as a PNG, whole or not at all."""
-    _save(ranked_classes_figure(report), path)
+    _save(ranked_classes_figure(report, title), path)
 
 
 def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -95,7 +97,7 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Figure:
+def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str], title: str = "") -> Figure:
     """Return a confusion matrix, each cell the darker the larger its share of the row.
 
     Rows without an example are grey. Counts stand in the cells up to `MANY_COUNTS` classes, names at the sides up to
@@ -104,6 +106,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> 
     Args:
         matrix: counts [C][C], rows are the true classes.
         labels: the C names.
+        title: what was measured; the number of examples and the share of those that are right follow it.
 
     Raises:
         ValueError: not a square of counts, another number of labels, or matplotlib is missing.
@@ -130,7 +133,8 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> 
         axes = figure.subplots()
         blues = matplotlib.colormaps["Blues"].with_extremes(bad="#d9d9d9")
         image = axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 1))  # the root, so that rare confusions show
-        figure.colorbar(image, label="share of the true class", shrink=0.8, aspect=30)
+        bar = figure.colorbar(image, label="share of the true class (scale: its root)", shrink=0.8, aspect=30)
+        bar.outline.set_visible(False)
         axes.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
         if size <= MANY_CLASSES:
             upright = max(map(cell_len, names)) * 0.08 > side / size
@@ -141,17 +145,18 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> 
                 color = "white" if shares[row, column] > 0.3 else "black" if count else "#999999"
                 axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
         right = np.trace(counts) / max(1, counts.sum())
-        axes.set_title(f"{counts.sum():,} examples, {right:.1%} right")
+        axes.set_title(_title(title, f"{counts.sum():,} examples, {right:.1%} right"))
     return figure
 
 
-def ranked_classes_figure(report: Report) -> Figure:
+def ranked_classes_figure(report: Report, title: str = "") -> Figure:
     """Return each class's average precision as a bar, from the best to the worst; of many, both ends.
 
     Classes without an average precision are left out, and counted.
 
     Args:
         report: what `metrics.report` returned for a classification.
+        title: what was measured; mAP and the number of classes follow it.
 
     Raises:
         ValueError: no class has an average precision, or matplotlib is missing.
@@ -182,9 +187,8 @@ def ranked_classes_figure(report: Report) -> Figure:
         axes.set_yticks(ticks, names, parse_math=False)
         axes.set(xlim=(0, 1.1), xticks=np.linspace(0, 1, 6), ylim=(ticks[-1] + 0.6, -0.6))
         axes.set_xlabel("average precision (in brackets: positives)")
-        axes.set_title(
-            f"mAP {mean:.4f} (classes: {len(ranked):,}" + (f", left out: {left_out:,})" if left_out else ")")
-        )
+        classes = f"classes: {len(ranked):,}" + (f", left out: {left_out:,}" if left_out else "")
+        axes.set_title(_title(title, f"mAP {mean:.4f} ({classes})"))
     return figure
 
 
@@ -196,7 +200,10 @@ def _draw_lines(axes: Axes, title: str, epochs: np.ndarray, lines: dict[str, np.
         known = np.pad(np.isfinite(values), 1)
         alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two gaps, where a line shows nothing
         dots = np.flatnonzero(alone | (len(epochs) <= MANY_EPOCHS))
-        axes.plot(epochs, values, color=color, marker="o", markersize=3, markevery=dots.tolist(), label=_words(name))
+        style = ":" if name.startswith("cumulative") else "-"  # so that the line below it shows where they agree
+        axes.plot(
+            epochs, values, style, color=color, marker="o", markersize=3, markevery=dots.tolist(), label=_words(name)
+        )
     if best is not None:
         axes.axvline(epochs[best], color=GREY, linestyle="--", linewidth=1, zorder=0)
     axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
@@ -224,6 +231,11 @@ def _best(columns: dict[str, np.ndarray]) -> tuple[str, int] | None:
             return name, int(np.nanargmax(values))
     losses = columns.get("train_loss", np.array([]))
     return ("train_loss", int(np.nanargmin(losses))) if np.isfinite(losses).any() else None
+
+
+def _title(beginning: str, end: str) -> str:
+    """Return a title of two lines, the first of which is the caller's."""
+    return f"{' '.join(beginning.split())}\n{end}" if beginning else end
 
 
 def _words(name: str) -> str:

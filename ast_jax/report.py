@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FEW = 10  # training examples of a class
+SMALL = 100  # examples of a split that measures: of fewer, a single one is more than a per cent
 SHOWN = 5  # names of each kind of fault
 CLASSES_SHOWN = 50  # in the table; of more classes, as many of the rarest
 COVERED = 95  # per cent of the sounds that a suggested length holds in full
@@ -95,13 +96,18 @@ class Survey:
         return [name for name, count in zip(self.labels, self.counts["train"], strict=True) if 0 < count < FEW]
 
     @property
+    def small(self) -> dict[str, int]:
+        """Splits to measure on with some, but less than a hundred examples, and how many these are."""
+        return {split: count for split, count in self.examples.items() if split != "train" and 0 < count < SMALL}
+
+    @property
     def problems(self) -> int:
         """How many faults there are that spoil training or make its results look better than they are."""
         return sum(map(len, (self.bad, self.not_finite, self.silent, self.leaks, self.shared, self.unlearned)))
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return all of it as JSON has it."""
-        found = {name: getattr(self, name) for name in ("leaks", "missing", "unlearned", "few", "problems")}
+        found = {name: getattr(self, name) for name in ("leaks", "missing", "unlearned", "few", "small", "problems")}
         durations = self.durations and self.durations._asdict()
         return {**dataclasses.asdict(self), "durations": durations, **found}
 
@@ -125,6 +131,8 @@ class Survey:
         lines += _named("worth a look: the same sound within a split", _joined(within))
         lines += _named("worth a look: clipped", self.clipped)
         lines += _named(f"worth a look: classes with less than {FEW} training examples", self.few)
+        small = [f"{split}: one sound of {count} is {100 / count:.3g} %" for split, count in self.small.items()]
+        lines += _named(f"worth a look: splits to measure on with less than {SMALL} sounds", small)
         for split, names in self.missing.items():
             lines += _named(f"worth a look: classes without an example for {split}", names)
         lines += _named("problem: cannot be decoded", self.bad)

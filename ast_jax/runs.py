@@ -341,7 +341,7 @@ def checkpoints_of(model: str, epochs: str | None = None) -> list[str]:
         epochs: FIRST-LAST or one number, of a run that kept its epochs.
 
     Raises:
-        ValueError: `epochs` is no such thing, or the run has not kept them.
+        ValueError: `epochs` is no such thing, there is no such run, or it has not kept them.
     """
     folder = pathlib.Path(model)
     if epochs is None:
@@ -349,6 +349,8 @@ def checkpoints_of(model: str, epochs: str | None = None) -> list[str]:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", epochs)
     if not match or int(match[1]) > int(match[2] or match[1]):
         raise ValueError(f"epochs: expected FIRST-LAST, as 6-25, got {epochs!r}")
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"{folder}: expected a run's folder, of whose epochs to take some, found no {RUN_FILE} in it")
     wanted = [folder / EPOCHS / f"{number:04d}" for number in range(int(match[1]), int(match[2] or match[1]) + 1)]
     if missing := [path for path in wanted if not path.is_dir()]:
         raise ValueError(
@@ -386,6 +388,16 @@ def best_row(history: History) -> dict[str, Any]:
         return -math.inf if math.isnan(value) else value
 
     return max(history, key=score)
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """Return an epoch's row as a line for the terminal, "-" for what is no finite number in JSON."""
+    return ", ".join(f"{name} {_number(value)}" for name, value in row.items())
+
+
+def _number(value: Any) -> str:
+    """Return a number with four digits at most, unless it counts something."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def is_best(history: History) -> bool:

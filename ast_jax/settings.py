@@ -83,7 +83,9 @@ class TrainConfig:
     ema: float = _setting(0.0, "decay a step of the parameters' moving average, which is kept; 0: none", _BELOW_ONE)
     average_from: int = _setting(0, "first of the epochs, to the last, whose weights are averaged; 0: none", _MIN_0)
     rematerialize: bool = _setting(False, "compute blocks again in the backward pass, to save memory", _FLAG)
-    dtype: str = _setting("float32", "precision of the computation; parameters stay float32", _one_of(DTYPES))
+    dtype: str = _setting(
+        "float32", "float32 or bfloat16: precision of the computation; parameters stay float32", _one_of(DTYPES)
+    )
     strict: bool = _setting(False, "stop at a sound that cannot be read, instead of passing it over", _FLAG)
     seed: int = _setting(0, "of everything random", _MIN_0)
 

@@ -1,5 +1,6 @@
 """The command line, run as users do: what is printed where, and the exit status."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -536,3 +537,23 @@ def test_help_says_what_there_is_and_imports_no_jax(command):
     assert "typer" in modules
     heavy = {"jax", "flax", "numpy", "orbax", "optax", "grain", "sklearn", "soundfile", "librosa", "torch"}
     assert not heavy & modules
+
+
+def test_help_of_finetune_is_whole_in_a_narrow_terminal():
+    text = ast_cli("finetune", "--help", COLUMNS="80").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for name in ("--cross-validate / --no-cross-validate", "--frequency-stride", "--validation-data", "Augmentation:"):
+        assert name in text
+    flowing = " ".join(text.split())
+    assert "audioset-balanced" in flowing
+    for field in dataclasses.fields(TrainConfig):
+        name = f"--{field.name.replace('_', '-')}"
+        said = flowing[flowing.index(f"{name} ") if f"{name} " in flowing else flowing.index(f"{name},") :]
+        default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+        assert said[said.index("[default: ") :].startswith(f"[default: {default}]"), name
+
+
+def test_help_names_every_command_in_a_line():
+    text = ast_cli("--help", COLUMNS="80").stdout
+    assert "..." not in text.split("Commands:")[1]

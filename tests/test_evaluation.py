@@ -1,6 +1,7 @@
 """Whole splits, ensembles of models of different strides, averages of weights; and the commands for them."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -216,8 +217,18 @@ def test_average_on_the_command_line(tmp_path):
     for epochs, message in (
         ("4-3", "epochs: expected FIRST-LAST, as 6-25, got '4-3'"),
         ("3-5", "1 of 3 epochs are not there, the first is "),
+        ("3", "expected several models to average, got one; --epochs FIRST-LAST takes several of a run"),
     ):
         done = invoke("average", tmp_path / "run1", "--output", tmp_path / "no", "--epochs", epochs)
         assert done.exit_code == 1
         assert message in done.stderr
+    done = invoke("average", tmp_path / "run3", "--output", tmp_path / "no", "--epochs", "3-4")
+    assert (done.exit_code, "run3: expected a run's folder" in done.stderr) == (1, True)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_run_and_its_best_are_the_same_model(models, data, tmp_path):
+    shutil.copytree(models[0], tmp_path / "run" / "best")
+    again = [str(tmp_path / "run" / "best"), str(tmp_path / "run" / "." / "best")]
+    notes = [measuring.measure(found, data, batch_size=8).notes for found in (again, models[:2])]
+    assert [any("more than once" in note for note in found) for found in notes] == [True, False]

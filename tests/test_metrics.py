@@ -318,7 +318,10 @@ def test_lines_show_both_ends_and_the_most_frequent_confusions():
     names = ("brass\nand reeds", "犬の声", "violin", "x" * 50)
     found = metrics.report(3 * np.eye(4)[best], labels, config(SINGLE, 4, id2label=names))
     lines = metrics.report_lines(found)
-    assert lines[0] == "8 examples, 4 classes, single-label; precision, recall and F1 at the best class"
+    assert (
+        lines[0]
+        == "8 examples, 4 classes, single-label; precision, recall and F1 for the highest-scoring class; best AP first"
+    )
     assert "accuracy 0.6250" in lines[1]
     assert lines[-2:] == ["2 of brass and reeds taken for 犬の声", f"1 of violin taken for {'x' * 50}"]
     start = next(index for index, line in enumerate(lines) if "precision" in line and index)
@@ -331,7 +334,7 @@ def test_lines_show_both_ends_and_the_most_frequent_confusions():
     found = metrics.report(*multi_label(np.random.default_rng(11), classes=30), config(MULTI, 30))
     ranked = sorted(found["classes"], key=lambda entry: -entry["average_precision"])
     lines = metrics.report_lines(found, limit=5)
-    assert lines[0].endswith("multi-label; precision, recall and F1 at score 0.5 or more")
+    assert lines[0].endswith("multi-label; precision, recall and F1 for score 0.5 or more; best AP first")
     expected = [entry["name"] for entry in (*ranked[:3], *ranked[-2:])]
     assert [line.split()[0] for line in lines[-6:] if not line.startswith("...")] == expected
     assert lines[-3] == "... 25 more between"

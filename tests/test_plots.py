@@ -201,7 +201,12 @@ def test_a_confusion_matrix_of_very_many_classes_has_no_names():
     axes = figure.axes[0]
     shares = figure.axes[1].get_yticklabels()
     written = [found.get_text() for found in texts(figure) if found not in shares]
-    assert sorted(written) == ["400 examples, 81.5% right", "predicted class", "share of the true class", "true class"]
+    assert sorted(written) == [
+        "400 examples, 81.5% right",
+        "predicted class",
+        "share of the true class (scale: its root)",
+        "true class",
+    ]
     assert_inside_and_apart(figure)
     assert axes.get_window_extent().width >= 2 * 527  # pixels: no class falls through
 
@@ -231,6 +236,12 @@ def test_shares_are_of_the_row_and_rows_without_examples_have_none():
     shares = figure.axes[0].images[0].get_array()
     assert shares[0].tolist() == [0.75, 0.25]
     assert shares.mask.tolist() == [[False, False], [True, True]]
+
+
+def test_titles_begin_with_what_was_measured():
+    figure = plots.confusion_figure(of_classes(3), list("abc"), "test, epoch 7")
+    assert figure.axes[0].get_title().startswith("test, epoch 7\n400 examples, ")
+    assert_inside_and_apart(figure)
 
 
 def test_large_counts_fit_their_cells():

@@ -263,6 +263,7 @@ def test_a_healthy_data_set_has_no_problems(healthy):
     assert (found.rates, found.channels) == ({16000: 40}, {1: 40})
     assert found.max_length == 48  # 0.49 s have 47 frames; the longest but two, 0.47 s, have 45
     assert found.few == []
+    assert found.small == {"validation": 8, "test": 8}
     assert found.lines()[0] == "examples    40 in 2 classes: train 24, validation 8, test 8"
     assert found.lines()[-1] == "no problems"
     assert json.loads(json.dumps(found.to_json_dict()))["problems"] == 0
@@ -329,7 +330,8 @@ def test_what_is_worth_a_look_is_no_problem(healthy):
     assert found.missing == {"train": [], "validation": ["rare"], "test": ["rare"]}
     text = "\n".join(found.lines())
     for part in ("the same sound within a split: 1", "clipped: 1", "less than 10 training examples: 1",
-                 "classes without an example for test: 1", "\n  rare"):  # fmt: skip
+                 "classes without an example for test: 1", "\n  rare",
+                 "less than 100 sounds: 2", "test: one sound of 8 is 12.5 %"):  # fmt: skip
         assert part in text
 
 
