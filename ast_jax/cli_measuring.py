@@ -81,14 +81,14 @@ def average(
         from .runs import checkpoints_of
 
         check_destination(output)
-        folders = [folder for model in models for folder in checkpoints_of(model, epochs)]
-        if len(folders) == 1:
+        found = [load(folder) for model in models for folder in checkpoints_of(model, epochs)]
+        if len(found) == 1:
             raise ValueError(
                 f"{models[0]}: expected several models to average, got one; --epochs FIRST-LAST takes several of a run "
                 "that was trained with --keep-epochs"
             )
-        save(output, mean_of([load(folder) for folder in folders]))
-        print(f"checkpoint: {output}, the mean of {len(folders)}")
+        save(output, mean_of(found))
+        print(f"checkpoint: {output}, the mean of {len(found)}")
 
 
 @app.command("check-data")
