@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one function, two ways to compute it.
+"""Scaled dot-product attention: one function, four ways to compute it.
 
 Letters: B batch, N tokens, H heads, K width of a head.
 """
@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("auto", "plain", "heads")
+IMPLEMENTATIONS = ("auto", "plain", "blocks", "heads", "cudnn")
+BLOCK = 1024  # queries that attend together: with more tokens memory grows with their number, not with its square
+CUDNN_WIDTH = 128  # widest head that cuDNN takes on every card
 
 
 def dot_product_attention(
@@ -35,9 +37,12 @@ def dot_product_attention(
         key: [B, N, H, K].
         value: [B, N, H, K].
         mask: [B, N] bool, the keys that may be seen; None for all.
-        implementation: "plain" computes all heads at once; "heads" one after the other, and their scores once more for
-            the gradient, which keeps the scores of one head in the cache and is faster on CPU; "auto" is "heads" where
-            the program is compiled for CPU, else "plain". Attention weights and dropout always take "plain".
+        implementation: "plain" computes all scores at once, and keeps them for the gradient. "blocks" takes `BLOCK`
+            queries after the other, and computes their scores once more for the gradient; "heads" does so head by head,
+            which keeps the scores in the cache and is faster on CPU. "auto" is "heads" where the program is compiled
+            for CPU, else "blocks". "cudnn" is cuDNN's fused attention, for half precision and without a mask, on
+            NVIDIA GPUs only; whatever it does not take goes the way of "blocks". Attention weights and dropout always
+            take "plain".
         dropout_rate: share of attention weights set to zero.
         dropout_key: random key, needed where `dropout_rate` is not 0.
         return_weights: also return the weights, after dropout.
@@ -47,6 +52,7 @@ def dot_product_attention(
 
     Raises:
         ValueError: an unknown implementation.
+        RuntimeError: "cudnn" where there is none.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -60,13 +66,34 @@ def dot_product_attention(
         return _weighted(weights, value), weights if return_weights else None
     if implementation == "auto":
         output = jax.lax.platform_dependent(
-            query, key, value, cpu=functools.partial(_by_heads, mask=mask), default=functools.partial(_plain, mask=mask)
-        )
-    elif implementation == "heads":
-        output = _by_heads(query, key, value, mask)
+            query, key, value,
+            cpu=functools.partial(_by_heads, mask=mask), default=functools.partial(_in_blocks, mask=mask),
+        )  # fmt: skip
+    elif implementation == "cudnn" and _suits_cudnn(query, mask):
+        output = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     else:
-        output = _plain(query, key, value, mask)
+        function = {"plain": _plain, "heads": _by_heads}.get(implementation, _in_blocks)
+        output = function(query, key, value, mask)
     return output, None
+
+
+def fastest_implementation(dtype: Any) -> str:
+    """Return what suits a program that is compiled for this process's devices, and for no others.
+
+    Args:
+        dtype: of the computation.
+    """
+    cuda = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+    return "cudnn" if cuda and _is_half(dtype) else "auto"
+
+
+def _is_half(dtype: Any) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+
+
+def _suits_cudnn(query: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether cuDNN takes it; a mask would have to be written out for every pair of tokens."""
+    return mask is None and _is_half(query.dtype) and query.shape[-1] % 8 == 0 and query.shape[-1] <= CUDNN_WIDTH
 
 
 def _weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -97,15 +124,32 @@ def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     return _weighted(_weights(query, key, mask), value)
 
 
+def _in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend for some queries at a time, so that only their scores exist, in the gradient too."""
+    batch, tokens, heads, width = query.shape
+    count = -(-tokens // BLOCK)
+    size = -(-tokens // count)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop, where there are many, is no place to undo it
+    def attend(some: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return _plain(some, key, value, mask)
+
+    if count == 1:
+        return attend(query, key, value)
+    padded = jnp.pad(query, ((0, 0), (0, count * size - tokens), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, count, size, heads, width), 1, 0)
+    output = jax.lax.map(lambda some: attend(some, key, value), blocks)  # [blocks, B, size, H, K]
+    return jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, width)[:, :tokens]
+
+
 def _by_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend head by head of each example, so that only one head's scores exist at a time, in the gradient too."""
+    """Attend in blocks, head by head of each example."""
     batch, tokens, heads, width = query.shape
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # keeps no scores; a loop is no place for that to be undone
     def one_head(head: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         *qkv, mask = head
         mask = None if mask is None else mask[None]
-        return _plain(*(x[None, :, None] for x in qkv), mask)[0, :, 0]  # [N, K]
+        return _in_blocks(*(x[None, :, None] for x in qkv), mask)[0, :, 0]  # [N, K]
 
     each = tuple(x.swapaxes(1, 2).reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
     masks = None if mask is None else jnp.repeat(mask, heads, axis=0)  # [B H, N]

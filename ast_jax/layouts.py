@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Iterator
 
 from . import hf_folder
 from .manifests import find_manifests, read_manifest, read_table
-from .rows import AUDIO_SUFFIXES, SPLITS, DataError, Listing, Row, split_named
+from .rows import AUDIO_SUFFIXES, SPLITS, DataError, Listing, Row, split_named, visible_files
 
 ESC50_TABLE = pathlib.PurePath("meta", "esc50.csv")
 ESC50_COLUMNS = ("filename", "fold", "target", "category", "src_file")
@@ -81,25 +80,12 @@ def _read_classes(source: pathlib.Path, split: str = "") -> Listing:
         if not entry.is_dir():
             listing.passed_over.append(entry)
             continue
-        for path in _files(entry):
+        for path in visible_files(entry):
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 listing.rows.append(Row(path, (entry.name,), split))
             else:
                 listing.passed_over.append(path)
     return listing
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files in a folder and the folders in it, but for hidden ones, in the order of their parts."""
-
-    def stop(error: OSError) -> None:
-        raise error  # a folder that may not be read would be missed silently
-
-    found = []
-    for root, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [pathlib.Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda path: path.parts)
 
 
 def _read_esc50(source: pathlib.Path) -> Listing:

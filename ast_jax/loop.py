@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import data, datasets, distill, model, optimizers, plots, runs, train
+from .attention import fastest_implementation
 from .board import Board
 from .checkpoint import Checkpoint, load, save
 from .datasets import DataError, DataSet
@@ -123,7 +124,7 @@ class Loop:
         self.step = self.parallel.wrap_train(
             functools.partial(
                 train.train_step, config=run.config, frontend=run.frontend, training=training, optimizer=optimizer,
-                steps_per_epoch=self.steps_per_epoch,
+                steps_per_epoch=self.steps_per_epoch, attention_implementation=fastest_implementation(training.dtype),
             )
         )  # fmt: skip
         self.soften = _softener(run, self.parallel)

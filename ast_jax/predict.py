@@ -1,15 +1,18 @@
-"""Sounds to labels: decode, features, batches of one size for the device, scores, the best first."""
+"""Sounds to labels: decode and features in threads, batches of few sizes for the device, scores, the best first."""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,11 +20,13 @@ import numpy as np
 from . import model
 from .audio import RESAMPLER_REACH, AudioError, Sound, decode, describe, to_mono
 from .checkpoint import Checkpoint, load
-from .config import ASTConfig
+from .config import ASTConfig, FrontendConfig
 from .features import ASTFeatureExtractor
 
 DEFAULT_MODEL = "sounds-tiny"
-BATCH_SIZE = 8
+BATCH_SIZES = {"cpu": 8}  # by platform
+BATCH_SIZE = 64  # elsewhere
+AHEAD = 3  # batches that are read before the first of them is out
 CPU_TOKENS = 1300  # that go through the model together
 
 Prediction = list[tuple[str, float]]
@@ -100,30 +105,95 @@ def classify_each(
     *,
     sampling_rate: int | None = None,
     top_k: int = 5,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Iterator[Result]:
     """Yield a `Result` for every source in order; one that cannot be used yields its error and the others go on.
 
-    Sounds go through the model `batch_size` at a time (a single one alone), so that few shapes are compiled.
+    Threads decode and compute features while the device is at work, some batches ahead, so that memory does not grow
+    with the number of sources. What is left for the last batch is filled up to a power of two, so that few shapes are
+    compiled.
+
+    Args:
+        sources: as `audio` of `classify`.
+        checkpoint: the model.
+        sampling_rate: as in `classify`.
+        top_k: as in `classify`.
+        batch_size: sounds that go through the model together; None for what suits the device.
     """
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")
     if "classifier" not in checkpoint.params:
         raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
+    batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), BATCH_SIZE)
     params = jax.device_put(checkpoint.params)
-    pending: list[tuple[str, Sound | str]] = []
-    for source in sources:
-        pending.append(_read(source, checkpoint, sampling_rate))
-        if len(pending) == batch_size:
-            yield from _predict(pending, params, checkpoint, top_k, batch_size)
-            pending = []
-    if pending:
-        yield from _predict(pending, params, checkpoint, top_k, batch_size)
+    frontend = checkpoint.frontend.replace(dither=0.0)  # dither is for training
+    extractor = ASTFeatureExtractor(frontend, return_attention_mask=False)
+    hear = functools.partial(_hear, extractor=extractor, sampling_rate=sampling_rate)
+    heard = _in_order(hear, sources, AHEAD * batch_size)
+    running: collections.deque[tuple[tuple[Heard, ...], jax.Array | None]] = collections.deque()
+    for batch in _batched(heard, batch_size):
+        running.append((batch, _start(batch, batch_size, params, checkpoint.config)))
+        if len(running) > 1:  # one is at work, and the next is there when it is done
+            yield from _results(*running.popleft(), checkpoint.config, top_k)
+    for batch, scores in running:
+        yield from _results(batch, scores, checkpoint.config, top_k)
 
 
-def _read(source: Any, checkpoint: Checkpoint, sampling_rate: int | None) -> tuple[str, Sound | str]:
+class Heard(NamedTuple):
+    """A source as the model takes it, or what is wrong with it.
+
+    Attributes:
+        name: the source's.
+        spec: features [T, F], None where there is an error.
+        used: seconds that they are of.
+        duration: seconds of the whole sound.
+        error: one line, or None.
+    """
+
+    name: str
+    spec: np.ndarray | None = None
+    used: float = 0.0
+    duration: float = 0.0
+    error: str | None = None
+
+
+def _in_order(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Yield the function's results in order, computed in a thread for each core; at most `ahead` items are read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) == ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Yield the items in tuples of a size, of which the last may be shorter."""
+    items = iter(items)
+    while batch := tuple(itertools.islice(items, size)):
+        yield batch
+
+
+def _hear(source: Any, extractor: ASTFeatureExtractor, sampling_rate: int | None) -> Heard:
+    """Decode a source and compute its features."""
+    config = extractor.config
+    name, sound = _read(source, config, sampling_rate)
+    if isinstance(sound, str):
+        return Heard(name, error=sound)
+    samples = sound.samples[: config.max_samples]  # the result says what was cut
+    return Heard(name, extractor(samples, config.sampling_rate)[0], len(samples) / config.sampling_rate, sound.duration)
+
+
+def _read(source: Any, frontend: FrontendConfig, sampling_rate: int | None) -> tuple[str, Sound | str]:
     """Return a source's name, and its sound or what is wrong with it."""
-    frontend, name = checkpoint.frontend, describe(source)
+    name = describe(source)
     try:
         if not (hasattr(source, "__array__") or isinstance(source, list)):
             return name, decode(source, frontend.sampling_rate, max_seconds=frontend.max_seconds)
@@ -147,32 +217,31 @@ def _read(source: Any, checkpoint: Checkpoint, sampling_rate: int | None) -> tup
         return name, str(error)
 
 
-def _predict(
-    pending: list[tuple[str, Sound | str]], params: Any, checkpoint: Checkpoint, top_k: int, batch_size: int
-) -> Iterator[Result]:
-    """Run one batch and yield its results in order."""
-    config, frontend = checkpoint.config, checkpoint.frontend.replace(dither=0.0)  # dither is for training
-    sounds = {index: sound for index, (_, sound) in enumerate(pending) if isinstance(sound, Sound)}
-    scores: dict[int, np.ndarray] = {}
-    if sounds:
-        waveforms = [sound.samples[: frontend.max_samples] for sound in sounds.values()]  # the result says what was cut
-        spec = ASTFeatureExtractor(frontend, return_attention_mask=False)(waveforms, frontend.sampling_rate)
-        if len(spec) > 1:
-            spec = np.pad(spec, ((0, batch_size - len(spec)), (0, 0), (0, 0)))
-        values = np.asarray(_scores(logits(params, spec, config), config))
-        scores = dict(zip(sounds, values, strict=False))
-    for index, (name, sound) in enumerate(pending):
-        if isinstance(sound, str):
-            yield Result(name, [], error=sound)
+def _start(batch: tuple[Heard, ...], batch_size: int, params: Any, config: ASTConfig) -> jax.Array | None:
+    """Start computing the scores of what was heard; None where that is nothing."""
+    specs = [heard.spec for heard in batch if heard.spec is not None]
+    if not specs:
+        return None
+    spec = np.zeros((min(1 << (len(specs) - 1).bit_length(), batch_size), *specs[0].shape), np.float32)
+    np.stack(specs, out=spec[: len(specs)])
+    return _scores(logits(params, spec, config), config)
+
+
+def _results(batch: tuple[Heard, ...], scores: jax.Array | None, config: ASTConfig, top_k: int) -> Iterator[Result]:
+    """Yield the results of a batch in order."""
+    rows = iter(() if scores is None else np.asarray(scores))
+    for heard in batch:
+        if heard.error:
+            yield Result(heard.name, [], error=heard.error)
             continue
-        if not np.isfinite(scores[index]).all():
+        row = next(rows)
+        if not np.isfinite(row).all():
             reason = "the scores are not finite; the values of the sound or of the model are too large"
-            yield Result(name, [], error=f"{name}: {reason}")
+            yield Result(heard.name, [], error=f"{heard.name}: {reason}")
             continue
-        best = np.argsort(-scores[index], kind="stable")[:top_k]
-        predictions = [(config.labels[label], float(scores[index][label])) for label in best]
-        used = min(len(sound.samples), frontend.max_samples) / frontend.sampling_rate
-        yield Result(name, predictions, used, sound.duration)
+        best = np.argsort(-row, kind="stable")[:top_k]
+        predictions = [(config.labels[label], float(row[label])) for label in best]
+        yield Result(heard.name, predictions, heard.used, heard.duration)
 
 
 def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> jax.Array:

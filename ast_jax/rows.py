@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -74,3 +75,16 @@ def checked_split(name: str, where: object) -> str:
     if name.strip() and not split:
         raise DataError(f"{where}: expected split {', '.join(SPLITS)}, got {name!r}")
     return split
+
+
+def visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files in a folder and the folders in it, but for hidden ones, in the order of their parts."""
+
+    def stop(error: OSError) -> None:
+        raise error  # a folder that may not be read would be missed silently
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [pathlib.Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.parts)

@@ -117,6 +117,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     steps_per_epoch: int,
     axis: str | None = None,
+    attention_implementation: str = "auto",
 ) -> tuple[TrainState, jax.Array]:
     """Take one optimizer step on one device's share of the batch, or on the whole of it.
 
@@ -129,6 +130,7 @@ def train_step(
         optimizer: from `make_optimizer`.
         steps_per_epoch: for the ramp of the augmentation.
         axis: name of the axis to average gradients and loss over; None where the batch is whole.
+        attention_implementation: see `ast_jax.attention.dot_product_attention`.
 
     Returns:
         The state after the step, and the mean loss over the whole batch.
@@ -146,7 +148,7 @@ def train_step(
     def mean_loss(learning: Any, batch: dict[str, jax.Array]) -> jax.Array:
         keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["position"])
         spec = prepare(keys, batch, frontend, training, strength)
-        logits = _logits({**fixed, **learning}, spec, keys, config, training)
+        logits = _logits({**fixed, **learning}, spec, keys, config, training, attention_implementation)
         return loss(logits, smooth(batch["labels"], training.label_smoothing, config), config)
 
     # By what learns alone, so that there is no backward pass below it.
@@ -165,14 +167,16 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, average), value
 
 
-def _logits(params: Any, spec: jax.Array, keys: jax.Array, config: ASTConfig, training: TrainConfig) -> jax.Array:
+def _logits(
+    params: Any, spec: jax.Array, keys: jax.Array, config: ASTConfig, training: TrainConfig, attention: str
+) -> jax.Array:
     """Run the model in training on [b, T, F] with a key for each example; return [b, C]."""
     tokens = None
     if any(_patchout(training)):
         tokens = jax.vmap(lambda key: augment.patchout_tokens(key, config.grid, *_patchout(training)))(_fold(keys, 5))
     forward = functools.partial(
         model.apply, params, config=config, train=True, rematerialize=training.rematerialize,
-        dtype=jnp.bfloat16 if training.dtype == "bfloat16" else None,
+        dtype=jnp.bfloat16 if training.dtype == "bfloat16" else None, attention_implementation=attention,
     )  # fmt: skip
     if not (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
         return forward(spec, tokens=tokens)

@@ -1,5 +1,6 @@
 """The command line, run as users do: what is printed where, and the exit status."""
 
+import csv
 import dataclasses
 import importlib.metadata
 import json
@@ -557,3 +558,62 @@ def test_help_of_finetune_is_whole_in_a_narrow_terminal():
 def test_help_names_every_command_in_a_line():
     text = ast_cli("--help", COLUMNS="80").stdout
     assert "..." not in text.split("Commands:")[1]
+
+
+def test_classify_takes_folders_and_writes_tables(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / "sounds" / name).mkdir(parents=True)
+        shutil.copy(SOUNDS / "siren.flac", tmp_path / "sounds" / name / "siren.flac")
+    (tmp_path / "sounds" / "a" / "bad.wav").write_text("no sound")
+    (tmp_path / "sounds" / "a" / "notes.txt").write_text("no sound, and not called one")
+    order = ["a/bad.wav", "a/siren.flac", "b/siren.flac"]
+    files = [str(tmp_path / "sounds" / name) for name in order] + [str(SOUNDS / "speech.flac")]
+
+    done = ast_cli("classify", tmp_path / "sounds", SOUNDS / "speech.flac", "-k", "2", "--output", tmp_path / "out.csv")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "bad.wav: not a readable sound file" in done.stderr
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == files
+    assert list(rows[0]) == [
+        "file",
+        "used_seconds",
+        "duration_seconds",
+        "error",
+        "label_1",
+        "score_1",
+        "label_2",
+        "score_2",
+    ]
+    assert "not a readable sound file" in rows[0]["error"]
+    assert rows[1]["label_1"] in {"Siren", "Alarm"}
+    assert rows[1]["label_2"] != rows[1]["label_1"]
+    assert {**rows[2], "file": ""} == {**rows[1], "file": ""}
+    assert rows[3]["label_1"] == "Speech"
+
+    done = ast_cli("classify", *files, "-k", "2", "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["file"] for line in lines] == files
+    assert lines[0]["error"] == rows[0]["error"]
+    for line, row in zip(lines[1:], rows[1:], strict=True):
+        assert line["predictions"][0] == {"label": row["label_1"], "score": float(row["score_1"])}
+
+
+def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, status, message in (
+        ([tmp_path / "empty", "-o", tmp_path / "out.csv"], 1, "expected a folder with sound files, found none"),
+        (
+            [SOUNDS / "siren.flac", "-o", tmp_path / "out.txt"],
+            2,
+            "--output: expected a name that ends in .csv or .jsonl",
+        ),
+        ([SOUNDS / "siren.flac", "-o", tmp_path / "none" / "out.csv"], 1, "none"),
+    ):
+        done = ast_cli("classify", *arguments)
+        assert done.returncode == status
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -1,0 +1,119 @@
+"""Attention by every way: the same values and gradients, and memory that grows with the tokens, not their square."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ast_jax import attention
+from ast_jax.attention import dot_product_attention
+
+WAYS = ("auto", "plain", "blocks", "heads", "cudnn")  # the last steps aside in float32
+
+
+def qkv(shape, dtype=np.float64, seed=0):
+    return np.random.default_rng(seed).standard_normal((3, *shape)).astype(dtype)
+
+
+def reference(query, key, value, mask=None):
+    """Attention written out for [B, N, H, K] in NumPy."""
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = np.where(mask[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), value)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks that cut what is small enough for a test, with a rest: 11 tokens in blocks of 4, 4 and 3."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [3, 4, 8, 11])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_what_is_written_out(way, tokens, masked):
+    with jax.enable_x64(True):
+        given = qkv((2, tokens, 3, 8))
+        mask = np.random.default_rng(1).random((2, tokens)) < 0.6 if masked else None
+        if masked:
+            mask[:, 0] = True
+        output, weights = dot_product_attention(*map(jnp.asarray, given), mask, implementation=way)
+        assert weights is None
+        np.testing.assert_allclose(output, reference(*given, mask), atol=1e-13)  # float64's rounding of sums near 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_the_plain_way(way, masked):
+    with jax.enable_x64(True):
+        given = tuple(map(jnp.asarray, qkv((2, 11, 3, 8))))
+        mask = jnp.arange(11) < jnp.array([[11], [6]]) if masked else None
+
+        def total(way, given):
+            return jnp.sin(dot_product_attention(*given, mask, implementation=way)[0]).sum()
+
+        for found, wanted in zip(*(jax.grad(total, 1)(which, given) for which in (way, "plain")), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-13)
+
+
+@pytest.mark.parametrize("way", ["blocks", "heads"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_does_not_grow_with_the_square_of_the_tokens(way, backward, monkeypatch):
+    """What the compiler sets aside; all scores at once would take four times as much for twice the tokens."""
+    monkeypatch.setattr(attention, "BLOCK", 64)
+
+    def run(query, key, value):
+        return dot_product_attention(query, key, value, implementation=way)[0].sum()
+
+    def temporary(tokens, function):
+        arrays = [jax.ShapeDtypeStruct((2, tokens, 3, 16), jnp.float32)] * 3
+        return jax.jit(function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    function = jax.grad(run, (0, 1, 2)) if backward else run
+    small, large = temporary(1024, function), temporary(4096, function)
+    assert small < large < 4.2 * small
+    assert large < 3 * 4096**2 * 4  # bytes of the scores of three heads
+
+
+def test_cudnn_takes_half_precision_without_a_mask(monkeypatch):
+    taken = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *given, **how: taken.append(how) or given[0])
+    for dtype, width, mask in (
+        (jnp.bfloat16, 8, None), (jnp.float16, 64, None), (jnp.float32, 8, None), (jnp.bfloat16, 12, None),
+        (jnp.bfloat16, 136, None), (jnp.bfloat16, 8, jnp.ones((2, 5), bool)),
+    ):  # fmt: skip
+        given = jnp.asarray(qkv((2, 5, 3, width)), dtype)
+        dot_product_attention(*given, mask, implementation="cudnn")
+    assert taken == [{"implementation": "cudnn"}] * 2
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_cudnn_lowers_for_cuda(backward, monkeypatch):
+    """Lowered here for a GPU that is not there: JAX asks for cuDNN's version while tracing, so it is told one."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+
+    def run(*given):
+        return dot_product_attention(*given, implementation="cudnn")[0].astype(jnp.float32).sum()
+
+    arrays = [jax.ShapeDtypeStruct((2, 146, 3, 64), jnp.bfloat16)] * 3
+    function = jax.grad(run, (0, 1, 2)) if backward else run
+    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r"__cudnn\$\w+", text)
+    assert len(names) == (2 if backward else 1)
+    assert not re.search(r"tensor<2x3x146x146x", text), "no scores are written out"
+
+
+def test_the_fastest_here_is_portable():
+    assert attention.fastest_implementation(jnp.float32) == "auto"
+    assert attention.fastest_implementation("bfloat16") == "auto"
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="expected one of auto, plain, blocks, heads, cudnn, got 'flash'"):
+        dot_product_attention(*jnp.asarray(qkv((1, 2, 1, 4), np.float32)), implementation="flash")
