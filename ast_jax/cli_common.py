@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
@@ -103,6 +104,27 @@ def json_line(content: Any, indent: int | None = None) -> str:
     return text
 
 
+def keep_programs() -> None:
+    """Have JAX keep what it compiles, small programs too, in the user's cache folder; its own variables go before.
+
+    To be called before JAX is imported. Where nothing can be written, nothing is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import platformdirs
+
+    folder = platformdirs.user_cache_path("ast-jax") / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it compiles then
+
+
 def _print_version(wanted: bool) -> None:
     """Print the version and stop."""
     if wanted:
@@ -117,5 +139,16 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    program_cache: Annotated[
+        bool,
+        typer.Option(
+            "--program-cache/--no-program-cache",
+            help="Keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR.",
+        ),
+    ] = True,
 ) -> None:
     """Take what comes before a command."""
+    if program_cache:
+        keep_programs()
+    else:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"

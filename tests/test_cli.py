@@ -617,3 +617,23 @@ def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
+    def run(home, *options):
+        """Run in a new home, without what the tests' own cache sets; return the programs kept there."""
+        ours = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XDG_CACHE_HOME"}
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
+        command = [sys.executable, "-m", "ast_jax.cli", *options, "classify", str(SOUNDS / "siren.flac"), "-k", "1"]
+        done = subprocess.run(command, env={**environment, "HOME": str(home)}, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Alarm" in done.stdout
+        return {path: path.stat().st_mtime_ns for path in pathlib.Path(home).rglob("*-cache")}
+
+    (tmp_path / "home").mkdir()
+    assert run(tmp_path / "home", "--no-program-cache") == {}
+    kept = run(tmp_path / "home")
+    assert len(kept) >= 2  # the model, and what turns its logits into scores, which compiles in no time
+    assert run(tmp_path / "home") == kept
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file") == {}
