@@ -2,9 +2,11 @@
 
 python tools/benchmark.py forward            # the base model's forward pass on this CPU
 python tools/benchmark.py train              # a step of training on this CPU
+python tools/benchmark.py features           # log-mel features of ten seconds of sound, and of 64 such clips
 python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
 
-Each takes --json FILE. Results are compared before anything is timed. PyTorch and transformers come with the extra
+Each takes --json FILE, and --against FILE to say what has moved since that was written.
+Results are compared before anything is timed. PyTorch and transformers come with the extra
 `test`; ONNX Runtime (onnxruntime, onnx, onnxscript) and OpenVINO (openvino) are measured where they are installed.
 """
 
@@ -17,7 +19,6 @@ import os
 import pathlib
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,9 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import bench_features
 import bench_models
+import bench_report
 import bench_worker
 import typer
 from bench_worker import MIB
@@ -37,6 +40,10 @@ PRODUCT_SIZE = 3072  # of the square matrices whose product gives the peak
 
 Rounds = Annotated[int, typer.Option(min=1, help="How often each takes its turn.")]
 JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Also write the numbers here.")]
+Against = Annotated[
+    pathlib.Path | None,
+    typer.Option("--against", help="Numbers that were written earlier: say what is beyond their spread."),
+]
 
 
 @app.command()
@@ -46,6 +53,7 @@ def forward(
     batch_sizes: Annotated[list[int] | None, typer.Option("--batch-size", help="Default: 1 and 8.")] = None,
     rounds: Rounds = 5,
     json_file: JsonFile = None,
+    against: Against = None,
 ) -> None:
     """Time the forward pass in float32: ast_jax, PyTorch eager and compiled, ONNX Runtime, OpenVINO."""
     contenders = {
@@ -53,19 +61,55 @@ def forward(
         "ONNX Runtime": "onnx_runtime", "OpenVINO": "openvino",
     }  # fmt: skip
     cases = [(preset, max_length, size) for size in batch_sizes or [1, 8]]
-    _compare_models("forward pass", contenders, cases, 1, rounds, json_file)
+    _compare_models("forward", contenders, cases, 1, rounds, json_file, against)
 
 
 @app.command()
 def train(
     rounds: Rounds = 5,
     json_file: JsonFile = None,
+    against: Against = None,
 ) -> None:
     """Time a step of training in float32: tiny at 128 frames, batch 32, and base at 512 frames, batch 2."""
     contenders = {"ast_jax": "ast_jax_train", "PyTorch": "torch_train"}
-    _compare_models(
-        "training step", contenders, [("tiny", 128, 32), ("base", 512, 2)], 3, rounds, json_file, reference="PyTorch"
-    )
+    _compare_models("train", contenders, [("tiny", 128, 32), ("base", 512, 2)], 3, rounds, json_file, against)
+
+
+@app.command()
+def features(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 10.0,
+    rounds: Rounds = 7,
+    json_file: JsonFile = None,
+    against: Against = None,
+) -> None:
+    """Time log-mel features of a clip, and of 64: ast_jax in NumPy and jitted, torchaudio, transformers' NumPy path."""
+    contenders = {
+        "torchaudio": "torchaudio_fbank", "ast_jax NumPy": "numpy_fbank", "ast_jax extractor": "numpy_extractor",
+        "ast_jax jit": "jitted_fbank", "transformers": "transformers_extractor",
+    }  # fmt: skip
+    machine = bench_worker.machine()
+    print(machine)
+    rows = []
+    for batch, repeats in ((1, 20), (64, 1)):
+        title = f"features, {seconds:g} s, batch {batch}"
+        print(f"{title}; {rounds} rounds of {repeats}")
+        with tempfile.TemporaryDirectory() as scratch:
+            path = pathlib.Path(scratch) / "waveforms.npy"
+            bench_features.write_waveforms(path, batch, seconds)
+            wanted = {
+                name: (f"bench_features.{function}", {"waveforms": str(path)}) for name, function in contenders.items()
+            }
+            found = _measure(wanted, rounds, "torchaudio", repeats)
+        print(f"{'':<18}{'ms a clip':>10}{'quartiles':>18}{'of torchaudio':>15}{'MiB':>7}{'differs':>9}")
+        for name, row in found.items():
+            rows.append({"case": title, "contender": name, **row})
+            low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
+            share = row["median"] / found["torchaudio"]["median"]
+            print(
+                f"{name:<18}{middle:>10.2f}{f'{low:.2f} to {high:.2f}':>18}{share:>15.3f}"
+                f"{row['peak_bytes'] / MIB:>7.0f}{row['difference']:>9.0e}"
+            )
+    bench_report.finish(rows, machine, json_file, against)
 
 
 def _compare_models(
@@ -75,24 +119,25 @@ def _compare_models(
     passes: int,
     rounds: int,
     json_file: pathlib.Path | None,
-    reference: str = "PyTorch",
+    against: pathlib.Path | None,
 ) -> None:
     """Measure contenders on models of (preset, frames, batch size); print a table, and write it.
 
     Args:
-        title: what is timed.
+        title: the command.
         contenders: functions of `bench_models` by the name to print.
         cases: the models.
         passes: forward passes whose operations one run takes.
         rounds: turns.
         json_file: where to write.
-        reference: whose result the others are compared with.
+        against: what to compare with.
     """
     peak = _product_peak()
     print(f"{bench_worker.machine()}; matrix products of {PRODUCT_SIZE}: {peak / 1e9:.0f} GFLOP/s")
-    content: dict[str, Any] = {"machine": bench_worker.machine(), "product_flops": peak, "results": []}
+    results = []
     for preset, frames, batch in cases:
-        print(f"{title}, {preset}, {frames} frames, batch {batch}, float32; {rounds} rounds")
+        case = f"{title}, {preset}, {frames} frames, batch {batch}, float32"
+        print(f"{case}; {rounds} rounds")
         titles = f"{'ms a clip':>10}{'quartiles':>18}{'clips/s':>9}{'of peak':>9}{'first, s':>10}{'MiB':>7}"
         print(f"{'':<16}{titles}{'differs':>9}")
         with tempfile.TemporaryDirectory() as scratch:
@@ -102,10 +147,10 @@ def _compare_models(
                 config = other.submit(bench_models.write_case, folder, inputs, preset, frames, batch).result()
             arguments = {"folder": str(folder), "inputs": str(inputs)}
             wanted = {name: (f"bench_models.{function}", arguments) for name, function in contenders.items()}
-            rows = _measure(wanted, rounds, reference)
+            rows = _measure(wanted, rounds, "PyTorch", 1)
         operations = passes * bench_models.operations(config)
         for name, row in rows.items():
-            row |= {"preset": preset, "frames": frames, "batch": batch, "contender": name}
+            row |= {"case": case, "contender": name}
             row["share_of_peak"] = operations * batch / row["median"] / peak
             low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
             print(
@@ -113,12 +158,12 @@ def _compare_models(
                 f"{row['share_of_peak']:>9.0%}{row['first_seconds']:>10.1f}{row['peak_bytes'] / MIB:>7.0f}"
                 f"{row['difference']:>9.0e}"
             )
-        content["results"] += rows.values()
-    _write(json_file, content)
+        results += rows.values()
+    bench_report.finish(results, bench_worker.machine(), json_file, against, product_flops=peak)
 
 
 def _measure(
-    contenders: dict[str, tuple[str, dict[str, Any]]], rounds: int, reference: str
+    contenders: dict[str, tuple[str, dict[str, Any]]], rounds: int, reference: str, repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Return for each contender that can be had here: seconds of a run and of the first, memory, how it differs."""
     with bench_worker.workers(contenders, print) as started:
@@ -127,8 +172,8 @@ def _measure(
         first = {name: worker.result() for name, worker in started.items()}
         ordered = {reference: first[reference][0], **{name: result for name, (result, _) in first.items()}}
         differences = bench_worker.check_agreement(ordered, TOLERANCE)
-        bench_worker.time_in_turn(started, 1, 1)  # what is compiled or tuned at the second run is no steady time
-        seconds = bench_worker.time_in_turn(started, rounds, 1)
+        bench_worker.time_in_turn(started, 1, repeats)  # what is compiled or tuned at the second run is no steady time
+        seconds = bench_worker.time_in_turn(started, rounds, repeats)
         return {
             name: {
                 **bench_worker.spread(seconds[name]), "first_seconds": first[name][1], "seconds": seconds[name],
@@ -150,12 +195,6 @@ def _product_peak() -> float:
     return 2 * PRODUCT_SIZE**3 / min(min(values) for values in seconds.values())
 
 
-def _write(path: pathlib.Path | None, content: dict[str, Any]) -> None:
-    """Write the numbers, where that is wanted."""
-    if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 @app.command()
 def convert(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each kind, in turn.")] = 5,
@@ -163,6 +202,7 @@ def convert(
         pathlib.Path | None, typer.Option(help="Where to put 1.5 GB of files; default: the system's.")
     ] = None,
     json_file: JsonFile = None,
+    against: Against = None,
 ) -> None:
     """Convert the base model (86.6 million parameters, 527 labels) from both kinds of file, and load the result.
 
@@ -184,12 +224,20 @@ def convert(
                 if arguments[0] == "convert":
                     shutil.rmtree(arguments[2], ignore_errors=True)
                 found[name].append(_in_fresh_process(*map(str, arguments)))
-    results = {name: _summary(rows) for name, rows in found.items()}
+    results = {
+        name: {
+            **bench_worker.spread([row["seconds"] for row in rows]), "seconds": [row["seconds"] for row in rows],
+            "peak_bytes": max(row["peak_bytes"] for row in rows),
+        }
+        for name, rows in found.items()
+    }  # fmt: skip
     print(f"{'':<28}{'seconds':>9}{'fastest':>9}{'slowest':>9}{'peak MiB':>10}")
     for name, row in results.items():
-        print(f"{name:<28}{row['median']:>9.2f}{row['fastest']:>9.2f}{row['slowest']:>9.2f}{row['peak_mib']:>10.0f}")
+        fastest, slowest = min(row["seconds"]), max(row["seconds"])
+        print(f"{name:<28}{row['median']:>9.2f}{fastest:>9.2f}{slowest:>9.2f}{row['peak_bytes'] / MIB:>10.0f}")
     print(f"{repeats} measurements each; {bench_worker.machine()}")
-    _write(json_file, {"machine": bench_worker.machine(), "repeats": repeats, "results": results})
+    rows = [{"case": "convert", "contender": f"ast_jax, {name}", **row} for name, row in results.items()]
+    bench_report.finish(rows, bench_worker.machine(), json_file, against)
 
 
 def _make_sources(place: pathlib.Path) -> None:
@@ -236,14 +284,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    seconds = [row["seconds"] for row in rows]
-    return {
-        "median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds),
-        "peak_mib": max(row["peak_bytes"] for row in rows) / MIB,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""The contenders of `benchmark.py features`: log-mel features of the same waveforms, not normalised.
+
+`waveforms` is a file with float32 samples [B, S] in [-1, 1] at 16 kHz.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+from collections.abc import Callable
+
+import numpy as np
+
+Work = Callable[[], np.ndarray]
+SAMPLING_RATE = 16000
+
+
+def numpy_fbank(waveforms: str) -> Work:
+    """Run the filter bank, clip by clip."""
+    import ast_jax
+
+    clips = np.load(waveforms)
+    return lambda: np.stack([ast_jax.fbank(clip) for clip in clips])
+
+
+def numpy_extractor(waveforms: str) -> Work:
+    """Run the extractor on the whole batch."""
+    import ast_jax
+
+    clips = np.load(waveforms)
+    extractor = ast_jax.ASTFeatureExtractor(max_length=_frames(clips), do_normalize=False, return_attention_mask=False)
+    return lambda: extractor(clips, SAMPLING_RATE)
+
+
+def jitted_fbank(waveforms: str) -> Work:
+    """Run the filter bank on the device, the whole batch at once."""
+    import jax
+
+    import ast_jax
+
+    clips = jax.device_put(np.load(waveforms))
+    compute = jax.jit(ast_jax.fbank)
+    return lambda: np.asarray(compute(clips))
+
+
+def torchaudio_fbank(waveforms: str) -> Work:
+    """Run torchaudio's filter bank with the original's settings, clip by clip.
+
+    The package need not load beside this PyTorch: its one pure-Python file is imported under a stand-in.
+    """
+    import torch
+
+    kaldi = _beside_torchaudio("torchaudio.compliance.kaldi")
+    clips = torch.from_numpy(np.load(waveforms))
+
+    @torch.inference_mode()
+    def work() -> np.ndarray:
+        found = [
+            kaldi.fbank(
+                clip[None], htk_compat=True, sample_frequency=SAMPLING_RATE, use_energy=False, window_type="hanning",
+                num_mel_bins=128, dither=0.0, frame_shift=10,
+            )
+            for clip in clips
+        ]  # fmt: skip
+        return torch.stack(found).numpy()
+
+    return work
+
+
+def transformers_extractor(waveforms: str) -> Work:
+    """Run transformers' extractor in NumPy, as it does where torchaudio is not installed."""
+    name = "transformers.models.audio_spectrogram_transformer.feature_extraction_audio_spectrogram_transformer"
+    module = _beside_torchaudio(name)
+    clips = np.load(waveforms)
+    module.is_speech_available = lambda: False
+    extractor = module.ASTFeatureExtractor(max_length=_frames(clips), do_normalize=False)
+    clips = list(clips)
+    return lambda: np.stack(extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_values"])
+
+
+def write_waveforms(path: pathlib.Path, batch: int, seconds: float) -> None:
+    """Write clips of noise and tones."""
+    rng = np.random.default_rng(0)
+    time = np.arange(int(seconds * SAMPLING_RATE)) / SAMPLING_RATE
+    tones = np.sin(2 * np.pi * rng.uniform(100, 7000, (batch, 1)) * time)
+    np.save(path, (0.3 * tones + 0.03 * rng.standard_normal(tones.shape)).astype(np.float32))
+
+
+def _frames(clips: np.ndarray) -> int:
+    return 1 + (clips.shape[1] - 400) // 160
+
+
+def _beside_torchaudio(name: str) -> types.ModuleType:
+    """Import a module without running torchaudio's own `__init__`."""
+    spec = importlib.util.find_spec("torchaudio")
+    if spec is None:
+        raise ImportError("torchaudio is not installed")
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(name)
