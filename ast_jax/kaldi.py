@@ -19,6 +19,7 @@ from .config import FrontendConfig
 MEL_FLOOR = float(np.finfo(np.float32).eps)  # 1.1920929e-07: digital silence becomes log(floor) = -15.942385
 POVEY_EXPONENT = 0.85
 BLACKMAN_COEFFICIENT = 0.42
+BLOCK = 256  # frames that NumPy takes at a time: their samples and spectra fit a core's cache
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 
@@ -38,8 +39,11 @@ def cut_frames(waveform: Array, config: FrontendConfig, xp: ModuleType) -> Array
         waveform = xp.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(0, missing)])
     if xp is np:
         return np.lib.stride_tricks.sliding_window_view(waveform, window, axis=-1)[..., ::shift, :]
-    starts = np.arange(num_frames(waveform.shape[-1], config)) * shift
-    return waveform[..., starts[:, None] + np.arange(window)]
+    frames, spans = num_frames(waveform.shape[-1], config), -(-window // shift)  # spans of a shift that a frame touches
+    length = (frames - 1 + spans) * shift
+    waveform = xp.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(0, max(0, length - waveform.shape[-1]))])
+    rows = waveform[..., :length].reshape(*waveform.shape[:-1], -1, shift)
+    return xp.concatenate([rows[..., k : k + frames, :] for k in range(spans)], axis=-1)[..., :window]
 
 
 def remove_dc(frames: Array) -> Array:
@@ -104,12 +108,45 @@ def matmul(left: Array, right: Array, xp: ModuleType) -> Array:
 def log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType = np, noise: Array | None = None) -> Array:
     """Return log-mel energies [..., T, F] of a waveform [..., S], in the waveform's dtype, not normalised.
 
+    On a CPU some frames of one waveform are computed at a time, which is several times faster than all at once.
+
     Args:
         waveform: samples in [-1, 1].
         config: the filter bank's settings.
         xp: `numpy` or `jax.numpy`.
         noise: standard normal samples [..., T, W], scaled by `config.dither`; needed only where that is not 0.
     """
+    if xp is np:
+        return _blocks(waveform, config, noise)
+    if waveform.ndim == 1:
+        return _log_mel(waveform, config, xp, noise)
+    import jax
+
+    def one_by_one(waveform: Array, noise: Array | None) -> Array:
+        return jax.lax.map(lambda one: log_mel(one[0], config, xp, one[1]), (waveform, noise))
+
+    def together(waveform: Array, noise: Array | None) -> Array:
+        return _log_mel(waveform, config, xp, noise)
+
+    return jax.lax.platform_dependent(waveform, noise, cpu=one_by_one, default=together)
+
+
+def _blocks(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | None) -> np.ndarray:
+    """Return log-mel energies, `BLOCK` frames at a time, so that what lies between two steps stays in the cache."""
+    frames, shift, window = num_frames(waveform.shape[-1], config), config.shift_samples, config.window_samples
+    energies = np.empty((*waveform.shape[:-1], frames, config.num_mel_bins), waveform.dtype)
+    for index in np.ndindex(waveform.shape[:-1]):
+        for start in range(0, frames, BLOCK):
+            stop = min(start + BLOCK, frames)
+            piece = waveform[*index, start * shift : (stop - 1) * shift + window]
+            energies[*index, start:stop] = _log_mel(
+                piece, config, np, None if noise is None else noise[*index, start:stop]
+            )
+    return energies
+
+
+def _log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: Array | None) -> Array:
+    """Return log-mel energies, all frames together."""
     dtype = waveform.dtype
     window = config.window_samples
     frames = cut_frames(waveform, config, xp)  # [..., T, W]

@@ -1,4 +1,4 @@
-"""Sounds to labels: decode and features in threads, batches of few sizes for the device, scores, the best first."""
+"""Sounds to labels: threads decode, the device computes features and scores of a batch, the best come first."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import jax
 import numpy as np
 
 from . import model
+from .attention import fastest_implementation
 from .audio import RESAMPLER_REACH, AudioError, Sound, decode, describe, to_mono
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
-from .features import ASTFeatureExtractor
+from .features import normalize, padded_log_mel
 
 DEFAULT_MODEL = "sounds-tiny"
 BATCH_SIZES = {"cpu": 8}  # by platform
@@ -109,8 +110,8 @@ def classify_each(
 ) -> Iterator[Result]:
     """Yield a `Result` for every source in order; one that cannot be used yields its error and the others go on.
 
-    Threads decode and compute features while the device is at work, some batches ahead, so that memory does not grow
-    with the number of sources. What is left for the last batch is filled up to a power of two, so that few shapes are
+    Threads decode while the device is at work, some batches ahead, so that memory does not grow with the number of
+    sources. What is left for the last batch is filled up to a power of two, so that few shapes are
     compiled.
 
     Args:
@@ -126,13 +127,11 @@ def classify_each(
         raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
     batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), BATCH_SIZE)
     params = jax.device_put(checkpoint.params)
-    frontend = checkpoint.frontend.replace(dither=0.0)  # dither is for training
-    extractor = ASTFeatureExtractor(frontend, return_attention_mask=False)
-    hear = functools.partial(_hear, extractor=extractor, sampling_rate=sampling_rate)
+    hear = functools.partial(_hear, frontend=checkpoint.frontend, sampling_rate=sampling_rate)
     heard = _in_order(hear, sources, AHEAD * batch_size)
     running: collections.deque[tuple[tuple[Heard, ...], jax.Array | None]] = collections.deque()
     for batch in _batched(heard, batch_size):
-        running.append((batch, _start(batch, batch_size, params, checkpoint.config)))
+        running.append((batch, _start(batch, batch_size, params, checkpoint)))
         if len(running) > 1:  # one is at work, and the next is there when it is done
             yield from _results(*running.popleft(), checkpoint.config, top_k)
     for batch, scores in running:
@@ -144,14 +143,14 @@ class Heard(NamedTuple):
 
     Attributes:
         name: the source's.
-        spec: features [T, F], None where there is an error.
-        used: seconds that they are of.
+        samples: [S], as many as the model hears; None where there is an error.
+        used: seconds that they are.
         duration: seconds of the whole sound.
         error: one line, or None.
     """
 
     name: str
-    spec: np.ndarray | None = None
+    samples: np.ndarray | None = None
     used: float = 0.0
     duration: float = 0.0
     error: str | None = None
@@ -181,14 +180,13 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
         yield batch
 
 
-def _hear(source: Any, extractor: ASTFeatureExtractor, sampling_rate: int | None) -> Heard:
-    """Decode a source and compute its features."""
-    config = extractor.config
-    name, sound = _read(source, config, sampling_rate)
+def _hear(source: Any, frontend: FrontendConfig, sampling_rate: int | None) -> Heard:
+    """Decode as much of a source as the model hears."""
+    name, sound = _read(source, frontend, sampling_rate)
     if isinstance(sound, str):
         return Heard(name, error=sound)
-    samples = sound.samples[: config.max_samples]  # the result says what was cut
-    return Heard(name, extractor(samples, config.sampling_rate)[0], len(samples) / config.sampling_rate, sound.duration)
+    samples = sound.samples[: frontend.max_samples]  # the result says what was cut
+    return Heard(name, samples, len(samples) / frontend.sampling_rate, sound.duration)
 
 
 def _read(source: Any, frontend: FrontendConfig, sampling_rate: int | None) -> tuple[str, Sound | str]:
@@ -217,14 +215,18 @@ def _read(source: Any, frontend: FrontendConfig, sampling_rate: int | None) -> t
         return name, str(error)
 
 
-def _start(batch: tuple[Heard, ...], batch_size: int, params: Any, config: ASTConfig) -> jax.Array | None:
+def _start(batch: tuple[Heard, ...], batch_size: int, params: Any, checkpoint: Checkpoint) -> jax.Array | None:
     """Start computing the scores of what was heard; None where that is nothing."""
-    specs = [heard.spec for heard in batch if heard.spec is not None]
-    if not specs:
+    sounds = [heard.samples for heard in batch if heard.samples is not None]
+    if not sounds:
         return None
-    spec = np.zeros((min(1 << (len(specs) - 1).bit_length(), batch_size), *specs[0].shape), np.float32)
-    np.stack(specs, out=spec[: len(specs)])
-    return _scores(logits(params, spec, config), config)
+    config, frontend = checkpoint.config, checkpoint.frontend.replace(dither=0.0)  # dither is for training
+    size = min(1 << (len(sounds) - 1).bit_length(), batch_size)
+    waveforms, num_samples = np.zeros((size, frontend.max_samples), np.float32), np.zeros(size, np.int32)
+    for row, samples in enumerate(sounds):
+        waveforms[row, : len(samples)] = samples
+        num_samples[row] = len(samples)
+    return _scores(logits_of_waveforms(params, waveforms, num_samples, config, frontend), config)
 
 
 def _results(batch: tuple[Heard, ...], scores: jax.Array | None, config: ASTConfig, top_k: int) -> Iterator[Result]:
@@ -249,21 +251,50 @@ def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> j
 
     On a CPU as many go through the model at once as leave what lies between two layers in the cache.
     """
-    piece = len(spec)
-    if jax.default_backend() == "cpu":
-        most = max(1, CPU_TOKENS // config.num_tokens)
-        piece = max(size for size in range(1, min(most, piece) + 1) if piece % size == 0)
-    return _logits(params, spec, config, piece, dtype)
+    return _logits(params, (spec,), config, None, _piece(len(spec), config), dtype, _attention(params, dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "piece", "dtype"))
-def _logits(params: Any, spec: jax.Array, config: ASTConfig, piece: int, dtype: Any) -> jax.Array:
-    """Compute logits [B, C], `piece` spectrograms at a time."""
-    if piece == len(spec):
-        return model.apply(params, spec, config, dtype=dtype)
-    pieces = spec.reshape(-1, piece, *spec.shape[1:])
-    in_pieces = jax.lax.map(lambda some: model.apply(params, some, config, dtype=dtype), pieces)
-    return in_pieces.reshape(len(spec), -1)
+def logits_of_waveforms(
+    params: Any, waveforms: Any, num_samples: Any, config: ASTConfig, frontend: FrontendConfig, *, dtype: Any = None
+) -> jax.Array:
+    """Compute logits [B, C] of waveforms [B, S], features included, as `logits`; see `features.padded_log_mel`."""
+    inputs, piece = (waveforms, num_samples), _piece(len(waveforms), config)
+    return _logits(params, inputs, config, frontend, piece, dtype, _attention(params, dtype))
+
+
+def _piece(batch: int, config: ASTConfig) -> int:
+    """Return how many of a batch go through the model at once."""
+    if jax.default_backend() != "cpu":
+        return batch
+    most = max(1, CPU_TOKENS // config.num_tokens)
+    return max(size for size in range(1, min(most, batch) + 1) if batch % size == 0)
+
+
+def _attention(params: Any, dtype: Any) -> str:
+    """Return the attention for this process's devices, where they compute in `dtype`, or the parameters' own."""
+    return fastest_implementation(params["layernorm"]["scale"].dtype if dtype is None else dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "frontend", "piece", "dtype", "attention"))
+def _logits(
+    params: Any,
+    inputs: tuple[jax.Array, ...],
+    config: ASTConfig,
+    frontend: FrontendConfig | None,
+    piece: int,
+    dtype: Any,
+    attention: str,
+) -> jax.Array:
+    """Compute logits [B, C], `piece` spectrograms (or, with a frontend, waveforms and their samples) at a time."""
+
+    def some(inputs: tuple[jax.Array, ...]) -> jax.Array:
+        spec = inputs[0] if frontend is None else normalize(padded_log_mel(*inputs, frontend), frontend)
+        return model.apply(params, spec, config, dtype=dtype, attention_implementation=attention)
+
+    if piece == len(inputs[0]):
+        return some(inputs)
+    pieces = jax.tree.map(lambda x: x.reshape(-1, piece, *x.shape[1:]), inputs)
+    return jax.lax.map(some, pieces).reshape(len(inputs[0]), -1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
