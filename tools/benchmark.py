@@ -3,6 +3,8 @@
 python tools/benchmark.py forward            # the base model's forward pass on this CPU
 python tools/benchmark.py train              # a step of training on this CPU
 python tools/benchmark.py features           # log-mel features of ten seconds of sound, and of 64 such clips
+python tools/benchmark.py cold-start         # one recording in a fresh process
+python tools/benchmark.py files              # many files: rate and memory
 python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
 
 Each takes --json FILE, and --against FILE to say what has moved since that was written.
@@ -27,6 +29,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import bench_features
+import bench_files
 import bench_models
 import bench_report
 import bench_worker
@@ -110,6 +113,94 @@ def features(
                 f"{row['peak_bytes'] / MIB:>7.0f}{row['difference']:>9.0e}"
             )
     bench_report.finish(rows, machine, json_file, against)
+
+
+@app.command("cold-start")
+def cold_start(
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    against: Against = None,
+) -> None:
+    """Time `ast-jax classify` of a shipped recording in a fresh process, beside transformers' pipeline.
+
+    Both have the same weights on the disk, of the shipped model's size but with patches that transformers takes. The
+    first run of each, in which ours compiles, is told apart.
+    """
+    import ast_jax
+
+    sound = pathlib.Path(ast_jax.__file__).parent / "sounds" / "siren.flac"
+    machine = bench_worker.machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            other.submit(bench_files.write_models, folder / "ours", folder / "theirs").result()
+        commands = {
+            "ast-jax classify": bench_files.classify_command(sound, "-k", "1", "--model", folder / "ours"),
+            "transformers pipeline": bench_files.pipeline_command(folder / "theirs", sound),
+            "ast-jax, shipped model": bench_files.classify_command(sound, "-k", "1"),
+        }
+        cache = {"XDG_CACHE_HOME": str(folder / "cache")}
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        first = {name: bench_files.run(command, **cache) for name, command in commands.items()}
+        labels = {name: printed.split()[-1] for name, (_, printed, _) in first.items()}
+        if labels["ast-jax classify"] != labels["transformers pipeline"]:
+            raise SystemExit(f"the results do not agree: {labels}")
+        peaks = dict.fromkeys(commands, 0)
+        for _ in range(rounds):
+            for name, command in commands.items():
+                taken, _, peak = bench_files.run(command, **cache)
+                seconds[name].append(taken)
+                peaks[name] = max(peaks[name], peak)
+    print(f"{machine}; {sound.name}, {rounds} fresh processes each, in turn")
+    print(f"{'':<24}{'seconds':>9}{'quartiles':>16}{'first':>8}{'MiB':>7}")
+    rows = []
+    for name, taken in seconds.items():
+        row = {"case": "cold start", "contender": name, **bench_worker.spread(taken), "seconds": taken,
+               "first_seconds": first[name][0], "peak_bytes": peaks[name]}  # fmt: skip
+        rows.append(row)
+        quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
+        print(
+            f"{name:<24}{row['median']:>9.2f}{quartiles:>16}{row['first_seconds']:>8.2f}{row['peak_bytes'] / MIB:>7.0f}"
+        )
+    print(f"ast-jax takes {rows[0]['median'] / rows[1]['median']:.2f} of the pipeline's time")
+    bench_report.finish(rows, machine, json_file, against)
+
+
+@app.command()
+def files(
+    count: Annotated[int, typer.Option(min=100, help="Files of the larger folder, for memory.")] = 2000,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    against: Against = None,
+) -> None:
+    """Time the shipped model on many files: the parts alone, and together as `classify` does; memory by their number.
+
+    Three seconds of stereo at 44.1 kHz in FLAC. What the parts allow on a CPU is decoding spread over the cores and the
+    model on all of them, one after the other; on an accelerator the slower of the two.
+    """
+    machine = bench_worker.machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        bench_files.write_sounds(folder / "some", 200)
+        found = bench_files.in_process("measure_parts", str(folder / "some"), rounds)
+        peaks = {}
+        for number in (count // 10, count):
+            bench_files.write_sounds(folder / str(number), number)
+            command = bench_files.classify_command(folder / str(number), "--output", folder / "out.csv")
+            taken, _, peaks[number] = bench_files.run(command)
+            lines = len((folder / "out.csv").read_text(encoding="utf-8").splitlines()) - 1
+            if lines != number:
+                raise SystemExit(f"expected {number} rows, found {lines}")
+            print(f"ast-jax classify of {number} files: {taken:.1f} s, peak memory {peaks[number] / MIB:.0f} MiB")
+    parts = {name: bench_worker.spread(values) for name, values in found["seconds"].items()}
+    decode, compute = parts["decode"]["median"] / found["cores"], parts["compute"]["median"]
+    allowed = decode + compute if found["platform"] == "cpu" else max(decode, compute)
+    print(f"{machine}; ms a file, medians of {rounds} rounds of 200 files (quartiles)")
+    for name, row in parts.items():
+        print(f"{name:<12}{1e3 * row['median']:>8.2f}  ({1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})")
+    print(f"the parts allow {1e3 * allowed:.2f}; of that rate {allowed / parts['together']['median']:.0%} is reached")
+    rows = [{"case": "files", "contender": f"ast-jax {name}", **row} for name, row in parts.items()]
+    bench_report.finish(rows, machine, json_file, against, peak_bytes={str(key): value for key, value in peaks.items()})
 
 
 def _compare_models(

@@ -1,0 +1,145 @@
+"""What `benchmark.py cold-start` and `files` run: whole commands on files, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+PIPELINE = """
+import importlib.util, sys
+spec = importlib.util.find_spec("torchaudio")
+if spec:  # one that does not load beside this PyTorch is no reason to fail: its filter bank is pure Python
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
+import soundfile
+from transformers import pipeline
+samples, rate = soundfile.read(sys.argv[2], dtype="float32")
+found = pipeline("audio-classification", model=sys.argv[1])({"raw": samples, "sampling_rate": rate})
+print(found[0]["label"])
+"""
+DIFFERENT = 50  # files that are made; the rest of a folder are links to them
+SECONDS, RATE = 3.0, 44100
+
+
+def write_models(ours: pathlib.Path, theirs: pathlib.Path) -> None:
+    """Write a model of the shipped one's size with random weights, but patches as transformers has them, for both."""
+    import jax
+
+    import ast_jax
+
+    shipped = ast_jax.load("sounds-tiny")
+    config = shipped.config.replace(patch_size=16, frequency_stride=16, time_stride=16)
+    params = jax.device_get(ast_jax.init(jax.random.key(0), config))
+    kernel = np.random.default_rng(0).standard_normal((config.hidden_size, config.num_labels), np.float32)
+    params["classifier"]["dense"]["kernel"] = kernel  # so that the labels differ clearly
+    checkpoint = shipped.replace(params=params, config=config)
+    ast_jax.save(ours, checkpoint)
+    ast_jax.to_torch(checkpoint, theirs)
+
+
+def classify_command(*arguments: Any) -> list[str]:
+    """Return the command that classifies."""
+    return [sys.executable, "-m", "ast_jax.cli", "classify", *map(str, arguments)]
+
+
+def pipeline_command(model: pathlib.Path, sound: pathlib.Path) -> list[str]:
+    """Return the command that has transformers' pipeline name the first label."""
+    return [sys.executable, "-W", "ignore", "-c", PIPELINE, str(model), str(sound)]
+
+
+def run(command: list[str], **environment: str) -> tuple[float, str, int]:
+    """Run a command; return its seconds from start to end, what it printed, and its peak memory in bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment}
+    )
+    printed = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stdout.close()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)[:200]}: ended with {process.returncode}")
+    return seconds, printed, used.ru_maxrss * 1024
+
+
+def write_sounds(folder: pathlib.Path, count: int) -> None:
+    """Write FLAC files of three seconds of stereo at 44.1 kHz: tones and noise, the first ones linked over and over."""
+    import soundfile
+
+    folder.mkdir()
+    times = np.arange(int(SECONDS * RATE)) / RATE
+    for number in range(count):
+        path = folder / f"{number:05d}.flac"
+        if number >= DIFFERENT:
+            os.link(folder / f"{number % DIFFERENT:05d}.flac", path)
+            continue
+        rng = np.random.default_rng(number)
+        tone = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 5000) * times)
+        soundfile.write(path, tone[:, None] + 0.02 * rng.standard_normal((len(times), 2)), RATE)
+
+
+def measure_parts(folder: str, rounds: int) -> dict[str, Any]:
+    """Return the seconds a file of its parts, decoding by one thread and the device's work, and of all together.
+
+    Args:
+        folder: with sounds.
+        rounds: how often each is measured, in turn.
+    """
+    import jax
+
+    import ast_jax
+    from ast_jax import audio, predict
+
+    paths = sorted(pathlib.Path(folder).iterdir())
+    checkpoint = ast_jax.load("sounds-tiny")
+    config, frontend = checkpoint.config, checkpoint.frontend
+    batch_size = predict.BATCH_SIZES.get(jax.default_backend(), predict.BATCH_SIZE)
+    params = jax.device_put(checkpoint.params)
+    samples = audio.decode(paths[0], frontend.sampling_rate, frontend.max_seconds).samples[: frontend.max_samples]
+    waveforms = np.tile(np.pad(samples, (0, frontend.max_samples - len(samples))), (batch_size, 1))
+    lengths = np.full(batch_size, len(samples), np.int32)
+
+    def decode() -> None:
+        for path in paths:
+            audio.decode(path, frontend.sampling_rate, frontend.max_seconds)
+
+    def compute() -> None:
+        for _ in range(len(paths) // batch_size):
+            jax.block_until_ready(predict.logits_of_waveforms(params, waveforms, lengths, config, frontend))
+
+    def together() -> None:
+        assert not any(result.error for result in predict.classify_each(paths, checkpoint))
+
+    work = {"decode": decode, "compute": compute, "together": together}
+    for function in work.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            seconds[name].append(_seconds(function) / len(paths))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"seconds": seconds, "cores": cores, "platform": jax.default_backend()}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_process(function: str, *arguments: Any) -> dict[str, Any]:
+    """Call a function of this module in a process of its own and return what it returned."""
+    command = [sys.executable, __file__, function, json.dumps(arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"measure_parts": measure_parts}[sys.argv[1]](*json.loads(sys.argv[2]))))
