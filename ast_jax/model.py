@@ -71,7 +71,7 @@ def apply(
             In float32 the attention and the head take their products in full; the dense layers take the backend's
             default, which on TPU rounds to bfloat16 first, and on newer GPUs to TensorFloat-32: run under
             `jax.default_matmul_precision("highest")` for a reference's digits there.
-        attention_implementation: "auto", "plain", "blocks", "heads" or "cudnn", see `dot_product_attention` in
+        attention_implementation: "auto", "plain", "tiles", "heads" or "cudnn", see `dot_product_attention` in
             `ast_jax.attention`; its `fastest_implementation` names the fastest for this process's devices.
         rematerialize: keep only each block's input for the backward pass, and compute the rest of it again there.
 

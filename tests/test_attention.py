@@ -10,7 +10,7 @@ import pytest
 from ast_jax import attention
 from ast_jax.attention import dot_product_attention
 
-WAYS = ("auto", "plain", "blocks", "heads", "cudnn")  # the last steps aside in float32
+WAYS = ("auto", "plain", "tiles", "heads", "cudnn")  # the last steps aside in float32
 
 
 def qkv(shape, dtype=np.float64, seed=0):
@@ -27,9 +27,9 @@ def reference(query, key, value, mask=None):
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks that cut what is small enough for a test, with a rest: 11 tokens in blocks of 4, 4 and 3."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def small_tiles(monkeypatch):
+    """Tiles that cut what is small enough for a test, with a rest: 11 tokens in tiles of 4, 4 and 3."""
+    monkeypatch.setattr(attention, "TILE", 4)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -60,11 +60,11 @@ def test_gradients_are_those_of_the_plain_way(way, masked):
             np.testing.assert_allclose(found, wanted, atol=1e-13)
 
 
-@pytest.mark.parametrize("way", ["blocks", "heads"])
+@pytest.mark.parametrize("way", ["tiles", "heads"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_memory_does_not_grow_with_the_square_of_the_tokens(way, backward, monkeypatch):
     """What the compiler sets aside; all scores at once would take four times as much for twice the tokens."""
-    monkeypatch.setattr(attention, "BLOCK", 64)
+    monkeypatch.setattr(attention, "TILE", 64)
 
     def run(query, key, value):
         return dot_product_attention(query, key, value, implementation=way)[0].sum()
@@ -115,5 +115,5 @@ def test_the_fastest_here_is_portable():
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(ValueError, match="expected one of auto, plain, blocks, heads, cudnn, got 'flash'"):
+    with pytest.raises(ValueError, match="expected one of auto, plain, tiles, heads, cudnn, got 'flash'"):
         dot_product_attention(*jnp.asarray(qkv((1, 2, 1, 4), np.float32)), implementation="flash")

@@ -122,7 +122,7 @@ def test_jit_vmap_and_grad(params, spec):
     assert np.abs(gradient).max() > 0
 
 
-@pytest.mark.parametrize("implementation", ["auto", "blocks", "heads"])
+@pytest.mark.parametrize("implementation", ["auto", "tiles", "heads"])
 def test_attention_implementations_agree(implementation, params, spec):
     lengths = jnp.array([20, 64, 40])
 

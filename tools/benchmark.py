@@ -5,6 +5,7 @@ python tools/benchmark.py train              # a step of training on this CPU
 python tools/benchmark.py features           # log-mel features of ten seconds of sound, and of 64 such clips
 python tools/benchmark.py cold-start         # one recording in a fresh process
 python tools/benchmark.py files              # many files: rate and memory
+python tools/benchmark.py growth             # time and memory by length and batch, with a figure
 python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
 
 Each takes --json FILE, and --against FILE to say what has moved since that was written.
@@ -30,6 +31,7 @@ from typing import Annotated, Any
 
 import bench_features
 import bench_files
+import bench_growth
 import bench_models
 import bench_report
 import bench_worker
@@ -201,6 +203,39 @@ def files(
     print(f"the parts allow {1e3 * allowed:.2f}; of that rate {allowed / parts['together']['median']:.0%} is reached")
     rows = [{"case": "files", "contender": f"ast-jax {name}", **row} for name, row in parts.items()]
     bench_report.finish(rows, machine, json_file, against, peak_bytes={str(key): value for key, value in peaks.items()})
+
+
+@app.command()
+def growth(
+    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each after the first; the fastest counts.")] = 2,
+    longest: Annotated[
+        bool, typer.Option("--longest", help="Only the logits of the base model for 5 minutes.")
+    ] = False,
+    figure: Annotated[pathlib.Path | None, typer.Option("--figure", help="Draw them in this PNG.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure how time and memory grow with the length of a clip (1 s to 5 min) and with the size of a batch."""
+    by_length = [(preset, seconds, 1) for seconds in bench_growth.SECONDS]
+    by_batch = [(preset, bench_growth.BATCH_SECONDS, batch) for batch in bench_growth.BATCHES[1:]]
+    cases = [(*case, backward) for case in by_length + by_batch for backward in (False, True)]
+    if longest:
+        cases, rounds = [("base", bench_growth.SECONDS[-1], 1, False)], 0
+    machine = bench_worker.machine()
+    print(f"{machine}\n{'':<8}{'sound, s':>9}{'batch':>7}{'tokens':>8}{'':>10}{'seconds':>9}{'MiB':>7}{'peak MiB':>10}")
+    rows = []
+    for case in cases:
+        row = bench_growth.in_process(*case, rounds if case[1] < bench_growth.SECONDS[-2] else min(rounds, 1))
+        rows.append(row)
+        print(
+            f"{row['preset']:<8}{row['clip_seconds']:>9g}{row['batch']:>7}{row['tokens']:>8}"
+            f"{'gradient' if row['backward'] else 'logits':>10}{row['seconds']:>9.2f}"
+            f"{row['temporary_bytes'] / MIB:>7.0f}{row['peak_bytes'] / MIB:>10.0f}",
+            flush=True,
+        )
+    if figure is not None:
+        bench_growth.draw(rows, f"{preset} model in float32, {machine}", figure)
+    bench_report.finish(rows, machine, json_file, None)
 
 
 def _compare_models(
