@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 IMPLEMENTATIONS = ("auto", "plain", "tiles", "heads", "cudnn")
 TILE = 1280  # queries and keys that attend together: with more tokens memory grows with them, not with their square
@@ -176,7 +177,8 @@ def _tiled_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax
         return (output / _last(total)).astype(value.dtype), top + jnp.log(total)
 
     outputs, logs = jax.lax.map(attend, _cut(query))
-    output = _joined(outputs, query.shape[1])
+    output = checkpoint_name(_joined(outputs, query.shape[1]), "attended")
+    logs = checkpoint_name(logs, "attention_logs")
     return output, (query, key, value, mask, output, logs)
 
 

@@ -22,7 +22,7 @@ from .config import ASTConfig
 
 # What the backward pass finds of a block, beside its input; normalisation, activation and attention's scores, which are
 # cheap to compute but large, are computed again there. That takes half the memory, and on CPU less time as well.
-SAVED = ("qkv", "attended", "attention_out", "hidden")
+SAVED = ("qkv", "attended", "attention_logs", "attention_out", "hidden")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),  # the exact erf form, as in both references

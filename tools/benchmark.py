@@ -208,7 +208,7 @@ def files(
 @app.command()
 def growth(
     preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each after the first; the fastest counts.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs after the first, up to 30 s of sound.")] = 2,
     longest: Annotated[
         bool, typer.Option("--longest", help="Only the logits of the base model for 5 minutes.")
     ] = False,
@@ -220,12 +220,12 @@ def growth(
     by_batch = [(preset, bench_growth.BATCH_SECONDS, batch) for batch in bench_growth.BATCHES[1:]]
     cases = [(*case, backward) for case in by_length + by_batch for backward in (False, True)]
     if longest:
-        cases, rounds = [("base", bench_growth.SECONDS[-1], 1, False)], 0
+        cases = [("base", bench_growth.SECONDS[-1], 1, False)]
     machine = bench_worker.machine()
     print(f"{machine}\n{'':<8}{'sound, s':>9}{'batch':>7}{'tokens':>8}{'':>10}{'seconds':>9}{'MiB':>7}{'peak MiB':>10}")
     rows = []
     for case in cases:
-        row = bench_growth.in_process(*case, rounds if case[1] < bench_growth.SECONDS[-2] else min(rounds, 1))
+        row = bench_growth.in_process(*case, rounds if case[1] < bench_growth.SECONDS[-2] else 0)
         rows.append(row)
         print(
             f"{row['preset']:<8}{row['clip_seconds']:>9g}{row['batch']:>7}{row['tokens']:>8}"
