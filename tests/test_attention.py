@@ -109,6 +109,24 @@ def test_cudnn_lowers_for_cuda(backward, monkeypatch):
     assert not re.search(r"tensor<2x3x146x146x", text), "no scores are written out"
 
 
+def test_waveforms_to_logits_lower_for_cuda_as_one_program(monkeypatch):
+    """The program that a GPU would run in bfloat16: features, and the model with cuDNN's attention in its loop."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    import ast_jax
+    from ast_jax import predict
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    config, frontend = ast_jax.PRESETS["base"](), ast_jax.FrontendConfig()
+    params = jax.eval_shape(lambda key: ast_jax.init(key, config), jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((2, frontend.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    traced = predict._logits.trace(params, inputs, config, frontend, 2, jnp.bfloat16, "cudnn")
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"__cudnn\$fmhaSoftmax\b", text)) == 1  # in the loop over layers
+    assert "stablehlo.fft" in text
+    assert not re.search(r"tensor<2x12x1214x1214x", text)
+
+
 def test_the_fastest_here_is_portable():
     assert attention.fastest_implementation(jnp.float32) == "auto"
     assert attention.fastest_implementation("bfloat16") == "auto"

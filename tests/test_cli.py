@@ -33,6 +33,20 @@ def ast_cli(*arguments, cwd=None, encoding="utf-8", **environment):
     return subprocess.run(command, capture_output=True, encoding=encoding, env=env, timeout=300, cwd=cwd)
 
 
+def imported(done):
+    """Return the modules that a process imported, with PYTHONPROFILEIMPORTTIME in its environment."""
+    return {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+
+def test_classify_imports_what_it_needs():
+    done = ast_cli("classify", SOUNDS / "siren.flac", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert {"jax", "flax", "orbax.checkpoint", "soundfile", "ast_jax.predict"} <= imported(done)
+    others = {"optax", "grain", "sklearn", "scipy", "matplotlib", "librosa", "torch", "transformers", "tensorboard"}
+    assert not others & {name.split(".")[0] for name in imported(done)}
+    assert not {"ast_jax.train", "ast_jax.loop", "ast_jax.convert", "ast_jax.metrics"} & imported(done)
+
+
 def test_classify_prints_scores_and_what_was_heard():
     done = ast_cli("classify", SOUNDS / "speech.flac", SOUNDS / "music.flac", "--top-k", "3")
     assert done.returncode == 0, done.stderr
@@ -534,7 +548,7 @@ def test_help_says_what_there_is_and_imports_no_jax(command):
         "convert": ("--to", "--verify", "--max-length", "--labels", "--source-strides"),
     }.get(command[0] if command else "", ()):
         assert word in done.stdout
-    modules = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    modules = imported(done)
     assert "typer" in modules
     heavy = {"jax", "flax", "numpy", "orbax", "optax", "grain", "sklearn", "soundfile", "librosa", "torch"}
     assert not heavy & modules

@@ -1,10 +1,12 @@
-"""The contenders of `benchmark.py forward` and `train`: the same weights and input in every library.
+"""The contenders of `benchmark.py forward`, `train` and `gpu`: the same weights and input in every library.
 
-`folder` has a model as transformers saves it, `inputs` a file with spectrograms [B, T, F].
+`folder` has a model as transformers saves it, `inputs` a file with spectrograms [B, T, F]. PyTorch's contenders take
+the device by its name there, "cpu" or "cuda"; ours run on whatever JAX runs on.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 import tempfile
@@ -16,8 +18,8 @@ import numpy as np
 Work = Callable[[], np.ndarray]
 
 
-def write_case(folder: pathlib.Path, inputs: pathlib.Path, preset: str, frames: int, batch: int) -> Any:
-    """Write a model with random weights in transformers' layout, and spectrograms; return its configuration."""
+def write_case(folder: pathlib.Path, inputs: pathlib.Path, preset: str, frames: int, batch: int) -> None:
+    """Write a model with random weights in transformers' layout, and spectrograms."""
     import jax
 
     import ast_jax
@@ -26,11 +28,13 @@ def write_case(folder: pathlib.Path, inputs: pathlib.Path, preset: str, frames: 
     params = jax.device_get(ast_jax.init(jax.random.key(0), config))
     ast_jax.to_torch(ast_jax.Checkpoint(params, config, ast_jax.FrontendConfig(max_length=frames)), folder)
     np.save(inputs, np.random.default_rng(0).standard_normal((batch, frames, config.num_mel_bins), np.float32))
-    return config
 
 
-def operations(config: Any) -> float:
+def operations(folder: str) -> float:
     """Return the floating-point operations of a forward pass of one clip, matrix products alone."""
+    from ast_jax.config import ASTConfig
+
+    config = ASTConfig.from_json_dict(json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8")))
     width, hidden, tokens = config.hidden_size, config.intermediate_size, config.num_tokens
     block = 2 * tokens * width * (4 * width + 2 * hidden) + 4 * tokens**2 * width
     patches = 2 * (tokens - 2) * int(np.prod(config.patch_shape)) * width
@@ -50,45 +54,82 @@ def jax_product(size: int, dtype: str) -> Work:
     return lambda: np.asarray(multiply(left, left).block_until_ready()[:1, :1].astype(jnp.float32))
 
 
-def torch_product(size: int) -> Work:
+def torch_product(size: int, dtype: str = "float32", device: str = "cpu") -> Work:
     """Multiply two square matrices in PyTorch."""
     torch = _torch()
-    left = torch.randn(size, size)
-    return lambda: torch.mm(left, left)[:1, :1].numpy()
+    left = torch.randn(size, size).to(device, getattr(torch, dtype))
+    return lambda: torch.mm(left, left)[:1, :1].float().cpu().numpy()
 
 
 # --------------------------------------------------------------- forward
 
 
 def ast_jax_forward(folder: str, inputs: str, dtype: str = "float32") -> Work:
-    """Run as `classify` does."""
+    """Run on spectrograms as `classify` does."""
     import jax
 
     import ast_jax
     from ast_jax import predict
 
     checkpoint = ast_jax.load(folder)
-    params, spec = jax.device_put(checkpoint.params), np.load(inputs)
+    params, spec = jax.device_put((checkpoint.params, np.load(inputs)))
     return lambda: np.asarray(predict.logits(params, spec, checkpoint.config, dtype=dtype))
 
 
-def torch_eager(folder: str, inputs: str) -> Work:
+def ast_jax_forward_bfloat16(folder: str, inputs: str) -> Work:
+    """Run in bfloat16."""
+    return ast_jax_forward(folder, inputs, "bfloat16")
+
+
+def ast_jax_exact(folder: str, inputs: str) -> Work:
+    """Run in float32 with every product in full, which no device rounds."""
+    import jax
+
+    forward = ast_jax_forward(folder, inputs)
+
+    def work() -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return forward()
+
+    return work
+
+
+def ast_jax_waveforms(folder: str, inputs: str, dtype: str = "float32") -> Work:
+    """Run on waveforms as `classify` does: features and model in one program. Only the inputs' shape counts."""
+    import jax
+
+    import ast_jax
+    from ast_jax import predict
+
+    checkpoint = ast_jax.load(folder)
+    batch, frames, _ = np.load(inputs, mmap_mode="r").shape
+    frontend = ast_jax.FrontendConfig(max_length=frames)
+    waveforms = 0.1 * np.random.default_rng(0).standard_normal((batch, frontend.max_samples), np.float32)
+    lengths = np.full(batch, frontend.max_samples, np.int32)
+    params, waveforms, lengths = jax.device_put((checkpoint.params, waveforms, lengths))
+    return lambda: np.asarray(
+        predict.logits_of_waveforms(params, waveforms, lengths, checkpoint.config, frontend, dtype=dtype)
+    )
+
+
+def torch_eager(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
     """Run transformers' model with PyTorch's fused attention."""
-    return _torch_forward(folder, inputs, lambda model: model)
+    return _torch_forward(folder, inputs, dtype, device, lambda model: model)
 
 
-def torch_compiled(folder: str, inputs: str) -> Work:
+def torch_compiled(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
     """Run transformers' model through `torch.compile`."""
-    return _torch_forward(folder, inputs, _torch().compile)
+    return _torch_forward(folder, inputs, dtype, device, _torch().compile)
 
 
-def _torch_forward(folder: str, inputs: str, wrap: Callable[[Any], Any]) -> Work:
-    torch, spec = _torch(), _tensor(inputs)
-    model = wrap(_model(folder).eval())
+def _torch_forward(folder: str, inputs: str, dtype: str, device: str, wrap: Callable[[Any], Any]) -> Work:
+    torch = _torch()
+    spec = _tensor(inputs).to(device, getattr(torch, dtype))
+    model = wrap(_model(folder).eval().to(device, getattr(torch, dtype)))
 
     @torch.inference_mode()
     def forward() -> np.ndarray:
-        return model(input_values=spec).logits.numpy()
+        return model(input_values=spec).logits.float().cpu().numpy()
 
     return forward
 
@@ -120,23 +161,26 @@ def openvino(folder: str, inputs: str) -> Work:
 # --------------------------------------------------------------- training
 
 
-def ast_jax_train(folder: str, inputs: str) -> Work:
+def ast_jax_train(folder: str, inputs: str, dtype: str = "float32") -> Work:
     """Take a step of training as `finetune` does, on spectrograms that are there; its result is the loss."""
     import jax
     import jax.numpy as jnp
     import optax
 
     import ast_jax
+    from ast_jax.attention import fastest_implementation
     from ast_jax.optimizers import make_optimizer
 
     checkpoint = ast_jax.load(folder)
     config, spec = checkpoint.config, jnp.asarray(np.load(inputs))
     labels = jnp.asarray(_labels(len(spec), config.num_labels))
     optimizer = make_optimizer(ast_jax.TrainConfig(schedule="constant"), 1)
+    attention = fastest_implementation(dtype)
 
     def step(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
         def mean_loss(params: Any) -> jax.Array:
-            return ast_jax.loss(ast_jax.apply(params, spec, config, train=True), labels, config)
+            logits = ast_jax.apply(params, spec, config, train=True, dtype=dtype, attention_implementation=attention)
+            return ast_jax.loss(logits, labels, config)
 
         value, gradients = jax.value_and_grad(mean_loss)(params)
         updates, state = optimizer.update(gradients, state, params)
@@ -154,19 +198,32 @@ def ast_jax_train(folder: str, inputs: str) -> Work:
     return work
 
 
-def torch_train(folder: str, inputs: str) -> Work:
+def torch_train(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
     """Take a step of training of transformers' model in eager PyTorch; its result is the loss."""
-    torch, spec = _torch(), _tensor(inputs)
-    model = _model(folder).train()
-    labels = torch.from_numpy(_labels(len(spec), model.config.num_labels))
+    return _torch_train(folder, inputs, dtype, device, lambda model: model)
+
+
+def torch_train_compiled(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
+    """Take a step of training of transformers' model through `torch.compile`; its result is the loss."""
+    return _torch_train(folder, inputs, dtype, device, _torch().compile)
+
+
+def _torch_train(folder: str, inputs: str, dtype: str, device: str, wrap: Callable[[Any], Any]) -> Work:
+    """Half precision is autocast's, with the parameters in float32, as ours are."""
+    torch, spec = _torch(), _tensor(inputs).to(device)
+    model = _model(folder).train().to(device)
+    forward = wrap(model)
+    labels = torch.from_numpy(_labels(len(spec), model.config.num_labels)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, (0.95, 0.999), weight_decay=5e-7)
 
     def work() -> np.ndarray:
         optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(model(input_values=spec).logits, labels)
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            logits = forward(input_values=spec).logits
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
         value.backward()
         optimizer.step()
-        return value.detach().numpy()
+        return value.detach().cpu().numpy()
 
     return work
 

@@ -6,6 +6,7 @@ python tools/benchmark.py features           # log-mel features of ten seconds o
 python tools/benchmark.py cold-start         # one recording in a fresh process
 python tools/benchmark.py files              # many files: rate and memory
 python tools/benchmark.py growth             # time and memory by length and batch, with a figure
+python tools/benchmark.py gpu                # inference and training in bfloat16 on a GPU
 python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
 
 Each takes --json FILE, and --against FILE to say what has moved since that was written.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -35,12 +37,14 @@ import bench_growth
 import bench_models
 import bench_report
 import bench_worker
+import numpy as np
 import typer
 from bench_worker import MIB
 
 app = typer.Typer(add_completion=False, help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 # Relative to the largest result: float32's rounding adds up over twelve layers to less than a thousandth of this.
 TOLERANCE = 1e-3
+BFLOAT16_TOLERANCE = 0.1  # 8 bits a number, over twelve layers
 PRODUCT_SIZE = 3072  # of the square matrices whose product gives the peak
 
 Rounds = Annotated[int, typer.Option(min=1, help="How often each takes its turn.")]
@@ -60,10 +64,13 @@ def forward(
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Time the forward pass in float32: ast_jax, PyTorch eager and compiled, ONNX Runtime, OpenVINO."""
+    """Time the forward pass in float32: ast_jax, PyTorch eager and compiled, ONNX Runtime, OpenVINO.
+
+    And in bfloat16, where the CPU may have units for it: ast_jax.
+    """
     contenders = {
         "ast_jax": "ast_jax_forward", "PyTorch": "torch_eager", "torch.compile": "torch_compiled",
-        "ONNX Runtime": "onnx_runtime", "OpenVINO": "openvino",
+        "ONNX Runtime": "onnx_runtime", "OpenVINO": "openvino", "ast_jax, bfloat16": "ast_jax_forward_bfloat16",
     }  # fmt: skip
     cases = [(preset, max_length, size) for size in batch_sizes or [1, 8]]
     _compare_models("forward", contenders, cases, 1, rounds, json_file, against)
@@ -238,6 +245,75 @@ def growth(
     bench_report.finish(rows, machine, json_file, None)
 
 
+@app.command()
+def gpu(
+    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "base",
+    max_length: Annotated[int, typer.Option(min=16, help="Frames of a clip.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips of a forward pass.")] = 64,
+    train_batch_size: Annotated[int, typer.Option(min=1, help="Clips of a training step.")] = 32,
+    device: Annotated[str, typer.Option(help="PyTorch's name of it; with cpu this only shows that it runs.")] = "cuda",
+    rounds: Rounds = 7,
+    json_file: JsonFile = None,
+    against: Against = None,
+) -> None:
+    """Time inference and training in bfloat16 on a GPU beside PyTorch, and compare its numbers with this CPU's.
+
+    Needs JAX and PyTorch that both see the GPU. It also tells what features on the device cost (waveforms to logits
+    beside spectrograms to logits), how far float32 logits are from the CPU's with every product in full, and bfloat16
+    logits from float32's.
+    """
+    half = {"dtype": "bfloat16"}
+    torch_half = {**half, "device": device}
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both have to find room on it
+    inference = {
+        "PyTorch": ("torch_eager", torch_half), "torch.compile": ("torch_compiled", torch_half),
+        "ast_jax": ("ast_jax_forward", half), "ast_jax waveforms": ("ast_jax_waveforms", half),
+    }  # fmt: skip
+    training = {
+        "PyTorch": ("torch_train", torch_half), "torch.compile": ("torch_train_compiled", torch_half),
+        "ast_jax": ("ast_jax_train", half),
+    }  # fmt: skip
+    peak = _product_peak(size=8192 if device == "cuda" else PRODUCT_SIZE, dtype="bfloat16", device=device)
+    machine = f"{_device_name(device)}, {bench_worker.machine()}"
+    print(f"{machine}; bfloat16 matrix products: {peak / 1e12:.2f} TFLOP/s")
+    rows = []
+    for title, contenders, batch, passes in (
+        ("forward", inference, batch_size, 1), ("train", training, train_batch_size, 3),
+    ):  # fmt: skip
+        case = f"gpu {title}, {preset}, {max_length} frames, batch {batch}, bfloat16"
+        rows += _one_case(case, contenders, (preset, max_length, batch), passes, rounds, peak, BFLOAT16_TOLERANCE)
+    _drift(preset, max_length)
+    bench_report.finish(rows, machine, json_file, against, product_flops=peak)
+
+
+def _drift(preset: str, max_length: int) -> None:
+    """Print how far the device's logits are from those of this CPU, for two clips."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, inputs = _write_case(pathlib.Path(scratch), preset, max_length, 2)
+        arguments = {"folder": folder, "inputs": inputs}
+        wanted = {
+            "CPU, float32": ("bench_models.ast_jax_exact", arguments, {"JAX_PLATFORMS": "cpu"}),
+            "float32 in full": ("bench_models.ast_jax_exact", arguments, {}),
+            "float32": ("bench_models.ast_jax_forward", arguments, {}),
+            "bfloat16": ("bench_models.ast_jax_forward", {**arguments, "dtype": "bfloat16"}, {}),
+        }
+        logits = {}
+        for name, (function, given, environment) in wanted.items():
+            with bench_worker.Worker(function, given, environment) as worker:
+                logits[name] = worker.result()[0]
+        reference = logits.pop("CPU, float32")
+        print(f"logits beside the CPU's in float32, whose largest is {np.abs(reference).max():.3g}:")
+        for name, found in logits.items():
+            print(f"  {name:<16} differ by at most {np.abs(found - reference).max():.1e}")
+
+
+def _device_name(device: str) -> str:
+    """Return the name of the accelerator that JAX runs on, or of PyTorch's device where it runs on none."""
+    code = "import jax; print(jax.devices()[0].device_kind, 'JAX', jax.__version__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return f"{done.stdout.strip()} ({device})"
+
+
 def _compare_models(
     title: str,
     contenders: dict[str, str],
@@ -263,33 +339,59 @@ def _compare_models(
     results = []
     for preset, frames, batch in cases:
         case = f"{title}, {preset}, {frames} frames, batch {batch}, float32"
-        print(f"{case}; {rounds} rounds")
-        titles = f"{'ms a clip':>10}{'quartiles':>18}{'clips/s':>9}{'of peak':>9}{'first, s':>10}{'MiB':>7}"
-        print(f"{'':<16}{titles}{'differs':>9}")
-        with tempfile.TemporaryDirectory() as scratch:
-            folder, inputs = pathlib.Path(scratch) / "model", pathlib.Path(scratch) / "inputs.npy"
-            # This process stays small: a child's peak begins with its parent's.
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-                config = other.submit(bench_models.write_case, folder, inputs, preset, frames, batch).result()
-            arguments = {"folder": str(folder), "inputs": str(inputs)}
-            wanted = {name: (f"bench_models.{function}", arguments) for name, function in contenders.items()}
-            rows = _measure(wanted, rounds, "PyTorch", 1)
-        operations = passes * bench_models.operations(config)
-        for name, row in rows.items():
-            row |= {"case": case, "contender": name}
-            row["share_of_peak"] = operations * batch / row["median"] / peak
-            low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
-            print(
-                f"{name:<16}{middle:>10.1f}{f'{low:.1f} to {high:.1f}':>18}{1e3 / middle:>9.2f}"
-                f"{row['share_of_peak']:>9.0%}{row['first_seconds']:>10.1f}{row['peak_bytes'] / MIB:>7.0f}"
-                f"{row['difference']:>9.0e}"
-            )
-        results += rows.values()
+        given = {name: (function, {}) for name, function in contenders.items()}
+        results += _one_case(case, given, (preset, frames, batch), passes, rounds, peak, TOLERANCE)
     bench_report.finish(results, bench_worker.machine(), json_file, against, product_flops=peak)
 
 
+def _one_case(
+    case: str,
+    contenders: dict[str, tuple[str, dict[str, Any]]],
+    model: tuple[str, int, int],
+    passes: int,
+    rounds: int,
+    peak: float,
+    tolerance: float,
+) -> list[dict[str, Any]]:
+    """Measure contenders (functions and arguments by name) on a model, print a table and return its rows."""
+    preset, frames, batch = model
+    print(f"{case}; {rounds} rounds")
+    titles = f"{'ms a clip':>10}{'quartiles':>18}{'clips/s':>9}{'of peak':>9}{'first, s':>10}{'MiB':>7}"
+    print(f"{'':<18}{titles}{'differs':>9}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, inputs = _write_case(pathlib.Path(scratch), preset, frames, batch)
+        wanted = {
+            name: (f"bench_models.{function}", {"folder": folder, "inputs": inputs, **arguments})
+            for name, (function, arguments) in contenders.items()
+        }
+        rows = _measure(wanted, rounds, "PyTorch", 1, tolerance)
+        operations = passes * bench_models.operations(folder)
+    for name, row in rows.items():
+        row |= {"case": case, "contender": name}
+        row["share_of_peak"] = operations * batch / row["median"] / peak
+        low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
+        print(
+            f"{name:<18}{middle:>10.2f}{f'{low:.2f} to {high:.2f}':>18}{1e3 / middle:>9.2f}"
+            f"{row['share_of_peak']:>9.0%}{row['first_seconds']:>10.1f}{row['peak_bytes'] / MIB:>7.0f}"
+            f"{row['difference']:>9.0e}"
+        )
+    return list(rows.values())
+
+
+def _write_case(scratch: pathlib.Path, preset: str, frames: int, batch: int) -> tuple[str, str]:
+    """Write a model and its input by another process: this one stays small, as a child's peak begins with it."""
+    folder, inputs = scratch / "model", scratch / "inputs.npy"
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        other.submit(bench_models.write_case, folder, inputs, preset, frames, batch).result()
+    return str(folder), str(inputs)
+
+
 def _measure(
-    contenders: dict[str, tuple[str, dict[str, Any]]], rounds: int, reference: str, repeats: int
+    contenders: dict[str, tuple[str, dict[str, Any]]],
+    rounds: int,
+    reference: str,
+    repeats: int,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, Any]]:
     """Return for each contender that can be had here: seconds of a run and of the first, memory, how it differs."""
     with bench_worker.workers(contenders, print) as started:
@@ -297,28 +399,33 @@ def _measure(
             raise SystemExit(f"{reference} cannot be had here, and with nothing to compare with nothing is timed")
         first = {name: worker.result() for name, worker in started.items()}
         ordered = {reference: first[reference][0], **{name: result for name, (result, _) in first.items()}}
-        differences = bench_worker.check_agreement(ordered, TOLERANCE)
+        same_input = {name: result for name, result in ordered.items() if "waveforms" not in name}
+        coarse = {name: result for name, result in same_input.items() if "bfloat16" in name or name == reference}
+        fine = {name: result for name, result in same_input.items() if "bfloat16" not in name}
+        differences = bench_worker.check_agreement(coarse, BFLOAT16_TOLERANCE)
+        differences |= bench_worker.check_agreement(fine, tolerance)
         bench_worker.time_in_turn(started, 1, repeats)  # what is compiled or tuned at the second run is no steady time
         seconds = bench_worker.time_in_turn(started, rounds, repeats)
         return {
             name: {
                 **bench_worker.spread(seconds[name]), "first_seconds": first[name][1], "seconds": seconds[name],
-                "peak_bytes": worker.peak_memory(), "difference": differences[name],
+                "peak_bytes": worker.peak_memory(), "difference": differences.get(name, math.nan),
             }
             for name, worker in started.items()
         }  # fmt: skip
 
 
-def _product_peak() -> float:
+def _product_peak(size: int = PRODUCT_SIZE, dtype: str = "float32", device: str = "cpu") -> float:
     """Return the most operations a second that JAX or PyTorch reach in products of large square matrices."""
+    shape = {"size": size, "dtype": dtype}
     contenders = {
-        "JAX": ("bench_models.jax_product", {"size": PRODUCT_SIZE, "dtype": "float32"}),
-        "PyTorch": ("bench_models.torch_product", {"size": PRODUCT_SIZE}),
+        "JAX": ("bench_models.jax_product", shape),
+        "PyTorch": ("bench_models.torch_product", {**shape, "device": device}),
     }
     with bench_worker.workers(contenders, print) as started:
         bench_worker.time_in_turn(started, 1, 2)
         seconds = bench_worker.time_in_turn(started, 3, 3)
-    return 2 * PRODUCT_SIZE**3 / min(min(values) for values in seconds.values())
+    return 2 * size**3 / min(min(values) for values in seconds.values())
 
 
 @app.command()
