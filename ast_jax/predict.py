@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -11,7 +10,7 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from .audio import RESAMPLER_REACH, AudioError, Sound, decode, describe, to_mono
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
+from .threads import in_order
 
 DEFAULT_MODEL = "sounds-tiny"
 BATCH_SIZES = {"cpu": 8}  # by platform
@@ -111,8 +111,7 @@ def classify_each(
     """Yield a `Result` for every source in order; one that cannot be used yields its error and the others go on.
 
     Threads decode while the device is at work, some batches ahead, so that memory does not grow with the number of
-    sources. What is left for the last batch is filled up to a power of two, so that few shapes are
-    compiled.
+    sources. What is left for the last batch is filled up to a power of two, so that few shapes are compiled.
 
     Args:
         sources: as `audio` of `classify`.
@@ -128,7 +127,7 @@ def classify_each(
     batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), BATCH_SIZE)
     params = jax.device_put(checkpoint.params)
     hear = functools.partial(_hear, frontend=checkpoint.frontend, sampling_rate=sampling_rate)
-    heard = _in_order(hear, sources, AHEAD * batch_size)
+    heard = in_order(hear, sources, ahead=AHEAD * batch_size)
     running: collections.deque[tuple[tuple[Heard, ...], jax.Array | None]] = collections.deque()
     for batch in _batched(heard, batch_size):
         running.append((batch, _start(batch, batch_size, params, checkpoint)))
@@ -154,23 +153,6 @@ class Heard(NamedTuple):
     used: float = 0.0
     duration: float = 0.0
     error: str | None = None
-
-
-def _in_order(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """Yield the function's results in order, computed in a thread for each core; at most `ahead` items are read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) == ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:

@@ -6,10 +6,8 @@ import array
 import collections
 import hashlib
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +18,9 @@ from .config import FrontendConfig
 from .datasets import DataSet, Example, load_example
 from .report import Durations, Survey, suggest_max_length
 from .rows import SPLITS, DataError
+from .threads import in_order
 
 UNUSABLE = (AudioError, OSError, DataError)  # what reading a sound can raise: its message says what is wrong
-AHEAD = 4  # sounds under way for each thread
 SAME_THROUGHOUT = 1e-6  # float32 values of log-mel's size, up to 16, lie this far apart
 SILENT_PEAK = 1e-4  # -80 dB of full scale, three steps of 16 bits: dither, but no sound
 FULL_SCALE = 0.9999  # beyond 32767 / 32768 there is nothing in 16 bits
@@ -30,9 +28,6 @@ CLIPPED_SHARE = 1e-3  # of samples at full scale; a loud sound that is well reco
 ORIGINAL_MASKS = (24, 192)  # mel bins and frames
 ORIGINAL_MIXUP = 0.5
 ORIGINAL_BATCH = 1000
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class Headers(NamedTuple):
@@ -88,25 +83,6 @@ class _Moments(NamedTuple):
             self.mean + apart * other.count / count,
             self.squares + other.squares + apart**2 * self.count * other.count / count,
         )
-
-
-def in_order(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], num_threads: int | None = None
-) -> Iterator[_Result]:
-    """Yield function(item) of all items in their order, computed in threads (None: one a core) a few ahead."""
-    threads = num_threads or os.cpu_count() or 1
-    waiting: collections.deque = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _drawn(examples: Sequence[Example], limit: int | None, seed: int) -> list[int]:

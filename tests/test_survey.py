@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ast_jax import kaldi, survey
+from ast_jax import kaldi, survey, threads
 from ast_jax.audio import decode
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.datasets import DataSet, Example, load_example, read_dataset
@@ -183,16 +183,16 @@ def test_results_come_in_order_and_few_are_under_way():
             running -= 1
         return number * number
 
-    results = survey.in_order(work, items(), num_threads=3)
+    results = threads.in_order(work, items(), num_threads=3)
     assert next(results) == 0
-    assert len(taken) <= 3 * survey.AHEAD
+    assert len(taken) <= 3 * threads.AHEAD
     assert list(results) == [number * number for number in range(1, 50)]
     assert most <= 3
 
 
 def test_an_error_of_ours_is_not_swallowed():
     with pytest.raises(ZeroDivisionError):
-        list(survey.in_order(lambda number: 1 / number, [1, 0, 2], num_threads=2))
+        list(threads.in_order(lambda number: 1 / number, [1, 0, 2], num_threads=2))
 
 
 def test_headers(examples, tmp_path):
