@@ -1,9 +1,9 @@
-"""Kaldi's log-mel filter bank, one small function a step, written once for NumPy and `jax.numpy`.
+"""Kaldi's log-mel filter bank, for NumPy on the host and for `jax.numpy` inside jit.
 
-Every step takes the array namespace `xp` (`numpy` on the host, `jax.numpy` inside jit) and arrays whose last axes are
-frames [..., T, W], so batches need no loop. The settings are Kaldi's `compute-fbank-feats` as the original AST calls
-them through torchaudio: samples in [-1, 1], frames that lie wholly inside the signal (`--snip-edges=true`), the FFT at
-the next power of two, a power spectrum, and a floor of float32 epsilon under the logarithm.
+The settings are Kaldi's `compute-fbank-feats` as the original AST calls them through torchaudio: samples in [-1, 1],
+frames that lie wholly inside the signal (`--snip-edges=true`), the FFT at the next power of two, a power spectrum, and
+a floor of float32 epsilon under the logarithm. The steps are written twice, as functions of whole arrays for the device
+and in place for the host; tests hold the two equal, to each other and to Kaldi's.
 """
 
 from __future__ import annotations
@@ -46,17 +46,6 @@ def cut_frames(waveform: Array, config: FrontendConfig, xp: ModuleType) -> Array
     return xp.concatenate([rows[..., k : k + frames, :] for k in range(spans)], axis=-1)[..., :window]
 
 
-def remove_dc(frames: Array) -> Array:
-    """Subtract each frame's own mean (Kaldi `--remove-dc-offset`)."""
-    return frames - frames.mean(-1, keepdims=True)
-
-
-def preemphasize(frames: Array, coefficient: float, xp: ModuleType) -> Array:
-    """Return x[i] - c x[i-1] within each frame, x[-1] being x[0] (Kaldi `--preemphasis-coefficient`)."""
-    previous = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    return frames - coefficient * previous
-
-
 @functools.lru_cache(maxsize=16)
 def window_function(window_type: str, size: int) -> np.ndarray:
     """Return Kaldi's symmetric window [W] in float64 (`--window-type`)."""
@@ -70,13 +59,6 @@ def window_function(window_type: str, size: int) -> np.ndarray:
     if window_type == "blackman":
         return BLACKMAN_COEFFICIENT - 0.5 * np.cos(phase) + (0.5 - BLACKMAN_COEFFICIENT) * np.cos(2 * phase)
     return np.ones(size)
-
-
-def power_spectrum(frames: Array, xp: ModuleType) -> Array:
-    """Return |FFT|² of frames zero-padded to the next power of two: [..., T, W] -> [..., T, 1 + fft_size / 2]."""
-    fft_size = 1 << (frames.shape[-1] - 1).bit_length()
-    spectrum = xp.fft.rfft(frames, n=fft_size)
-    return spectrum.real**2 + spectrum.imag**2
 
 
 def hz_to_mel(frequency: Array) -> Array:
@@ -100,15 +82,12 @@ def mel_bank(num_mel_bins: int, fft_size: int, sampling_rate: int, low_freq: flo
     return np.pad(np.maximum(0.0, np.minimum(rising, falling)), ((0, 1), (0, 0)))
 
 
-def matmul(left: Array, right: Array, xp: ModuleType) -> Array:
-    """Multiply at full float32 precision: GPUs and TPUs would take fewer bits, which a log of small powers shows."""
-    return left @ right if xp is np else xp.matmul(left, right, precision="highest")
-
-
 def log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType = np, noise: Array | None = None) -> Array:
     """Return log-mel energies [..., T, F] of a waveform [..., S], in the waveform's dtype, not normalised.
 
-    On a CPU some frames of one waveform are computed at a time, which is several times faster than all at once.
+    Frame by frame: dither, the mean removed (Kaldi `--remove-dc-offset`), x[i] - c x[i-1] with x[-1] = x[0]
+    (`--preemphasis-coefficient`), window, power spectrum at the next power of two, mel bank, floor, logarithm. On a CPU
+    one waveform is computed at a time, which is several times faster than all at once.
 
     Args:
         waveform: samples in [-1, 1].
@@ -116,50 +95,92 @@ def log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType = np, noise:
         xp: `numpy` or `jax.numpy`.
         noise: standard normal samples [..., T, W], scaled by `config.dither`; needed only where that is not 0.
     """
+    if config.dither and noise is None:
+        raise ValueError("dither: expected random samples, got none; pass `key` (or `seed`), or set dither to 0")
     if xp is np:
-        return _blocks(waveform, config, noise)
+        return _on_host(waveform, config, noise)
     if waveform.ndim == 1:
-        return _log_mel(waveform, config, xp, noise)
+        return _on_device(waveform, config, xp, noise)
     import jax
 
     def one_by_one(waveform: Array, noise: Array | None) -> Array:
         return jax.lax.map(lambda one: log_mel(one[0], config, xp, one[1]), (waveform, noise))
 
     def together(waveform: Array, noise: Array | None) -> Array:
-        return _log_mel(waveform, config, xp, noise)
+        return _on_device(waveform, config, xp, noise)
 
     return jax.lax.platform_dependent(waveform, noise, cpu=one_by_one, default=together)
 
 
-def _blocks(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | None) -> np.ndarray:
-    """Return log-mel energies, `BLOCK` frames at a time, so that what lies between two steps stays in the cache."""
-    frames, shift, window = num_frames(waveform.shape[-1], config), config.shift_samples, config.window_samples
-    energies = np.empty((*waveform.shape[:-1], frames, config.num_mel_bins), waveform.dtype)
+def _on_host(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | None) -> np.ndarray:
+    """Return log-mel energies [..., T, F], `BLOCK` frames at a time and all of them in the same memory.
+
+    To ask the system for fresh memory takes longer than to compute what goes there.
+    """
+    dtype, window = waveform.dtype, config.window_samples
+    frames = num_frames(waveform.shape[-1], config)
+    fft_size = _fft_size(window)
+    taper, bank = _constants(config, dtype)
+    scratch = np.zeros((min(BLOCK, frames), fft_size), dtype)  # zero beyond the window
+    delayed = np.empty((len(scratch), window), dtype)
+    spectra = np.empty((len(scratch), 1 + fft_size // 2), np.result_type(dtype, np.complex64))
+    power = np.empty(spectra.shape, dtype)
+    energies = np.empty((*waveform.shape[:-1], frames, config.num_mel_bins), dtype)
     for index in np.ndindex(waveform.shape[:-1]):
+        framed = cut_frames(waveform[index], config, np)
         for start in range(0, frames, BLOCK):
-            stop = min(start + BLOCK, frames)
-            piece = waveform[*index, start * shift : (stop - 1) * shift + window]
-            energies[*index, start:stop] = _log_mel(
-                piece, config, np, None if noise is None else noise[*index, start:stop]
-            )
+            piece = slice(start, min(start + BLOCK, frames))
+            rows = slice(0, piece.stop - start)
+            block = scratch[rows, :window]
+            block[:] = framed[piece]
+            if noise is not None and config.dither:
+                block += noise[index][piece] * config.dither
+            if config.remove_dc_offset:
+                block -= block.mean(-1, keepdims=True)
+            if config.preemphasis_coefficient:
+                previous = delayed[rows]
+                np.multiply(block[:, :-1], config.preemphasis_coefficient, out=previous[:, 1:])
+                np.multiply(block[:, 0], config.preemphasis_coefficient, out=previous[:, 0])
+                block -= previous
+            block *= taper
+            np.fft.rfft(scratch[rows], out=spectra[rows])
+            parts = spectra[rows].view(dtype)
+            np.multiply(parts, parts, out=parts)
+            np.add(parts[:, ::2], parts[:, 1::2], out=power[rows])
+            found = energies[index][piece]
+            np.matmul(power[rows], bank, out=found)
+            np.maximum(found, MEL_FLOOR, out=found)
+            np.log(found, out=found)
     return energies
 
 
-def _log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: Array | None) -> Array:
-    """Return log-mel energies, all frames together."""
-    dtype = waveform.dtype
-    window = config.window_samples
+def _on_device(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: Array | None) -> Array:
+    """Return log-mel energies in `jax.numpy`, all frames together."""
+    taper, bank = _constants(config, waveform.dtype)
     frames = cut_frames(waveform, config, xp)  # [..., T, W]
     if config.dither:
-        if noise is None:
-            raise ValueError("dither: expected random samples, got none; pass `key` (or `seed`), or set dither to 0")
         frames = frames + noise * config.dither
     if config.remove_dc_offset:
-        frames = remove_dc(frames)
+        frames = frames - frames.mean(-1, keepdims=True)
     if config.preemphasis_coefficient:
-        frames = preemphasize(frames, config.preemphasis_coefficient, xp)
-    frames = frames * window_function(config.window_type, window).astype(dtype)
-    power = power_spectrum(frames, xp)  # [..., T, 1 + fft_size / 2]
-    bank = mel_bank(config.num_mel_bins, 2 * (power.shape[-1] - 1), config.sampling_rate, config.low_freq,
-                    config.top_frequency)  # fmt: skip
-    return xp.log(xp.maximum(matmul(power, bank.astype(dtype), xp), MEL_FLOOR))  # [..., T, F]
+        previous = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
+        frames = frames - config.preemphasis_coefficient * previous
+    spectrum = xp.fft.rfft(frames * taper, n=_fft_size(config.window_samples))  # [..., T, 1 + fft_size / 2]
+    power = spectrum.real**2 + spectrum.imag**2
+    # In full: GPUs and TPUs would take fewer bits, which the logarithm of a small power shows.
+    energies = xp.matmul(power, bank, precision="highest")
+    return xp.log(xp.maximum(energies, MEL_FLOOR))  # [..., T, F]
+
+
+def _fft_size(window: int) -> int:
+    """Return the next power of two."""
+    return 1 << (window - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(config: FrontendConfig, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return the window [W] and the mel bank [1 + fft_size / 2, F]."""
+    window = config.window_samples
+    taper = window_function(config.window_type, window)
+    bank = mel_bank(config.num_mel_bins, _fft_size(window), config.sampling_rate, config.low_freq, config.top_frequency)
+    return taper.astype(dtype), bank.astype(dtype)
