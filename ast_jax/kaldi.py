@@ -19,7 +19,7 @@ from .config import FrontendConfig
 MEL_FLOOR = float(np.finfo(np.float32).eps)  # 1.1920929e-07: digital silence becomes log(floor) = -15.942385
 POVEY_EXPONENT = 0.85
 BLACKMAN_COEFFICIENT = 0.42
-BLOCK = 256  # frames that NumPy takes at a time: their samples and spectra fit a core's cache
+BLOCK = 128  # frames that NumPy takes at a time: what lies between two steps fits a core's cache
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 

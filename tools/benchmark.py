@@ -371,11 +371,16 @@ def _one_case(
         row["share_of_peak"] = operations * batch / row["median"] / peak
         low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
         print(
-            f"{name:<18}{middle:>10.2f}{f'{low:.2f} to {high:.2f}':>18}{1e3 / middle:>9.2f}"
+            f"{name:<18}{_digits(middle):>10}{f'{_digits(low)} to {_digits(high)}':>18}{1e3 / middle:>9.2f}"
             f"{row['share_of_peak']:>9.0%}{row['first_seconds']:>10.1f}{row['peak_bytes'] / MIB:>7.0f}"
             f"{row['difference']:>9.0e}"
         )
     return list(rows.values())
+
+
+def _digits(value: float) -> str:
+    """Return four digits of a number."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _write_case(scratch: pathlib.Path, preset: str, frames: int, batch: int) -> tuple[str, str]:
