@@ -19,7 +19,9 @@ from .config import FrontendConfig
 MEL_FLOOR = float(np.finfo(np.float32).eps)  # 1.1920929e-07: digital silence becomes log(floor) = -15.942385
 POVEY_EXPONENT = 0.85
 BLACKMAN_COEFFICIENT = 0.42
-BLOCK = 128  # frames that NumPy takes at a time: what lies between two steps fits a core's cache
+# Frames that NumPy takes at a time. Their arrays stay below 128 KiB, from which on malloc (glibc's) may map fresh pages
+# at every call; to touch these costs more than to compute what goes there.
+BLOCK = 60
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 
