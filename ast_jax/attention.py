@@ -134,7 +134,7 @@ def _late(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | 
     """Attend in all heads at once, and divide by the softmax's sum at last: once less through all the scores."""
     scores = _scores(query, key, mask)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # [B, H, N, N]
-    product = _product("bhqk,bkhd->bqhd", weights, value)
+    product = _weighted(weights, value)  # in the value's dtype, or the gradient's products would not be
     return (product / _last(weights.sum(-1))).astype(value.dtype)
 
 

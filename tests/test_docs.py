@@ -122,11 +122,15 @@ def header_rows():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_options_are_the_command_line_s(path):
-    """Every --option on a page that is not gcloud's or another program's exists."""
+def test_options_are_the_command_line_s(path, monkeypatch):
+    """Every --option on a page that is not gcloud's or another program's exists, here or in the benchmark."""
+    monkeypatch.syspath_prepend(DOCS.parent / "tools")
+    import benchmark
+
     known = {"--help"}
-    for command in typer.main.get_command(app).commands.values():
-        known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    for program in map(typer.main.get_command, (app, benchmark.app)):
+        for command in (program, *program.commands.values()):
+            known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     text = re.sub(r"^ *(gcloud|python3|git) .*?[^\\]$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`(gcloud|tensorboard) [^`]*`", "", text).replace("--xla_force_host_platform_device_count", "")
     found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))

@@ -192,12 +192,14 @@ def test_every_example_keeps_its_own_patches(monkeypatch):
     given = {}
     monkeypatch.setattr(train.model, "apply", lambda params, spec, **options: given.update(options))
     spec, keys = jnp.zeros((16, 32, 32)), jax.random.split(jax.random.key(0), 16)
-    train._logits({}, spec, keys, CONFIG, dataclasses.replace(EVERYTHING, dtype="bfloat16"))
+    train._logits({}, spec, keys, CONFIG, dataclasses.replace(EVERYTHING, dtype="bfloat16"), "tiles")
     assert given["tokens"].shape == (16, 7)
     assert len(np.unique(given["tokens"], axis=0)) > 10
     assert (given["train"], given["rematerialize"], given["dtype"]) == (True, True, jnp.bfloat16)
-    train._logits({}, spec, keys, CONFIG, PLAIN)
+    assert given["attention_implementation"] == "tiles"
+    train._logits({}, spec, keys, CONFIG, PLAIN, "auto")
     assert (given["tokens"], given["rematerialize"], given["dtype"]) == (None, False, None)
+    assert given["attention_implementation"] == "auto"
 
 
 def test_bfloat16_is_of_the_computation_alone():
@@ -208,7 +210,7 @@ def test_bfloat16_is_of_the_computation_alone():
     assert {leaf.dtype for leaf in jax.tree.leaves(after.opt_state)} == {np.dtype(np.float32), np.dtype(np.int32)}
     assert value.dtype == np.float32
     lines = [line for line in step.lower(state, batch).as_text().splitlines() if "stablehlo.dot_general" in line]
-    # In float32: the mel filters, the head, and the softmax's share of attention's backward pass.
+    # In float32: the mel filters (by either way), the head, and the softmax's share of attention's backward pass.
     assert sum("bf16" in line for line in lines) > 2 * sum("bf16" not in line for line in lines)
 
 
