@@ -66,6 +66,7 @@ def test_every_fold_is_validated_on_once_and_the_table_is_theirs(folded, tmp_pat
     assert said[-1].split() == ["mean", "0.9333", "0.9333"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch):
     publish, calls = runs.publish, []
 

@@ -102,6 +102,7 @@ def sounds(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
     """Labels are drawn at random: only a teacher that says "c" of everything can make the student say so."""
     program = write_program(tmp_path / "t.stablehlo", ("b", "a", "c"), slope=1.0)

@@ -482,6 +482,7 @@ def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
+@pytest.mark.slow
 def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):
     _, best, _ = run
     frozen = TrainConfig(batch_size=16, epochs=1, learning_rate=1e-12)

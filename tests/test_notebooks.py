@@ -47,6 +47,7 @@ def test_notebook_prints_what_the_repository_shows(path, tmp_path):
     assert run(path, tmp_path) == kept(path)
 
 
+@pytest.mark.slow
 def test_finetuning_notebook_runs_with_few_sounds(tmp_path):
     """Its figures depend on the number of sounds and epochs; that a stopped run goes on as if nothing was does not."""
     (path,) = [path for path in NOTEBOOKS if path.stem == "finetune"]
