@@ -9,7 +9,7 @@ python tools/benchmark.py growth             # time and memory by length and bat
 python tools/benchmark.py gpu                # inference and training in bfloat16 on a GPU
 python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
 
-Each takes --json FILE, and --against FILE to say what has moved since that was written.
+Each takes --json FILE, and all but growth take --against FILE to say what has moved since that was written.
 Results are compared before anything is timed. PyTorch and transformers come with the extra
 `test`; ONNX Runtime (onnxruntime, onnx, onnxscript) and OpenVINO (openvino) are measured where they are installed.
 """
