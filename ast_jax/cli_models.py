@@ -70,7 +70,15 @@ def classify(
         if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
             for note in checkpoint.metadata["conversion"]["notes"]:
                 complain(f"{model}: {note}")
-        names = [name for file in files for name in _sounds(file)]
+        names = []
+        for file in files:
+            try:
+                names += _sounds(file)
+            except (ValueError, OSError) as error:  # one bad folder does not lose the others' results
+                failed = True
+                complain(str(error))
+        if not names:
+            raise typer.Exit(1)
         with _results_writer(output, as_json, min(top_k, checkpoint.config.num_labels)) as write:
             for result in classify_each(names, checkpoint, top_k=top_k, batch_size=batch_size):
                 if result.error:

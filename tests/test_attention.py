@@ -127,6 +127,11 @@ def test_waveforms_to_logits_lower_for_cuda_as_one_program(monkeypatch):
     assert not re.search(r"tensor<2x12x1214x1214x", text)
 
 
+def test_cudnn_where_there_is_none_is_an_error():
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        dot_product_attention(*jnp.asarray(qkv((1, 2, 1, 8)), jnp.bfloat16), implementation="cudnn")
+
+
 def test_the_fastest_here_is_portable():
     assert attention.fastest_implementation(jnp.float32) == "auto"
     assert attention.fastest_implementation("bfloat16") == "auto"

@@ -624,13 +624,17 @@ def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
             2,
             "--output: expected a name that ends in .csv or .jsonl",
         ),
-        ([SOUNDS / "siren.flac", "-o", tmp_path / "none" / "out.csv"], 1, "none"),
+        ([SOUNDS / "siren.flac", "-o", tmp_path / "none" / "out.csv"], 1, "No such file or directory"),
     ):
         done = ast_cli("classify", *arguments)
         assert done.returncode == status
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    done = ast_cli("classify", tmp_path / "empty", SOUNDS / "siren.flac", "-k", "1")
+    assert done.returncode == 1
+    assert "expected a folder with sound files, found none" in done.stderr
+    assert "Alarm" in done.stdout, "a bad folder does not lose the others' results"
 
 
 def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
