@@ -22,6 +22,7 @@ BLACKMAN_COEFFICIENT = 0.42
 # Frames that NumPy takes at a time. Their arrays stay below 128 KiB, from which on malloc (glibc's) may map fresh pages
 # at every call; to touch these costs more than to compute what goes there.
 BLOCK = 60
+BAND = 32  # mel filters that NumPy takes at a time: most of the whole bank is zeros
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 
@@ -122,23 +123,21 @@ def _on_host(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | N
     dtype, window = waveform.dtype, config.window_samples
     frames = num_frames(waveform.shape[-1], config)
     fft_size = _fft_size(window)
-    taper, bank = _constants(config, dtype)
+    taper, _ = _constants(config, dtype)
     scratch = np.zeros((min(BLOCK, frames), fft_size), dtype)  # zero beyond the window
     delayed = np.empty((len(scratch), window), dtype)
     spectra = np.empty((len(scratch), 1 + fft_size // 2), np.result_type(dtype, np.complex64))
-    power = np.empty(spectra.shape, dtype)
     energies = np.empty((*waveform.shape[:-1], frames, config.num_mel_bins), dtype)
     for index in np.ndindex(waveform.shape[:-1]):
         framed = cut_frames(waveform[index], config, np)
+        if noise is not None and config.dither:
+            framed = framed + noise[index] * config.dither
+        means = framed.mean(-1, keepdims=True) if config.remove_dc_offset else np.zeros((frames, 1), dtype)
         for start in range(0, frames, BLOCK):
             piece = slice(start, min(start + BLOCK, frames))
             rows = slice(0, piece.stop - start)
             block = scratch[rows, :window]
-            block[:] = framed[piece]
-            if noise is not None and config.dither:
-                block += noise[index][piece] * config.dither
-            if config.remove_dc_offset:
-                block -= block.mean(-1, keepdims=True)
+            np.subtract(framed[piece], means[piece], out=block)
             if config.preemphasis_coefficient:
                 previous = delayed[rows]
                 np.multiply(block[:, :-1], config.preemphasis_coefficient, out=previous[:, 1:])
@@ -146,11 +145,11 @@ def _on_host(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | N
                 block -= previous
             block *= taper
             np.fft.rfft(scratch[rows], out=spectra[rows])
-            parts = spectra[rows].view(dtype)
+            parts = spectra[rows].view(dtype)  # real, imaginary, real, ...
             np.multiply(parts, parts, out=parts)
-            np.add(parts[:, ::2], parts[:, 1::2], out=power[rows])
             found = energies[index][piece]
-            np.matmul(power[rows], bank, out=found)
+            for columns, filters, weights in _bands(config, dtype):
+                np.matmul(parts[:, columns], weights, out=found[:, filters])
             np.maximum(found, MEL_FLOOR, out=found)
             np.log(found, out=found)
     return energies
@@ -186,3 +185,20 @@ def _constants(config: FrontendConfig, dtype: np.dtype) -> tuple[np.ndarray, np.
     taper = window_function(config.window_type, window)
     bank = mel_bank(config.num_mel_bins, _fft_size(window), config.sampling_rate, config.low_freq, config.top_frequency)
     return taper.astype(dtype), bank.astype(dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _bands(config: FrontendConfig, dtype: np.dtype) -> list[tuple[slice, slice, np.ndarray]]:
+    """Return the mel bank in bands of neighbouring filters, each without the FFT bins that it does not hold.
+
+    A band is the columns it takes of [T, 2 + fft_size], where the squares of a bin's real and imaginary parts lie side
+    by side; its filters; and their weights, every row twice.
+    """
+    _, bank = _constants(config, dtype)
+    found = []
+    for start in range(0, config.num_mel_bins, BAND):
+        filters = slice(start, start + BAND)
+        used = np.flatnonzero(bank[:, filters].any(-1))
+        first, last = (used[0], used[-1] + 1) if len(used) else (0, 1)
+        found.append((slice(2 * first, 2 * last), filters, np.repeat(bank[first:last, filters], 2, axis=0)))
+    return found
