@@ -1,6 +1,7 @@
 """Scaled dot-product attention: one function, four ways to compute it.
 
-Letters: B batch, N tokens, H heads, K width of a head.
+Letters: B batch, N tokens, H heads, K width of a head. Below the public function everything takes [..., N, K], and
+masks [..., N, 1] of the keys.
 """
 
 from __future__ import annotations
@@ -59,23 +60,25 @@ def dot_product_attention(
         raise ValueError(
             f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
         )
+    if implementation == "cudnn" and _suits_cudnn(query, mask) and not (return_weights or dropout_rate):
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn"), None
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, H, N, K]
+    mask = None if mask is None else jnp.asarray(mask)[:, None, :, None]
     if return_weights or dropout_rate:
         weights = _weights(query, key, mask)
         if dropout_rate:
             keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
             weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
-        return _weighted(weights, value), weights if return_weights else None
+        return _weighted(weights, value).swapaxes(1, 2), weights if return_weights else None
     if implementation == "auto":
         output = jax.lax.platform_dependent(
             query, key, value,
             cpu=functools.partial(_by_heads, mask=mask), default=functools.partial(_in_tiles, mask=mask),
         )  # fmt: skip
-    elif implementation == "cudnn" and _suits_cudnn(query, mask):
-        output = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     else:
         function = {"plain": _plain, "heads": _by_heads}.get(implementation, _in_tiles)
         output = function(query, key, value, mask)
-    return output, None
+    return output.swapaxes(1, 2), None
 
 
 def fastest_implementation(dtype: Any) -> str:
@@ -98,26 +101,22 @@ def _suits_cudnn(query: jax.Array, mask: jax.Array | None) -> bool:
 
 
 def _weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the softmax [B, H, N, N] in at least float32."""
+    """Return the softmax [..., N, N] in at least float32."""
     return jax.nn.softmax(_scores(query, key, mask), axis=-1)
 
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the scaled products [B, H, N, N] in at least float32, -inf where nothing may be seen."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum(
-        "bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key,
-        preferred_element_type=dtype, precision=full_precision(query.dtype),
-    )  # fmt: skip
+    """Return the scaled products [..., N, N] in at least float32, -inf where nothing may be seen."""
+    scores = _product("...qd,...kd->...qk", query * query.shape[-1] ** -0.5, key)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)  # the two prefix tokens are never masked
+        scores = jnp.where(mask.swapaxes(-1, -2), scores, -jnp.inf)  # the two prefix tokens are never masked
     return scores
 
 
 def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Return the values [B, N, H, K] weighted with [B, H, N, N]."""
+    """Return the values [..., N, K] weighted with [..., N, N]."""
     weights = weights.astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=full_precision(value.dtype))
+    return jnp.einsum("...qk,...kd->...qd", weights, value, precision=full_precision(value.dtype))
 
 
 def full_precision(dtype: Any) -> jax.lax.Precision | None:
@@ -126,23 +125,23 @@ def full_precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend in all heads at once."""
+    """Attend to all at once."""
     return _weighted(_weights(query, key, mask), value)
 
 
 def _late(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend in all heads at once, and divide by the softmax's sum at last: once less through all the scores."""
+    """Attend to all at once, and divide by the softmax's sum at last: once less through all the scores."""
     scores = _scores(query, key, mask)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # [B, H, N, N]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # [..., N, N]
     product = _weighted(weights, value)  # in the value's dtype, or the gradient's products would not be
-    return (product / _last(weights.sum(-1))).astype(value.dtype)
+    return (product / weights.sum(-1, keepdims=True)).astype(value.dtype)
 
 
 def _in_tiles(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Attend without keeping scores for the gradient; with many tokens, for some queries and keys at a time."""
-    if query.shape[1] <= TILE:
+    if query.shape[-2] <= TILE:
         return jax.checkpoint(_late, prevent_cse=False)(query, key, value, mask)
-    return _tiled(query, key, value, jnp.ones(query.shape[:2], bool) if mask is None else mask)
+    return _tiled(query, key, value, jnp.ones((query.shape[-2], 1), bool) if mask is None else mask)
 
 
 @jax.custom_vjp
@@ -157,27 +156,26 @@ def _tiled_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax
     others = _cut(key), _cut(value), _cut(mask)
 
     def attend(some: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batch, size, heads, _ = some.shape
-
         def add(state: tuple[jax.Array, ...], tile: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
             output, top, total = state
             keys, values, seen = tile
-            scores = _scores(some, keys, seen)  # [B, H, queries, keys]
-            higher = jnp.maximum(top, scores.max(-1))
-            weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-            output = output * _last(shrink) + _product("bhqk,bkhd->bqhd", weights, values)
-            return (output, higher, total * shrink + weights.sum(-1)), None
+            scores = _scores(some, keys, seen)  # [..., queries, keys]
+            higher = jnp.maximum(top, scores.max(-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - higher), jnp.exp(top - higher)
+            output = output * shrink + _product("...qk,...kd->...qd", weights, values)
+            return (output, higher, total * shrink + weights.sum(-1, keepdims=True)), None
 
+        column = (*some.shape[:-1], 1)
         nothing = (
             jnp.zeros(some.shape, dtype),
-            jnp.full((batch, heads, size), jnp.finfo(dtype).min),  # finite: a first tile may be masked as a whole
-            jnp.zeros((batch, heads, size), dtype),
+            jnp.full(column, jnp.finfo(dtype).min),  # finite: a first tile may be masked as a whole
+            jnp.zeros(column, dtype),
         )
         (output, top, total), _ = jax.lax.scan(add, nothing, others)
-        return (output / _last(total)).astype(value.dtype), top + jnp.log(total)
+        return (output / total).astype(value.dtype), top + jnp.log(total)
 
     outputs, logs = jax.lax.map(attend, _cut(query))
-    output = checkpoint_name(_joined(outputs, query.shape[1]), "attended")
+    output = checkpoint_name(_joined(outputs, query.shape[-2]), "attended")
     logs = checkpoint_name(logs, "attention_logs")
     return output, (query, key, value, mask, output, logs)
 
@@ -186,7 +184,7 @@ def _tiled_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, .
     """Return the gradients, for which each tile's weights are computed once more."""
     query, key, value, mask, output, logs = kept
     others = _cut(key), _cut(value), _cut(mask)
-    dots = _cut((gradient * output).astype(logs.dtype).sum(-1))  # [tiles, B, queries, H]
+    dots = _cut((gradient * output).astype(logs.dtype).sum(-1, keepdims=True))  # [tiles, ..., queries, 1]
     scale = query.shape[-1] ** -0.5
 
     def of_queries(state: tuple[jax.Array, jax.Array], some: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
@@ -194,19 +192,19 @@ def _tiled_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, .
 
         def of_keys(of_query: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             keys, values, seen = tile
-            weights = jnp.exp(_scores(queries, keys, seen) - log[..., None])  # [B, H, queries, keys]
-            of_value = _product("bhqk,bqhd->bkhd", weights, gradients)
-            of_weights = _product("bqhd,bkhd->bhqk", gradients, values)
-            of_scores = weights * (of_weights - dot.swapaxes(1, 2)[..., None]) * scale
-            of_query = of_query + _product("bhqk,bkhd->bqhd", of_scores, keys)
-            return of_query, (_product("bhqk,bqhd->bkhd", of_scores, queries), of_value)
+            weights = jnp.exp(_scores(queries, keys, seen) - log)  # [..., queries, keys]
+            of_value = _product("...qk,...qd->...kd", weights, gradients)
+            of_weights = _product("...qd,...kd->...qk", gradients, values)
+            of_scores = weights * (of_weights - dot) * scale
+            of_query = of_query + _product("...qk,...kd->...qd", of_scores, keys)
+            return of_query, (_product("...qk,...qd->...kd", of_scores, queries), of_value)
 
         of_query, of_others = jax.lax.scan(of_keys, jnp.zeros(queries.shape, logs.dtype), others)
         return jax.tree.map(jnp.add, state, of_others), of_query
 
     nothing = tuple(jnp.zeros(tiles.shape, logs.dtype) for tiles in others[:2])
     (of_key, of_value), of_query = jax.lax.scan(of_queries, nothing, (_cut(query), _cut(gradient), logs, dots))
-    found = (_joined(tiles, query.shape[1]) for tiles in (of_query, of_key, of_value))
+    found = (_joined(tiles, query.shape[-2]) for tiles in (of_query, of_key, of_value))
     return *(one.astype(like.dtype) for one, like in zip(found, (query, key, value), strict=True)), None
 
 
@@ -214,23 +212,18 @@ _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 def _cut(array: jax.Array) -> jax.Array:
-    """Cut [B, N, …] into tiles [tiles, B, size, …] of one size, padded with zeros."""
-    batch, tokens, *rest = array.shape
+    """Cut [..., N, K] into tiles [tiles, ..., size, K] of one size, padded with zeros."""
+    *rest, tokens, width = array.shape
     count = -(-tokens // TILE)
     size = -(-tokens // count)
-    padded = jnp.pad(array, [(0, 0), (0, count * size - tokens), *[(0, 0)] * len(rest)])
-    return jnp.moveaxis(padded.reshape(batch, count, size, *rest), 1, 0)
+    padded = jnp.pad(array, [*[(0, 0)] * len(rest), (0, count * size - tokens), (0, 0)])
+    return jnp.moveaxis(padded.reshape(*rest, count, size, width), -3, 0)
 
 
 def _joined(tiles: jax.Array, tokens: int) -> jax.Array:
     """Invert `_cut`."""
-    count, batch, size, *rest = tiles.shape
-    return jnp.moveaxis(tiles, 0, 1).reshape(batch, count * size, *rest)[:, :tokens]
-
-
-def _last(of_queries: jax.Array) -> jax.Array:
-    """Return [B, H, N] as [B, N, H, 1]."""
-    return of_queries.swapaxes(1, 2)[..., None]
+    count, *rest, size, width = tiles.shape
+    return jnp.moveaxis(tiles, 0, -3).reshape(*rest, count * size, width)[..., :tokens, :]
 
 
 def _product(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -243,14 +236,11 @@ def _product(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 def _by_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Attend in tiles, head by head of each example."""
-    batch, tokens, heads, width = query.shape
+    batch, heads, tokens, width = query.shape
 
     def one_head(head: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-        *qkv, mask = head
-        mask = None if mask is None else mask[None]
-        return _in_tiles(*(x[None, :, None] for x in qkv), mask)[0, :, 0]  # [N, K]
+        return _in_tiles(*head)  # [N, K]: with more axes, of length 1, products and passes take up to twice as long
 
-    each = tuple(x.swapaxes(1, 2).reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
-    masks = None if mask is None else jnp.repeat(mask, heads, axis=0)  # [B H, N]
-    output = jax.lax.map(one_head, (*each, masks))
-    return output.reshape(batch, heads, tokens, width).swapaxes(1, 2)  # [B, N, H, K]
+    each = tuple(x.reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
+    masks = None if mask is None else jnp.repeat(mask[:, 0], heads, axis=0)  # [B H, N, 1]
+    return jax.lax.map(one_head, (*each, masks)).reshape(batch, heads, tokens, width)
