@@ -61,6 +61,8 @@ def classify(
     """
     if output and output.suffix.lower() not in (".csv", ".jsonl"):
         wrong_usage(f"--output: expected a name that ends in .csv or .jsonl, got {output}")
+    if output and as_json:
+        wrong_usage("--json prints and --output writes: expected one of them; a name that ends in .jsonl writes JSON")
     failed = False
     with user_errors():
         from .checkpoint import is_own, load

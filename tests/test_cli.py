@@ -624,6 +624,7 @@ def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
             2,
             "--output: expected a name that ends in .csv or .jsonl",
         ),
+        ([SOUNDS / "siren.flac", "--json", "-o", tmp_path / "out.csv"], 2, "expected one of them"),
         ([SOUNDS / "siren.flac", "-o", tmp_path / "none" / "out.csv"], 1, "No such file or directory"),
     ):
         done = ast_cli("classify", *arguments)
