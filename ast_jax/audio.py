@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pathlib
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -135,8 +136,8 @@ def open_sound(source: AudioSource) -> Iterator[soundfile.SoundFile]:
     """
     name = describe(source)
     source = _openable(source, name)
-    stream = _mp3_of_unknown_length(source)
-    with _piped(stream) if stream else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:
+    piped = _is_mp3_of_unknown_length(source)
+    with _piped(source) if piped else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:
         yield file
 
 
@@ -147,11 +148,11 @@ def skip(file: soundfile.SoundFile, frames: int) -> int:
     return sum(map(len, read_blocks(file, frames)))
 
 
-def read_blocks(file: soundfile.SoundFile, wanted: int | None) -> Iterator[np.ndarray]:
-    """Yield so many frames, or all, as far as there are, in blocks [S, channels] of float32."""
+def read_blocks(file: soundfile.SoundFile, wanted: int | None, size: int = BLOCK) -> Iterator[np.ndarray]:
+    """Yield so many frames, or all, as far as there are, in blocks [S, channels] of float32, `size` frames each."""
     left = wanted
     while left is None or left > 0:
-        block = file.read(BLOCK if left is None else min(BLOCK, left), dtype="float32", always_2d=True)
+        block = file.read(size if left is None else min(size, left), dtype="float32", always_2d=True)
         if not len(block):
             return
         yield block
@@ -186,17 +187,17 @@ def _opened(source: Any, name: str) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"{name}: not a readable sound file ({reason})") from error
 
 
-def _mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bytes | None:
-    """Return the content of an MP3 file whose first frame does not say how many there are; None for anything else.
+def _is_mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bool:
+    """Whether this is an MP3 file whose first frame does not say how many there are.
 
     libsndfile takes the first frame's bit rate for that of all then, and where it varies would stop too early.
     """
     if isinstance(source, str | bytes):
         try:
             with open(source, "rb") as file:
-                return _mp3_of_unknown_length(file)
+                return _is_mp3_of_unknown_length(file)
         except OSError:  # libsndfile will say so
-            return None
+            return False
     source.seek(0)
     tag = source.read(10)
     size = 0
@@ -206,21 +207,21 @@ def _mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bytes | None:
     frame = source.read(64)
     is_mp3 = len(frame) == 64 and frame[0] == 0xFF and frame[1] & 0xE6 == 0xE2  # sync, and layer III
     source.seek(0)
-    if not is_mp3 or any(mark in frame for mark in (b"Xing", b"Info", b"VBRI")):
-        return None
-    content = source.read()
-    source.seek(0)
-    return content
+    return is_mp3 and not any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 @contextlib.contextmanager
-def _piped(content: bytes) -> Iterator[int]:
-    """Yield the descriptor of a pipe that the content comes out of."""
+def _piped(source: str | bytes | BinaryIO) -> Iterator[int]:
+    """Yield the descriptor of a pipe that a file comes out of."""
     read_end, write_end = os.pipe()
 
     def feed() -> None:
         with contextlib.suppress(BrokenPipeError), os.fdopen(write_end, "wb") as pipe:
-            pipe.write(content)
+            if isinstance(source, str | bytes):
+                with open(source, "rb") as file:
+                    shutil.copyfileobj(file, pipe)
+            else:
+                shutil.copyfileobj(source, pipe)
 
     thread = threading.Thread(target=feed, daemon=True)
     thread.start()

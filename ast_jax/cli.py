@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import cli_measuring, cli_models, cli_training  # noqa: F401 (they register their commands)
+from . import cli_listening, cli_measuring, cli_models, cli_training  # noqa: F401 (they register their commands)
 from .cli_common import app
 
 

@@ -1,14 +1,11 @@
-"""Commands on models and sounds: classify, convert, info."""
+"""Commands on models: convert, info."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import enum
 import json
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,11 +17,9 @@ from .cli_common import (
     NumMelBins,
     TimeStride,
     app,
-    complain,
     json_line,
     one_line,
     user_errors,
-    wrong_usage,
 )
 
 
@@ -34,130 +29,6 @@ class Target(enum.StrEnum):
     ast_jax = "ast-jax"
     huggingface = "huggingface"
     original = "original"
-
-
-@app.command()
-def classify(
-    files: Annotated[
-        list[str],
-        typer.Argument(help="Sound files: WAV, FLAC, OGG or MP3, any rate and channels; and folders of such files."),
-    ],
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "sounds-tiny",
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many labels to print.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each file.")] = False,
-    output: Annotated[
-        pathlib.Path | None,
-        typer.Option("--output", "-o", help="Write a row for each file, in order, to this CSV or JSONL instead."),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sounds that go through the model together.", show_default="8 on CPU, 64")
-    ] = None,
-) -> None:
-    """Name what is in sound files.
-
-    Scores are probabilities, of each label for itself where the model is multi-label. A file that is longer than the
-    model's input is heard from its beginning, and the output says how much. A bad file is one line on stderr; the
-    others still print, and the exit status is 1.
-    """
-    if output and output.suffix.lower() not in (".csv", ".jsonl"):
-        wrong_usage(f"--output: expected a name that ends in .csv or .jsonl, got {output}")
-    if output and as_json:
-        wrong_usage("--json prints and --output writes: expected one of them; a name that ends in .jsonl writes JSON")
-    failed = False
-    with user_errors():
-        from .checkpoint import is_own, load
-        from .predict import classify_each
-
-        checkpoint = load(model)
-        if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
-            for note in checkpoint.metadata["conversion"]["notes"]:
-                complain(f"{model}: {note}")
-        names = []
-        for file in files:
-            try:
-                names += _sounds(file)
-            except (ValueError, OSError) as error:  # one bad folder does not lose the others' results
-                failed = True
-                complain(str(error))
-        if not names:
-            raise typer.Exit(1)
-        with _results_writer(output, as_json, min(top_k, checkpoint.config.num_labels)) as write:
-            for result in classify_each(names, checkpoint, top_k=top_k, batch_size=batch_size):
-                if result.error:
-                    failed = True
-                    complain(result.error)
-                write(result)
-    if failed:
-        raise typer.Exit(1)
-
-
-def _sounds(name: str) -> list[str]:
-    """Return the sound files in a folder and the folders in it; of anything else its name, which may yet be a file's.
-
-    Raises:
-        ValueError: a folder without any.
-    """
-    if not pathlib.Path(name).is_dir():
-        return [name]
-    from .rows import AUDIO_SUFFIXES, visible_files
-
-    found = [str(path) for path in visible_files(pathlib.Path(name)) if path.suffix.lower() in AUDIO_SUFFIXES]
-    if not found:
-        endings = ", ".join(sorted(AUDIO_SUFFIXES))
-        raise ValueError(f"{name}: expected a folder with sound files, found none that ends in {endings}")
-    return found
-
-
-@contextlib.contextmanager
-def _results_writer(output: pathlib.Path | None, as_json: bool, labels: int) -> Iterator[Callable[[Any], None]]:
-    """Yield what takes each result: to the terminal, or to a file that is there when all of them are in it."""
-    if output is None:
-        yield _print_json if as_json else _print_text
-        return
-    from .files import whole_file
-
-    with whole_file(output) as path, path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        if output.suffix.lower() == ".jsonl":
-            yield lambda result: file.write(f"{json.dumps(_result_json(result), ensure_ascii=False)}\n")
-        else:
-            write_row = csv.writer(file).writerow
-            best = [f"{what}_{place}" for place in range(1, labels + 1) for what in ("label", "score")]
-            write_row(["file", "used_seconds", "duration_seconds", "error", *best])
-            yield lambda result: write_row(_result_row(result))
-
-
-def _print_json(result: Any) -> None:
-    """Print a result as JSON, unless it is an error, which has been told."""
-    if not result.error:
-        print(json_line(_result_json(result)), flush=True)
-
-
-def _print_text(result: Any) -> None:
-    """Print a result for people, unless it is an error, which has been told."""
-    if not result.error:
-        heard = f"  (first {result.used:.2f} s of {result.duration:.2f} s)" if result.cut else ""
-        lines = [f"  {score:6.3f}  {one_line(label)}" for label, score in result.predictions]
-        print(f"{one_line(result.source)}{heard}", *lines, sep="\n", flush=True)
-
-
-def _result_row(result: Any) -> list[Any]:
-    """Return a result as a row of CSV."""
-    if result.error:
-        return [result.source, "", "", result.error]
-    best = [entry for label, score in result.predictions for entry in (label, f"{score:.6f}")]
-    return [result.source, f"{result.used:.3f}", f"{result.duration:.3f}", "", *best]
-
-
-def _result_json(result: Any) -> dict[str, Any]:
-    """Return a result as JSON has it; where there is an error, only that."""
-    if result.error:
-        return {"file": result.source, "error": result.error}
-    return {
-        "file": result.source,
-        "used_seconds": round(result.used, 3),
-        "duration_seconds": round(result.duration, 3),
-        "predictions": [{"label": label, "score": round(score, 6)} for label, score in result.predictions],
-    }
 
 
 @app.command()

@@ -69,6 +69,13 @@ def hz_to_mel(frequency: Array) -> Array:
     return 1127.0 * np.log1p(np.asarray(frequency) / 700.0)
 
 
+def mel_edges(config: FrontendConfig) -> np.ndarray:
+    """Return where the filters begin, peak and end: [F + 2] Hz; filter i is the triangle over i, i + 1 and i + 2."""
+    low, high = hz_to_mel(config.low_freq), hz_to_mel(config.top_frequency)
+    mel = low + (high - low) * np.arange(config.num_mel_bins + 2) / (config.num_mel_bins + 1)
+    return 700.0 * np.expm1(mel / 1127.0)
+
+
 @functools.lru_cache(maxsize=16)
 def mel_bank(num_mel_bins: int, fft_size: int, sampling_rate: int, low_freq: float, high_freq: float) -> np.ndarray:
     """Return the triangular filters [1 + fft_size / 2, F] in float64, linear in mel, of peak 1 and no area norm.

@@ -234,7 +234,7 @@ def _batched(
     if not jnp.issubdtype(spec.dtype, jnp.floating):
         raise ValueError(f"spec: expected floating-point features, got {spec.dtype}")
     batch = spec[None] if single else spec
-    if not len(batch):
+    if batch.shape[0] == 0:
         raise ValueError("spec: expected one spectrogram or more, got an empty batch")
     if lengths is not None:
         lengths = jnp.atleast_1d(jnp.asarray(lengths))

@@ -18,11 +18,12 @@ import numpy as np
 from rich.cells import cell_len
 
 from .files import whole_file
-from .metrics import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .metrics import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#666666"
@@ -42,19 +43,19 @@ OTHER_FONTS = (
 
 def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path) -> None:
     """Write `curves_figure` as a PNG, whole or not at all."""
-    _save(curves_figure(history), path)
+    save_figure(curves_figure(history), path)
 
 
 def confusion(
     matrix: Sequence[Sequence[int]], labels: Sequence[str], path: str | pathlib.Path, title: str = ""
 ) -> None:
     """Write `confusion_figure` as a PNG, whole or not at all."""
-    _save(confusion_figure(matrix, labels, title), path)
+    save_figure(confusion_figure(matrix, labels, title), path)
 
 
 def ranked_classes(report: Report, path: str | pathlib.Path, title: str = "") -> None:
     """Write `ranked_classes_figure` as a PNG, whole or not at all."""
-    _save(ranked_classes_figure(report, title), path)
+    save_figure(ranked_classes_figure(report, title), path)
 
 
 def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -84,8 +85,8 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     best = _best({name: columns[name] for name in names if name in columns})
     across = min(3, max(1, len(panels)))
     down = max(1, math.ceil(len(panels) / across))
-    with _drawing():
-        figure = _figure(4 * across, 3 * down + 0.4)
+    with drawing():
+        figure = new_figure(4 * across, 3 * down + 0.4)
         places = list(figure.subplots(down, across, squeeze=False).flat)
         for axes, (title, lines) in zip(places, panels.items(), strict=False):
             _draw_lines(axes, _words(title), epochs, lines, best and best[1])
@@ -119,17 +120,17 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str], tit
     size = len(counts)
     if len(labels) != size:
         raise ValueError(f"labels: expected {size} names for a {size} x {size} matrix, got {len(labels)}")
-    names = [_name(label) for label in labels]
+    names = [short_name(label) for label in labels]
     totals = counts.sum(1, keepdims=True)
     shares = np.ma.masked_array(counts / np.maximum(totals, 1), np.broadcast_to(totals == 0, counts.shape))
     cell = 0.3 + 0.07 * len(f"{counts.max():,}") if size <= MANY_COUNTS else 0.2 if size <= MANY_CLASSES else 9 / size
     side = max(3.0, cell * size)
     margin = 0.07 * max(map(cell_len, names)) if size <= MANY_CLASSES else 0.0  # inches for names
-    with _drawing():
+    with drawing():
         import matplotlib
         from matplotlib.colors import PowerNorm
 
-        figure = _figure(side + margin + 1.8, side + margin + 1.0)
+        figure = new_figure(side + margin + 1.8, side + margin + 1.0)
         axes = figure.subplots()
         blues = matplotlib.colormaps["Blues"].with_extremes(bad="#d9d9d9")
         image = axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 1))  # the root, so that rare confusions show
@@ -170,9 +171,9 @@ def ranked_classes_figure(report: Report, title: str = "") -> Figure:
     between = max(0, len(ranked) - 2 * END_CLASSES)
     shown = [ranked] if not between else [ranked[:END_CLASSES], ranked[-END_CLASSES:]]
     left_out = len(report["classes"]) - len(ranked)
-    names = [f"{_name(entry['name'])} ({entry['positives']:,})" for part in shown for entry in part]
-    with _drawing():
-        figure = _figure(6.0 + 0.08 * max(map(cell_len, names)), 1.2 + 0.2 * (len(names) + len(shown) - 1))
+    names = [f"{short_name(entry['name'])} ({entry['positives']:,})" for part in shown for entry in part]
+    with drawing():
+        figure = new_figure(6.0 + 0.08 * max(map(cell_len, names)), 1.2 + 0.2 * (len(names) + len(shown) - 1))
         axes = figure.subplots()
         ticks: list[int] = []
         for part, color in zip(shown, COLORS, strict=False):
@@ -243,13 +244,13 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _name(label: str) -> str:
+def short_name(label: str) -> str:
     """Return a class name as one line that is not too long: beginning and end, as either may tell it from others."""
     label = " ".join(label.split())
     return label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return a new figure of this size in inches, whose parts make room for each other."""
     from matplotlib.figure import Figure
 
@@ -257,7 +258,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 @contextlib.contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Draw with matplotlib's own settings and ours, whatever the user's are (dark pages, text by LaTeX).
 
     Raises:
@@ -276,8 +277,8 @@ def _drawing() -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, path: str | pathlib.Path) -> None:
+def save_figure(figure: Figure, path: str | pathlib.Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    with _drawing(), warnings.catch_warnings(), whole_file(path) as name:
+    with drawing(), warnings.catch_warnings(), whole_file(path) as name:
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
         figure.savefig(name, format="png")

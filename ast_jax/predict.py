@@ -1,60 +1,33 @@
-"""Sounds to labels: threads decode, the device computes features and scores of a batch, the best come first."""
+"""Sounds to labels: windows of sounds through the model, in batches and pieces that suit the device."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import functools
-import itertools
-import math
-import numbers
 import os
-import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from . import model
+from . import kaldi, model
+from .adapt import resize
 from .attention import fastest_implementation
-from .audio import RESAMPLER_REACH, AudioError, Sound, decode, describe, to_mono
+from .audio import AudioError
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
-from .threads import in_order
+from .listening import Part, listen
+from .streams import Live
+from .timeline import AGGREGATES, Analysis
+from .windows import window_grid
 
 DEFAULT_MODEL = "sounds-tiny"
 BATCH_SIZES = {"cpu": 8}  # by platform
 BATCH_SIZE = 64  # elsewhere
-AHEAD = 3  # batches that are read before the first of them is out
 CPU_TOKENS = 1300  # that go through the model together
-
-Prediction = list[tuple[str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came of one sound: either predictions or an error.
-
-    Attributes:
-        source: its name.
-        predictions: (label, score), the best first.
-        used: seconds from the beginning that the model heard.
-        duration: seconds in all.
-        error: one line, or None.
-    """
-
-    source: str
-    predictions: Prediction
-    used: float = 0.0
-    duration: float = 0.0
-    error: str | None = None
-
-    @property
-    def cut(self) -> bool:
-        """Whether the model heard only the beginning."""
-        return self.duration - self.used > 0.01
+PADDING = ("zero", "repeat", "mask", "own-length")
 
 
 def classify(
@@ -63,6 +36,7 @@ def classify(
     *,
     sampling_rate: int | None = None,
     top_k: int = 5,
+    **options: Any,
 ) -> Any:
     """Name what is in a sound, or in each of a list of sounds.
 
@@ -71,161 +45,191 @@ def classify(
         checkpoint: a loaded checkpoint, or what `load` takes.
         sampling_rate: Hz of samples given as arrays, which are resampled where the model wants another rate.
         top_k: how many labels, at most as many as the model has.
+        **options: `window`, `hop`, `aggregate`, `padding`, `batch_size` of `analyze`.
 
     Returns:
         [(label, score), ...], the best first; a list of these for a list. Scores are probabilities: of each label for
         itself for a multi-label model (sigmoid), over all labels for a single-label one (softmax); for regression the
-        outputs themselves.
+        outputs themselves. Of a sound that is longer than the model's input they are the mean of all windows'.
 
     Raises:
         AudioError: a sound that cannot be used (see `read_audio`).
-        ValueError: samples without a rate, or `top_k` below 1.
-
-    Warns:
-        UserWarning: a sound is longer than the model's input, and only its beginning was used.
-    """
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load(checkpoint)
-    several = isinstance(audio, list | tuple)
-    results = []
-    for result in classify_each(audio if several else [audio], checkpoint, sampling_rate=sampling_rate, top_k=top_k):
-        if result.error:
-            raise AudioError(result.error)
-        if result.cut:
-            warnings.warn(
-                f"{result.source}: the model heard only the first {result.used:.2f} s of {result.duration:.2f} s",
-                stacklevel=2,
-            )
-        results.append(result.predictions)
-    return results if several else results[0]
-
-
-def classify_each(
-    sources: Iterable[Any],
-    checkpoint: Checkpoint,
-    *,
-    sampling_rate: int | None = None,
-    top_k: int = 5,
-    batch_size: int | None = None,
-) -> Iterator[Result]:
-    """Yield a `Result` for every source in order; one that cannot be used yields its error and the others go on.
-
-    Threads decode while the device is at work, some batches ahead, so that memory does not grow with the number of
-    sources. What is left for the last batch is filled up to a power of two, so that few shapes are compiled.
-
-    Args:
-        sources: as `audio` of `classify`.
-        checkpoint: the model.
-        sampling_rate: as in `classify`.
-        top_k: as in `classify`.
-        batch_size: sounds that go through the model together; None for what suits the device.
+        ValueError: samples without a rate, `top_k` below 1, or as `analyze`.
     """
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")
+    found = analyze(audio, checkpoint, sampling_rate=sampling_rate, **options)
+    return [each.best(top_k) for each in found] if isinstance(found, list) else found.best(top_k)
+
+
+def analyze(
+    audio: Any,
+    checkpoint: Checkpoint | str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    sampling_rate: int | None = None,
+    **options: Any,
+) -> Any:
+    """Say what is heard when in a sound, or in each of a list of sounds.
+
+    Args:
+        audio: as in `classify`.
+        checkpoint: as in `classify`.
+        sampling_rate: as in `classify`.
+        **options: `window`, `hop`, `aggregate`, `padding` and `batch_size` of `analyze_each`.
+
+    Returns:
+        An `Analysis`, or a list of them for a list: scores of all windows, of the whole, and a timeline.
+
+    Raises:
+        AudioError: a sound that cannot be used (see `read_audio`).
+        ValueError: as `analyze_each`.
+    """
+    several = isinstance(audio, list | tuple)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load(checkpoint)
+    found = []
+    for analysis in analyze_each(audio if several else [audio], checkpoint, sampling_rate=sampling_rate, **options):
+        if analysis.error:
+            raise AudioError(analysis.error)
+        found.append(analysis)
+    return found if several else found[0]
+
+
+def analyze_each(
+    sources: Iterable[Any] | Live,
+    checkpoint: Checkpoint,
+    *,
+    sampling_rate: int | None = None,
+    window: float | None = None,
+    hop: float | None = None,
+    aggregate: str = "mean",
+    padding: str = "zero",
+    batch_size: int | None = None,
+    tell: Callable[[Part], None] = lambda part: None,
+) -> Iterator[Analysis]:
+    """Yield an `Analysis` for every source in order; one that cannot be used yields its error and the others go on.
+
+    Threads decode while the device is at work, some batches ahead, so that memory does not grow with the number of
+    sources, nor with their length but for the scores. What is left for the last batch is filled up to a power of two,
+    so that few shapes are compiled.
+
+    Args:
+        sources: as `audio` of `classify`, or one `Live`.
+        checkpoint: the model.
+        sampling_rate: as in `classify`.
+        window: seconds that are scored together; None for the model's input. A longer window is heard in pieces of the
+            model's input.
+        hop: seconds from one window to the next; None for half a window.
+        aggregate: "mean" or "max", how the scores of windows (and of a window's pieces) become one.
+        padding: what a window that is shorter than the model's input is filled with: "zero" as the original does,
+            "repeat" with itself; "mask" leaves the rest out in every layer; "own-length" runs the model at the window's
+            length, with position embeddings cut as `resize` cuts them.
+        batch_size: windows that go through the model together; None for what suits the device.
+        tell: called with each window's `Part` as soon as it is there; its `output` are the scores [C].
+
+    Raises:
+        ValueError: an option out of its range, or a model without a classifier.
+    """
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate: expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     if "classifier" not in checkpoint.params:
         raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
-    batch_size = batch_size or BATCH_SIZES.get(jax.default_backend(), BATCH_SIZE)
-    params = jax.device_put(checkpoint.params)
-    hear = functools.partial(_hear, frontend=checkpoint.frontend, sampling_rate=sampling_rate)
-    heard = in_order(hear, sources, ahead=AHEAD * batch_size)
-    running: collections.deque[tuple[tuple[Heard, ...], jax.Array | None]] = collections.deque()
-    for batch in _batched(heard, batch_size):
-        running.append((batch, _start(batch, batch_size, params, checkpoint)))
-        if len(running) > 1:  # one is at work, and the next is there when it is done
-            yield from _results(*running.popleft(), checkpoint.config, top_k)
-    for batch, scores in running:
-        yield from _results(batch, scores, checkpoint.config, top_k)
+    grid = window_grid(checkpoint.frontend, window, hop)
+    batch_size = batch_size or default_batch_size()
+    events = listen(
+        sources, Runner(checkpoint, _scores_of, padding, batch_size), grid, checkpoint.frontend.sampling_rate,
+        batch_size=batch_size, combine=AGGREGATES[aggregate], array_rate=sampling_rate,
+    )  # fmt: skip
+    parts: list[Part] = []
+    for event in events:
+        if isinstance(event, Part):
+            parts.append(event)
+            tell(event)
+            continue
+        error = event.error
+        if not error and not all(np.isfinite(part.output).all() for part in parts):
+            reason = "the scores are not finite; the values of the sound or of the model are too large"
+            error = f"{event.name}: {reason}"
+        if error:
+            yield Analysis(event.name, error=error)
+        else:
+            times = np.array([[part.start, part.end] for part in parts])
+            scores = np.stack([part.output for part in parts])
+            yield Analysis(event.name, checkpoint.config.labels, times, scores, event.duration, aggregate)
+        parts = []
 
 
-class Heard(NamedTuple):
-    """A source as the model takes it, or what is wrong with it.
+def default_batch_size() -> int:
+    """Return how many windows go through the model together on this process's devices."""
+    return BATCH_SIZES.get(jax.default_backend(), BATCH_SIZE)
 
-    Attributes:
-        name: the source's.
-        samples: [S], as many as the model hears; None where there is an error.
-        used: seconds that they are.
-        duration: seconds of the whole sound.
-        error: one line, or None.
+
+Output = Callable[..., Any]  # of params, spec [B, T, F], config, and `lengths`, `dtype`, `attention_implementation`
+
+
+class Runner:
+    """Runs sounds that the model hears at once through it, filled up to its input.
+
+    Args:
+        checkpoint: the model.
+        output: a function as `model.apply`, which tells what comes out.
+        padding: one of `PADDING`, see `analyze_each`.
+        batch_size: the most that come at once.
+
+    Raises:
+        ValueError: another padding, or "own-length" for a model whose positions cannot be cut.
     """
 
-    name: str
-    samples: np.ndarray | None = None
-    used: float = 0.0
-    duration: float = 0.0
-    error: str | None = None
+    def __init__(self, checkpoint: Checkpoint, output: Output, padding: str, batch_size: int):
+        if padding not in PADDING:
+            raise ValueError(f"padding: expected one of {', '.join(PADDING)}, got {padding!r}")
+        frontend = checkpoint.frontend.replace(dither=0.0)  # dither is for training
+        self.checkpoint = checkpoint.replace(frontend=frontend, params=jax.device_put(checkpoint.params))
+        self.output, self.padding, self.batch_size = output, padding, batch_size
+        self.lengths: dict[int, Checkpoint] = {}  # the model at other lengths
 
+    def __call__(self, sounds: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
+        """Start the model on sounds [B] of [S]; what is returned waits for the outputs [B, ...]."""
+        groups: dict[int, list[int]] = {}
+        for index, samples in enumerate(sounds):
+            groups.setdefault(self._frames(len(samples)), []).append(index)
+        running = {frames: self._start([sounds[index] for index in found], frames) for frames, found in groups.items()}
 
-def _batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    """Yield the items in tuples of a size, of which the last may be shorter."""
-    items = iter(items)
-    while batch := tuple(itertools.islice(items, size)):
-        yield batch
+        def outputs() -> np.ndarray:
+            rows: list[Any] = [None] * len(sounds)
+            for frames, found in groups.items():
+                for index, row in zip(found, np.asarray(running[frames]), strict=False):  # the rest is filling
+                    rows[index] = row
+            return rows  # of other lengths where the output tells of each patch
 
+        return outputs
 
-def _hear(source: Any, frontend: FrontendConfig, sampling_rate: int | None) -> Heard:
-    """Decode as much of a source as the model hears."""
-    name, sound = _read(source, frontend, sampling_rate)
-    if isinstance(sound, str):
-        return Heard(name, error=sound)
-    samples = sound.samples[: frontend.max_samples]  # the result says what was cut
-    return Heard(name, samples, len(samples) / frontend.sampling_rate, sound.duration)
+    def _frames(self, samples: int) -> int:
+        """Return the frames of the model that hears so many samples: its own, or as many as hold whole patches."""
+        config = self.checkpoint.config
+        if self.padding != "own-length":
+            return config.max_length
+        patch, stride = config.patch_shape[1], config.time_stride
+        frames = min(kaldi.num_frames(samples, self.checkpoint.frontend), config.max_length)
+        return patch + max(0, frames - patch) // stride * stride
 
-
-def _read(source: Any, frontend: FrontendConfig, sampling_rate: int | None) -> tuple[str, Sound | str]:
-    """Return a source's name, and its sound or what is wrong with it."""
-    name = describe(source)
-    try:
-        if not (hasattr(source, "__array__") or isinstance(source, list)):
-            return name, decode(source, frontend.sampling_rate, max_seconds=frontend.max_seconds)
-        if sampling_rate is None:
-            raise ValueError("samples: expected sampling_rate=… beside an array, got none")
-        if not isinstance(sampling_rate, numbers.Real) or not 0 < sampling_rate < math.inf:
-            raise ValueError(f"sampling_rate: expected a positive number of Hz, got {sampling_rate!r}")
-        samples = np.asarray(source)
-        if samples.ndim == 2 and samples.shape[0] == 1:
-            samples = samples[0]
-        if samples.ndim != 1 or samples.dtype.kind != "f":
-            raise ValueError(
-                f"samples: expected floating-point samples [S] in [-1, 1], got {samples.dtype} {samples.shape}"
-            )
-        duration = len(samples) / sampling_rate
-        beginning = samples[: int(np.ceil((frontend.max_seconds + RESAMPLER_REACH) * sampling_rate))]
-        return name, Sound(
-            to_mono(beginning, sampling_rate, frontend.sampling_rate, name), frontend.sampling_rate, duration
-        )
-    except (AudioError, FileNotFoundError) as error:
-        return name, str(error)
-
-
-def _start(batch: tuple[Heard, ...], batch_size: int, params: Any, checkpoint: Checkpoint) -> jax.Array | None:
-    """Start computing the scores of what was heard; None where that is nothing."""
-    sounds = [heard.samples for heard in batch if heard.samples is not None]
-    if not sounds:
-        return None
-    config, frontend = checkpoint.config, checkpoint.frontend.replace(dither=0.0)  # dither is for training
-    size = min(1 << (len(sounds) - 1).bit_length(), batch_size)
-    waveforms, num_samples = np.zeros((size, frontend.max_samples), np.float32), np.zeros(size, np.int32)
-    for row, samples in enumerate(sounds):
-        waveforms[row, : len(samples)] = samples
-        num_samples[row] = len(samples)
-    return _scores(logits_of_waveforms(params, waveforms, num_samples, config, frontend), config)
-
-
-def _results(batch: tuple[Heard, ...], scores: jax.Array | None, config: ASTConfig, top_k: int) -> Iterator[Result]:
-    """Yield the results of a batch in order."""
-    rows = iter(() if scores is None else np.asarray(scores))
-    for heard in batch:
-        if heard.error:
-            yield Result(heard.name, [], error=heard.error)
-            continue
-        row = next(rows)
-        if not np.isfinite(row).all():
-            reason = "the scores are not finite; the values of the sound or of the model are too large"
-            yield Result(heard.name, [], error=f"{heard.name}: {reason}")
-            continue
-        best = np.argsort(-row, kind="stable")[:top_k]
-        predictions = [(config.labels[label], float(row[label])) for label in best]
-        yield Result(heard.name, predictions, heard.used, heard.duration)
+    def _start(self, sounds: Sequence[np.ndarray], frames: int) -> jax.Array:
+        """Start the model of a length on sounds; the outputs have rows for the filling too."""
+        if frames not in self.lengths:
+            own = frames == self.checkpoint.config.max_length
+            self.lengths[frames] = self.checkpoint if own else resize(self.checkpoint, max_length=frames)
+        params, config, frontend = self.lengths[frames]
+        size = min(1 << (len(sounds) - 1).bit_length(), self.batch_size)
+        waveforms, num_samples = np.zeros((size, frontend.max_samples), np.float32), np.zeros(size, np.int32)
+        for row, samples in enumerate(sounds):
+            filled = samples[: frontend.max_samples]
+            if self.padding == "repeat":
+                filled = np.resize(samples, frontend.max_samples)
+            waveforms[row, : len(filled)] = filled
+            num_samples[row] = len(filled)
+        inputs = (waveforms, num_samples)
+        piece, masked = _piece(size, config), self.padding == "mask"
+        return _run(params, inputs, config, frontend, piece, None, _attention(params, None), self.output, masked)
 
 
 def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> jax.Array:
@@ -233,7 +237,9 @@ def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> j
 
     On a CPU as many go through the model at once as leave what lies between two layers in the cache.
     """
-    return _logits(params, (spec,), config, None, _piece(len(spec), config), dtype, _attention(params, dtype))
+    return _run(
+        params, (spec,), config, None, _piece(len(spec), config), dtype, _attention(params, dtype), model.apply, False
+    )
 
 
 def logits_of_waveforms(
@@ -241,7 +247,7 @@ def logits_of_waveforms(
 ) -> jax.Array:
     """Compute logits [B, C] of waveforms [B, S], features included, as `logits`; see `features.padded_log_mel`."""
     inputs, piece = (waveforms, num_samples), _piece(len(waveforms), config)
-    return _logits(params, inputs, config, frontend, piece, dtype, _attention(params, dtype))
+    return _run(params, inputs, config, frontend, piece, dtype, _attention(params, dtype), model.apply, False)
 
 
 def _piece(batch: int, config: ASTConfig) -> int:
@@ -257,8 +263,8 @@ def _attention(params: Any, dtype: Any) -> str:
     return fastest_implementation(params["layernorm"]["scale"].dtype if dtype is None else dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "frontend", "piece", "dtype", "attention"))
-def _logits(
+@functools.partial(jax.jit, static_argnames=("config", "frontend", "piece", "dtype", "attention", "output", "masked"))
+def _run(
     params: Any,
     inputs: tuple[jax.Array, ...],
     config: ASTConfig,
@@ -266,22 +272,36 @@ def _logits(
     piece: int,
     dtype: Any,
     attention: str,
+    output: Output,
+    masked: bool,
 ) -> jax.Array:
-    """Compute logits [B, C], `piece` spectrograms (or, with a frontend, waveforms and their samples) at a time."""
+    """Compute outputs [B, ...], `piece` at a time, of spectrograms, or with a frontend of waveforms and their samples.
+
+    With `masked`, tokens that do not lie wholly within a waveform are masked.
+    """
 
     def some(inputs: tuple[jax.Array, ...]) -> jax.Array:
-        spec = inputs[0] if frontend is None else normalize(padded_log_mel(*inputs, frontend), frontend)
-        return model.apply(params, spec, config, dtype=dtype, attention_implementation=attention)
+        spec, lengths = inputs[0], None
+        if frontend is not None:
+            spec = normalize(padded_log_mel(*inputs, frontend), frontend)
+        if masked:  # at least one patch is heard, or there would be nothing
+            lengths = jnp.clip(kaldi.num_frames(inputs[1], frontend), config.patch_shape[1], config.max_length)
+        return output(params, spec, config, lengths=lengths, dtype=dtype, attention_implementation=attention)
 
     if piece == len(inputs[0]):
         return some(inputs)
     pieces = jax.tree.map(lambda x: x.reshape(-1, piece, *x.shape[1:]), inputs)
-    return jax.lax.map(some, pieces).reshape(len(inputs[0]), -1)
+    found = jax.lax.map(some, pieces)
+    return found.reshape(len(inputs[0]), *found.shape[2:])
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _scores(outputs: jax.Array, config: ASTConfig) -> jax.Array:
-    """Return scores [B, C] in the sense of the model's problem type."""
+def _scores_of(params: Any, spec: jax.Array, config: ASTConfig, **options: Any) -> jax.Array:
+    """Return the scores [B, C] of spectrograms."""
+    return as_scores(model.apply(params, spec, config, **options), config)
+
+
+def as_scores(outputs: jax.Array, config: ASTConfig) -> jax.Array:
+    """Return logits [B, C] as scores in the sense of the model's problem type."""
     kind = config.resolved_problem_type
     if kind == "multi_label_classification":
         return jax.nn.sigmoid(outputs)

@@ -1,0 +1,474 @@
+"""Commands on sounds: classify, embed, explain."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import enum
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_common import MODEL_HELP, app, complain, json_line, one_line, progress, user_errors, wrong_usage
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .listening import Part
+    from .timeline import Analysis, Segment
+
+STDIN = "-"
+SEGMENTS = 20  # of a timeline that are printed
+
+
+class Aggregate(enum.StrEnum):
+    """How the scores of windows become one."""
+
+    mean = "mean"
+    max = "max"
+
+
+class Padding(enum.StrEnum):
+    """What fills a window that is shorter than the model's input."""
+
+    zero = "zero"
+    repeat = "repeat"
+    mask = "mask"
+    own_length = "own-length"
+
+
+class Encoding(enum.StrEnum):
+    """Samples without a header, by ffmpeg's names."""
+
+    s16le = "s16le"
+    s16be = "s16be"
+    s24le = "s24le"
+    s32le = "s32le"
+    f32le = "f32le"
+    f64le = "f64le"
+    u8 = "u8"
+    alaw = "alaw"
+    mulaw = "mulaw"
+
+
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        help="Sound files: WAV, FLAC, OGG or MP3, any rate, length and channels; folders of such files; or - for WAV "
+        "or raw samples from the standard input."
+    ),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Window = Annotated[
+    float | None,
+    typer.Option("--window", help="Seconds that are scored together.", show_default="the model's input"),
+]
+Hop = Annotated[
+    float | None, typer.Option("--hop", help="Seconds from one window to the next.", show_default="half a window")
+]
+Pad = Annotated[
+    Padding,
+    typer.Option(
+        "--pad",
+        help="What is shorter than the model's input is filled with zeros, as the original does, or with itself; or "
+        "the rest is masked; or the model runs at the sound's own length.",
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Windows that go through the model together.", show_default="8 on CPU, 64")
+]
+
+
+@app.command()
+def classify(
+    files: Files,
+    model: Model = "sounds-tiny",
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many labels to print.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each file.")] = False,
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option("--output", "-o", help="Write a row for each file, in order, to this CSV or JSONL instead."),
+    ] = None,
+    window: Window = None,
+    hop: Hop = None,
+    aggregate: Annotated[
+        Aggregate, typer.Option(help="How the scores of windows become those of the whole.")
+    ] = Aggregate.mean,
+    pad: Pad = Padding.zero,
+    timeline: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Write who is heard when, a row for each stretch, to this CSV or JSONL; or as a label track for "
+            "Audacity to this .txt."
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Score that makes a stretch.")] = 0.5,
+    low: Annotated[
+        float | None,
+        typer.Option(help="Score down to which a stretch goes on.", show_default="0.6 of the threshold"),
+    ] = None,
+    picture: Annotated[
+        pathlib.Path | None, typer.Option(help="Draw the stretches under the spectrogram, of one file, to this PNG.")
+    ] = None,
+    raw: Annotated[
+        Encoding | None, typer.Option(help="The standard input has samples without a header, encoded like this.")
+    ] = None,
+    rate: Annotated[int, typer.Option(min=1, help="Hz of these samples.")] = 16000,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of these samples.")] = 1,
+    batch_size: BatchSize = None,
+) -> None:
+    """Name what is in sound files, and when.
+
+    Scores are probabilities, of each label for itself where the model is multi-label. A sound that is longer than the
+    model's input is heard in windows to its end; its scores are their mean, and a list says what is heard when. A bad
+    file is one line on stderr; the others still print, and the exit status is 1.
+    """
+    _check_ending("--output", output, (".csv", ".jsonl"))
+    _check_ending("--timeline", timeline, (".csv", ".jsonl", ".txt"))
+    _check_ending("--picture", picture, (".png",))
+    if output and as_json:
+        wrong_usage("--json prints and --output writes: expected one of them; a name that ends in .jsonl writes JSON")
+    if low is not None and low > threshold:
+        wrong_usage(f"--low: expected at most --threshold {threshold:g}, got {low:g}")
+    if STDIN in files and (len(files) > 1 or picture):
+        wrong_usage(f"{STDIN}: expected nothing beside the standard input, {'no --picture' if picture else 'no files'}")
+    failed = False
+    with user_errors():
+        from .predict import analyze_each
+        from .streams import Live
+
+        checkpoint = _loaded(model)
+        live = files == [STDIN]
+        names, failed = ([], False) if live else _all_sounds(files)
+        if not live and not names:
+            raise typer.Exit(1)
+        if (picture or (timeline and timeline.suffix.lower() == ".txt")) and not live and len(names) != 1:
+            wrong_usage(f"{'--picture' if picture else '--timeline .txt'}: expected one file, got {len(names)}")
+        sources = Live(0, raw and raw.value, rate, channels) if live else names
+        tell = _window_printer(checkpoint, top_k, as_json) if live and not output else lambda part: None
+        with contextlib.ExitStack() as outputs:
+            cut = {"threshold": threshold, "low": low}
+            top_k = min(top_k, checkpoint.config.num_labels)
+            write = outputs.enter_context(_results_writer(output, as_json, top_k, cut))
+            write_timeline = outputs.enter_context(_timeline_writer(timeline))
+            for found in analyze_each(
+                sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
+                batch_size=batch_size, tell=tell,
+            ):  # fmt: skip
+                if found.error:
+                    failed = True
+                    complain(found.error)
+                elif picture:
+                    from .pictures import timeline_picture
+
+                    timeline_picture(found, checkpoint.frontend, picture, **cut)
+                write(found)
+                write_timeline(found, found.timeline(**cut))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_ending(option: str, path: pathlib.Path | None, endings: tuple[str, ...]) -> None:
+    """Refuse a name that ends in none of these."""
+    if path and path.suffix.lower() not in endings:
+        *most, last = endings
+        known = f"{', '.join(most)} or {last}" if most else last
+        wrong_usage(f"{option}: expected a name that ends in {known}, got {path}")
+
+
+def _loaded(model: str) -> Checkpoint:
+    """Load a model, and tell what was assumed of weights that are not ours."""
+    from .checkpoint import is_own, load
+
+    checkpoint = load(model)
+    if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
+        for note in checkpoint.metadata["conversion"]["notes"]:
+            complain(f"{model}: {note}")
+    return checkpoint
+
+
+def _all_sounds(files: list[str]) -> tuple[list[str], bool]:
+    """Return the files, those in folders among them, and whether a folder was bad: that does not lose the others."""
+    names, failed = [], False
+    for file in files:
+        try:
+            names += _sounds(file)
+        except (ValueError, OSError) as error:
+            failed = True
+            complain(str(error))
+    return names, failed
+
+
+def _sounds(name: str) -> list[str]:
+    """Return the sound files in a folder and the folders in it; of anything else its name, which may yet be a file's.
+
+    Raises:
+        ValueError: a folder without any.
+    """
+    if not pathlib.Path(name).is_dir():
+        return [name]
+    from .rows import AUDIO_SUFFIXES, visible_files
+
+    found = [str(path) for path in visible_files(pathlib.Path(name)) if path.suffix.lower() in AUDIO_SUFFIXES]
+    if not found:
+        endings = ", ".join(sorted(AUDIO_SUFFIXES))
+        raise ValueError(f"{name}: expected a folder with sound files, found none that ends in {endings}")
+    return found
+
+
+@contextlib.contextmanager
+def _results_writer(
+    output: pathlib.Path | None, as_json: bool, top_k: int, cut: dict[str, Any]
+) -> Iterator[Callable[[Analysis], None]]:
+    """Yield what takes each result: to the terminal, or to a file that is there when all of them are in it."""
+    if output is None:
+        yield (
+            lambda found: (
+                None if found.error else _print_json(found, top_k, cut) if as_json else _print_text(found, top_k, cut)
+            )
+        )
+        return
+    with _table(output) as (file, write_row):
+        if output.suffix.lower() == ".jsonl":
+            yield lambda found: file.write(f"{json.dumps(_result_json(found, top_k, cut), ensure_ascii=False)}\n")
+        else:
+            best = [f"{what}_{place}" for place in range(1, top_k + 1) for what in ("label", "score")]
+            write_row(["file", "duration_seconds", "windows", "error", *best])
+            yield lambda found: write_row(_result_row(found, top_k))
+
+
+@contextlib.contextmanager
+def _timeline_writer(path: pathlib.Path | None) -> Iterator[Callable[[Analysis, list[Segment]], None]]:
+    """Yield what takes the timeline of each result, to a file that is there when all of them are in it."""
+    if path is None:
+        yield lambda found, segments: None
+        return
+    with _table(path) as (file, write_row):
+
+        def write(found: Analysis, segments: list[Segment]) -> None:
+            for segment in segments:
+                if path.suffix.lower() == ".csv":
+                    times = (f"{segment.start:.3f}", f"{segment.end:.3f}")
+                    write_row([found.source, *times, segment.label, f"{segment.score:.6f}"])
+                elif path.suffix.lower() == ".jsonl":
+                    content = {"file": found.source, **_segment_json(segment)}
+                    file.write(f"{json.dumps(content, ensure_ascii=False)}\n")
+                else:
+                    file.write(f"{segment.start:.6f}\t{segment.end:.6f}\t{one_line(segment.label)}\n")
+
+        if path.suffix.lower() == ".csv":
+            write_row(["file", "start_seconds", "end_seconds", "label", "score"])
+        yield write
+
+
+@contextlib.contextmanager
+def _table(path: pathlib.Path) -> Iterator[tuple[Any, Callable[[list[Any]], Any]]]:
+    """Yield a text file that is there when all is in it, and what writes a row of CSV to it."""
+    from .files import whole_file
+
+    with whole_file(path) as name, name.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        yield file, csv.writer(file).writerow
+
+
+def _window_printer(checkpoint: Checkpoint, top_k: int, as_json: bool) -> Callable[[Part], None]:
+    """Return what prints a window as soon as it is complete."""
+    from .timeline import ranked
+
+    def tell(part: Part) -> None:
+        best = ranked(part.output, checkpoint.config.labels, top_k)
+        if as_json:
+            content = {"start": round(part.start, 3), "end": round(part.end, 3), "predictions": _best_json(best)}
+            print(json_line(content), flush=True)
+        else:
+            labels = "   ".join(f"{score:.3f} {one_line(label)}" for label, score in best)
+            print(f"{part.start:9.2f} to {part.end:9.2f} s   {labels}", flush=True)
+
+    return tell
+
+
+def _print_json(found: Analysis, top_k: int, cut: dict[str, Any]) -> None:
+    """Print a result as JSON."""
+    print(json_line(_result_json(found, top_k, cut)), flush=True)
+
+
+def _print_text(found: Analysis, top_k: int, cut: dict[str, Any]) -> None:
+    """Print a result for people."""
+    lines = [one_line(found.source) + _extent(found)]
+    lines += [f"  {score:6.3f}  {one_line(label)}" for label, score in found.best(top_k)]
+    if len(found.times) > 1:
+        segments = found.timeline(**cut)
+        lines += [
+            f"  {segment.start:9.2f} to {segment.end:9.2f} s  {segment.score:6.3f}  {one_line(segment.label)}"
+            for segment in segments[:SEGMENTS]
+        ]
+        if len(segments) > SEGMENTS:
+            lines.append(f"  … and {len(segments) - SEGMENTS} more: --timeline FILE has them all")
+    print(*lines, sep="\n", flush=True)
+
+
+def _extent(found: Analysis) -> str:
+    """Say how a sound of several windows was heard."""
+    if len(found.times) < 2:
+        return ""
+    length, hop = found.times[0, 1] - found.times[0, 0], found.times[1, 0] - found.times[0, 0]
+    every = f" every {hop:.2f} s" if len(found.times) > 2 else ""
+    return f"  ({found.duration:.2f} s in {len(found.times)} windows of {length:.2f} s{every}; their {found.aggregate})"
+
+
+def _result_row(found: Analysis, top_k: int) -> list[Any]:
+    """Return a result as a row of CSV."""
+    if found.error:
+        return [found.source, "", "", found.error]
+    best = [entry for label, score in found.best(top_k) for entry in (label, f"{score:.6f}")]
+    return [found.source, f"{found.duration:.3f}", len(found.times), "", *best]
+
+
+def _result_json(found: Analysis, top_k: int, cut: dict[str, Any]) -> dict[str, Any]:
+    """Return a result as JSON has it; where there is an error, only that."""
+    if found.error:
+        return {"file": found.source, "error": found.error}
+    content: dict[str, Any] = {
+        "file": found.source,
+        "duration_seconds": round(found.duration, 3),
+        "windows": len(found.times),
+        "predictions": _best_json(found.best(top_k)),
+    }
+    if len(found.times) > 1:
+        content["timeline"] = [_segment_json(segment) for segment in found.timeline(**cut)]
+    return content
+
+
+def _best_json(best: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return labels and scores as JSON has them."""
+    return [{"label": label, "score": round(score, 6)} for label, score in best]
+
+
+def _segment_json(segment: Segment) -> dict[str, Any]:
+    """Return a stretch as JSON has it."""
+    return {
+        "start": round(segment.start, 3), "end": round(segment.end, 3), "label": segment.label,
+        "score": round(segment.score, 6),
+    }  # fmt: skip
+
+
+class Pool(enum.StrEnum):
+    """Which vector says what a window is like."""
+
+    pooled = "pooled"
+    cls = "cls"
+    mean = "mean"
+    none = "none"
+
+
+class Per(enum.StrEnum):
+    """What has a row of its own."""
+
+    window = "window"
+    clip = "clip"
+
+
+@app.command()
+def embed(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Sound files: WAV, FLAC, OGG or MP3, any rate, length and channels; and folders."),
+    ],
+    output: Annotated[
+        pathlib.Path, typer.Option("--output", "-o", help="The .npz or .parquet to write: a row for each vector.")
+    ],
+    model: Model = "sounds-tiny",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="After how many blocks; 0 for the embeddings, -1 for the last block.",
+            show_default="the last, and the final norm",
+        ),
+    ] = None,
+    pool: Annotated[
+        Pool,
+        typer.Option(
+            help="What the classifier takes (the mean of both tokens), the class token, the mean of all patches, or a "
+            "row for every patch, with its times and frequencies."
+        ),
+    ] = Pool.pooled,
+    per: Annotated[
+        Per, typer.Option(help="A row for every window of a sound, or one for the whole, their mean.")
+    ] = Per.window,
+    window: Window = None,
+    hop: Hop = None,
+    pad: Pad = Padding.zero,
+    batch_size: BatchSize = None,
+) -> None:
+    """Turn sounds into vectors, to search, group or classify them by.
+
+    A bad file is one line on stderr; the others are still written, and the exit status is 1.
+    """
+    _check_ending("--output", output, (".npz", ".parquet"))
+    failed = False
+    with user_errors():
+        from .embeddings import embed_each
+        from .vectors import vector_table
+
+        checkpoint = _loaded(model)
+        names, failed = _all_sounds(files)
+        if not names:
+            raise typer.Exit(1)
+        with vector_table(output) as write:
+            for found in embed_each(
+                names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
+                batch_size=batch_size,
+            ):  # fmt: skip
+                if found.error:
+                    failed = True
+                    complain(found.error)
+                else:
+                    write(found, whole=per is Per.clip)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    file: Annotated[str, typer.Argument(help="A sound file: WAV, FLAC, OGG or MP3, any rate, length and channels.")],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The picture to write, a .png.")],
+    model: Model = "sounds-tiny",
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="A label to explain (several: again).", show_default=False)
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Else how many of the best.")] = 3,
+    start: Annotated[
+        float | None,
+        typer.Option(
+            help="Where in a long sound, in seconds.", show_default="the window in which the best label is heard best"
+        ),
+    ] = None,
+    cells: Annotated[
+        tuple[int, int], typer.Option(help="Cells of frequency and time that occlusion takes out, one at a time.")
+    ] = (8, 16),
+    arrays: Annotated[
+        pathlib.Path | None, typer.Option(help="Also write what is drawn as arrays, to this .npz.")
+    ] = None,
+) -> None:
+    """Draw what in a sound speaks for its labels: attention rollout, gradient saliency, occlusion."""
+    _check_ending("--output", output, (".png",))
+    _check_ending("--arrays", arrays, (".npz",))
+    with user_errors():
+        from .explanations import explain as look_into
+        from .pictures import explanation_picture
+
+        checkpoint = _loaded(model)
+        with progress("occlusion") as tell:
+            found = look_into(
+                file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
+                cells=cells, tell=tell,
+            )  # fmt: skip
+        explanation_picture(found, output)
+        if arrays:
+            from .vectors import write_arrays
+
+            write_arrays(arrays, found)
+        print(f"{one_line(file)}: {found.duration:.2f} s from {found.start:.2f} s on, explained in {output}")
+        for name, score in zip(found.labels, found.scores, strict=True):
+            print(f"  {score:6.3f}  {one_line(name)}")

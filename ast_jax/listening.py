@@ -1,0 +1,168 @@
+"""Sounds to what a model makes of their windows: threads decode, the device takes batches, results come in order.
+
+`listen` is what `classify` and `embed` stand on. Threads read the beginnings of sounds, some batches ahead; the rest of
+a long one is read as it is needed, so that memory grows neither with the number of sounds nor with their length.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .audio import AudioError, describe
+from .streams import Live, mono_blocks
+from .threads import in_order
+from .windows import Grid, cut, piece_starts
+
+AHEAD = 3  # batches that are read before the first of them is out
+FIRST = 8  # pieces of a sound that a thread reads
+
+Start = Callable[[Sequence[np.ndarray]], Callable[[], np.ndarray]]
+
+
+class Part(NamedTuple):
+    """A window of a sound, and what the model makes of it.
+
+    Attributes:
+        start: seconds.
+        end: seconds.
+        output: [...] of the window; of one that is heard in several pieces what `combine` made of theirs.
+    """
+
+    start: float
+    end: float
+    output: np.ndarray
+
+
+class End(NamedTuple):
+    """The end of a sound.
+
+    Attributes:
+        name: the sound's.
+        duration: seconds.
+        error: one line, or None; then the parts before are not to be used.
+    """
+
+    name: str
+    duration: float = 0.0
+    error: str | None = None
+
+
+class _Piece(NamedTuple):
+    """As much of a window as goes through the model at once."""
+
+    start: float
+    end: float
+    samples: np.ndarray
+    last: bool
+
+
+def listen(
+    sources: Iterable[Any],
+    start: Start,
+    grid: Grid,
+    rate: int,
+    *,
+    batch_size: int,
+    combine: Callable[[np.ndarray], np.ndarray],
+    array_rate: int | None = None,
+) -> Iterator[Part | End]:
+    """Yield the windows of every sound in order, and its end after them.
+
+    A sound that cannot be used ends with its error, and the others go on.
+
+    Args:
+        sources: paths, bytes, file objects, samples [S], or one `Live`, whose windows come as they are complete.
+        start: starts the model on pieces [P] of [S]; what it returns waits for their outputs [P, ...].
+        grid: how sounds are cut.
+        rate: Hz of the model's input.
+        batch_size: pieces that go through the model together.
+        combine: outputs [P, ...] of a window's pieces to one.
+        array_rate: Hz of samples given as arrays.
+    """
+    live = isinstance(sources, Live)
+    if live:
+        items, batch_size = _pieces(sources, grid, rate, None), 1
+    else:
+        items = _read_ahead(sources, grid, rate, array_rate, AHEAD * batch_size)
+    told: list[np.ndarray] = []  # outputs of the window's pieces so far
+    running: collections.deque[tuple[list[_Piece | End], Callable[[], np.ndarray]]] = collections.deque()
+    for batch in _batched(items, batch_size):
+        running.append((batch, start([item.samples for item in batch if isinstance(item, _Piece)])))
+        if live or len(running) > 1:  # one is at work, and the next is there when it is done
+            yield from _events(*running.popleft(), told, combine)
+    for batch, outputs in running:
+        yield from _events(batch, outputs, told, combine)
+
+
+def _read_ahead(
+    sources: Iterable[Any], grid: Grid, rate: int, array_rate: int | None, ahead: int
+) -> Iterator[_Piece | End]:
+    """Yield the pieces of all sounds, the first of which are read by threads."""
+
+    def begin(source: Any) -> tuple[list[_Piece | End], Iterator[_Piece | End]]:
+        pieces = _pieces(source, grid, rate, array_rate)
+        return list(itertools.islice(pieces, FIRST)), pieces
+
+    for first, rest in in_order(begin, sources, ahead=ahead):
+        yield from first
+        yield from rest
+
+
+def _pieces(source: Any, grid: Grid, rate: int, array_rate: int | None) -> Iterator[_Piece | End]:
+    """Yield the pieces of a sound as it is read, and its end."""
+    name, read = describe(source), 0
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal read
+        for block in mono_blocks(source, rate, array_rate):
+            read += len(block)
+            yield block
+
+    try:
+        for start, samples in cut(counted(), grid):
+            begins = piece_starts(len(samples), grid.longest)
+            for begin in begins:
+                piece = samples[begin : begin + grid.longest]
+                yield _Piece(start / rate, (start + len(samples)) / rate, piece, begin == begins[-1])
+    except (AudioError, FileNotFoundError) as error:
+        yield End(name, error=str(error))
+    else:
+        yield End(name, read / rate)
+
+
+def _batched(items: Iterable[_Piece | End], size: int) -> Iterator[list[_Piece | End]]:
+    """Yield the items in lists with a number of pieces, of which the last may have fewer."""
+    batch: list[_Piece | End] = []
+    count = 0
+    for item in items:
+        batch.append(item)
+        count += isinstance(item, _Piece)
+        if count == size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+def _events(
+    batch: list[_Piece | End],
+    outputs: Callable[[], np.ndarray],
+    told: list[np.ndarray],
+    combine: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[Part | End]:
+    """Yield the windows and ends of a batch; `told` keeps what belongs to a window that is not complete."""
+    rows = iter(outputs())
+    for item in batch:
+        if isinstance(item, End):
+            told.clear()
+            yield item
+            continue
+        told.append(next(rows))
+        if item.last:
+            yield Part(item.start, item.end, told[0] if len(told) == 1 else combine(np.stack(told)))
+            told.clear()

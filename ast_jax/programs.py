@@ -1,0 +1,155 @@
+"""One function from samples to logits, and that function as a program in a file which needs JAX alone to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from . import model
+from .checkpoint import Checkpoint
+from .config import ASTConfig, FrontendConfig
+from .features import normalize, padded_log_mel
+from .files import whole_file
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def wave_to_logits(
+    params: Any,
+    config: ASTConfig,
+    frontend: FrontendConfig,
+    *,
+    dtype: Any = None,
+    attention_implementation: str = "auto",
+) -> Callable[..., jax.Array]:
+    """Return a pure function from samples to logits, features included.
+
+    It runs under `jit`, `grad` (to the samples), `vmap` and `pmap`, and gives what `ASTFeatureExtractor` and `apply`
+    give.
+
+    Args:
+        params: the parameter tree.
+        config: the architecture.
+        frontend: settings of the features; dither is left out.
+        dtype: as in `apply`.
+        attention_implementation: as in `apply`.
+
+    Returns:
+        `logits(waveform, num_samples=None)`. `waveform` is [S] or [B, S], floating point in [-1, 1] at
+        `frontend.sampling_rate`, at most `frontend.max_samples` long; what is shorter is padded. `num_samples` (a
+        scalar or [B]) says how many of S are sound, None that all are. The logits are [C] or [B, C].
+
+    Raises:
+        ValueError: `params` have no classifier; from the function, another shape or dtype, or too many samples.
+    """
+    if "classifier" not in params:
+        raise ValueError("params: expected a classifier, got a headless model")
+    settings = frontend.replace(dither=0.0)
+
+    def logits(waveform: Any, num_samples: Any = None) -> jax.Array:
+        waveform = jnp.asarray(waveform)
+        if waveform.ndim not in (1, 2) or not jnp.issubdtype(waveform.dtype, jnp.floating):
+            raise ValueError(
+                f"waveform: expected floating-point samples [S] or [B, S], got {waveform.dtype} {waveform.shape}"
+            )
+        size = waveform.shape[-1]
+        if not 0 < size <= settings.max_samples:
+            raise ValueError(
+                f"waveform: expected 1 to {settings.max_samples} samples ({settings.max_seconds:g} s), got {size}; "
+                "take windows of what is longer (ast_jax.analyze does)"
+            )
+        batch = jnp.atleast_2d(waveform)
+        counts = jnp.broadcast_to(jnp.asarray(size if num_samples is None else num_samples), batch.shape[:1])
+        batch = jnp.pad(batch, ((0, 0), (0, settings.max_samples - size)))
+        spec = normalize(padded_log_mel(batch, counts, settings), settings)
+        out = model.apply(params, spec, config, dtype=dtype, attention_implementation=attention_implementation)
+        return out[0] if waveform.ndim == 1 else out
+
+    return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model as a program: features, architecture and weights.
+
+    Attributes:
+        exported: what `jax.export` makes of it.
+        labels: names of the C classes, in the order of the logits.
+        num_samples: S that it takes.
+    """
+
+    exported: jax_export.Exported
+    labels: tuple[str, ...]
+    num_samples: int
+
+    def __call__(self, waveforms: Any, num_samples: Any = None) -> jax.Array:
+        """Return logits [B, C] of waveforms [B, S'], S' up to `num_samples`; `num_samples` [B] of each are sound."""
+        waveforms = jnp.asarray(waveforms, jnp.float32)
+        if waveforms.ndim != 2 or not 0 < waveforms.shape[1] <= self.num_samples:
+            raise ValueError(f"waveforms: expected [B, 1 to {self.num_samples}], got {waveforms.shape}")
+        counts = jnp.full(len(waveforms), waveforms.shape[1]) if num_samples is None else jnp.asarray(num_samples)
+        padded = jnp.pad(waveforms, ((0, 0), (0, self.num_samples - waveforms.shape[1])))
+        named = self.exported.call(padded, counts.astype(jnp.int32))
+        return jnp.stack([named[label] for label in self.labels], axis=-1)
+
+
+def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, platforms: Sequence[str] = PLATFORMS) -> None:
+    """Write a model as a program for `jax.export.deserialize`: samples in, logits out, for any size of batch.
+
+    The program takes waveforms [B, S] float32, S being the model's input, and how many samples of each are sound [B]
+    int32; it returns a dict of label to logits [B]. `finetune --teacher` takes such programs too.
+
+    Args:
+        checkpoint: the model.
+        path: of the file; it is written whole or not at all.
+        platforms: of "cpu", "cuda", "rocm" and "tpu", those that it is to run on.
+
+    Raises:
+        ValueError: another platform, no classifier, or two labels of one name.
+    """
+    params, config, frontend = checkpoint
+    unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
+    if unknown or not platforms:
+        raise ValueError(f"platforms: expected some of cpu, cuda, rocm, tpu, got {', '.join(unknown) or 'none'}")
+    if len(set(config.labels)) < len(config.labels):
+        raise ValueError("labels: expected a name of its own for each class, as the program's outputs have names")
+    logits = wave_to_logits(params, config, frontend)
+
+    def program(waveform: jax.Array, num_samples: jax.Array) -> Mapping[str, jax.Array]:
+        out = logits(waveform, num_samples)
+        return {label: out[:, index] for index, label in enumerate(config.labels)}
+
+    (batch,) = jax_export.symbolic_shape("b")
+    shapes = jax.ShapeDtypeStruct((batch, frontend.max_samples), np.float32), jax.ShapeDtypeStruct((batch,), np.int32)
+    exported = jax_export.export(jax.jit(program), platforms=list(platforms))(*shapes)
+    with whole_file(path) as name:
+        name.write_bytes(exported.serialize())
+
+
+def load_program(path: str | os.PathLike[str]) -> Program:
+    """Read what `export` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a program of that kind, or none that this JAX can read.
+    """
+    path = pathlib.Path(path)
+    content = path.read_bytes()
+    try:
+        exported = jax_export.deserialize(bytearray(content))
+    except Exception as error:  # flatbuffers and XLA raise whatever they meet
+        raise ValueError(f"{path}: not a program that jax.export of this version can read ({error})") from error
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    if not isinstance(outputs, dict) or len(exported.in_avals) != 2 or exported.in_avals[0].ndim != 2:
+        raise ValueError(
+            f"{path}: expected a function of (waveform, num_samples) that returns a dict of label to logits"
+        )
+    return Program(exported, tuple(outputs), int(exported.in_avals[0].shape[1]))

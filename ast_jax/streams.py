@@ -1,0 +1,127 @@
+"""Sound as it comes: blocks of mono samples at the wanted rate, of a file of any length, an array or a pipe.
+
+Memory holds a few seconds at a time. The samples are those of `read_audio`, bit by bit: soxr's stream gives what it
+gives for the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from .audio import AudioError, check_extent, describe, open_sound, read_blocks
+
+BLOCK_SECONDS = 2.0
+LIVE_SECONDS = 0.05  # of a block that may still have to be played
+ENCODINGS = {  # ffmpeg's names for raw samples, and libsndfile's
+    "s16le": ("PCM_16", "LITTLE"), "s16be": ("PCM_16", "BIG"), "s24le": ("PCM_24", "LITTLE"),
+    "s32le": ("PCM_32", "LITTLE"), "f32le": ("FLOAT", "LITTLE"), "f64le": ("DOUBLE", "LITTLE"),
+    "u8": ("PCM_U8", "FILE"), "alaw": ("ALAW", "FILE"), "mulaw": ("ULAW", "FILE"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """A sound that comes through a pipe while it is heard.
+
+    Attributes:
+        descriptor: of the pipe, 0 for the standard input.
+        encoding: one of `ENCODINGS` for samples without a header, None for WAV.
+        sampling_rate: Hz of samples without a header.
+        channels: of them.
+        name: for messages.
+    """
+
+    descriptor: int = 0
+    encoding: str | None = None
+    sampling_rate: int = 16000
+    channels: int = 1
+    name: str = "-"
+
+    def __post_init__(self) -> None:
+        """Check the encoding."""
+        if self.encoding is not None and self.encoding not in ENCODINGS:
+            raise ValueError(f"raw samples: expected one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
+
+
+def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) -> Iterator[np.ndarray]:
+    """Yield a sound in blocks [S] of mono float32 at `sampling_rate`, read as they are asked for.
+
+    Args:
+        source: what `read_audio` takes, samples [S], or `Live`.
+        sampling_rate: Hz of the blocks.
+        array_rate: Hz of `source` where it is samples.
+
+    Raises:
+        AudioError: as `read_audio`, where the sound has been read so far.
+        FileNotFoundError: no such file.
+        ValueError: samples without a rate, not [S] or not floating point.
+    """
+    if hasattr(source, "__array__") or isinstance(source, list):
+        samples, rate = _checked(source, array_rate)
+        size = max(1, round(BLOCK_SECONDS * rate))
+        blocks = (samples[start : start + size] for start in range(0, len(samples), size))
+        yield from _resampled(blocks, rate, sampling_rate, describe(source))
+        return
+    with _live(source) if isinstance(source, Live) else open_sound(source) as file:
+        seconds = LIVE_SECONDS if isinstance(source, Live) else BLOCK_SECONDS
+        blocks = read_blocks(file, None, math.ceil(seconds * file.samplerate))
+        yield from _resampled(blocks, file.samplerate, sampling_rate, describe(source))
+
+
+@contextlib.contextmanager
+def _live(source: Live) -> Iterator[soundfile.SoundFile]:
+    """Open a pipe; whatever is wrong with it is an AudioError."""
+    options: dict[str, Any] = {}
+    if source.encoding:
+        subtype, endian = ENCODINGS[source.encoding]
+        options = {"format": "RAW", "subtype": subtype, "endian": endian, "channels": source.channels}
+        options["samplerate"] = source.sampling_rate
+    try:
+        with soundfile.SoundFile(source.descriptor, closefd=False, **options) as file:
+            yield file
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".") or "Format not recognised"
+        raise AudioError(
+            f"{source.name}: expected WAV, or raw samples with their encoding, rate and channels ({reason})"
+        ) from error
+
+
+def _checked(source: Any, rate: Any) -> tuple[np.ndarray, float]:
+    """Return samples [S] and their rate, both as they can be used."""
+    if rate is None:
+        raise ValueError("samples: expected sampling_rate=… beside an array, got none")
+    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"sampling_rate: expected a positive number of Hz, got {rate!r}")
+    samples = np.asarray(source)
+    if samples.ndim == 2 and samples.shape[0] == 1:
+        samples = samples[0]
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise ValueError(
+            f"samples: expected floating-point samples [S] in [-1, 1], got {samples.dtype} {samples.shape}"
+        )
+    return samples, float(rate)
+
+
+def _resampled(blocks: Iterator[np.ndarray], rate: float, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
+    """Check blocks [S] or [S, channels], average their channels and resample them as one sound."""
+    resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
+    frames = 0
+    for block in blocks:
+        if bad := int(np.count_nonzero(~np.isfinite(block))):
+            where = f" from {frames / rate:.2f} s on" if frames else ""
+            raise AudioError(f"{name}: {bad} of {block.size} samples{where} are NaN or Inf")
+        frames += len(block)
+        mono = block.mean(axis=1, dtype=np.float32) if block.ndim == 2 else block.astype(np.float32)
+        yield mono if resampler is None else resampler.resample_chunk(mono)
+    check_extent(frames / rate, name)
+    if resampler is not None:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
