@@ -472,3 +472,25 @@ def explain(
         print(f"{one_line(file)}: {found.duration:.2f} s from {found.start:.2f} s on, explained in {output}")
         for name, score in zip(found.labels, found.scores, strict=True):
             print(f"  {score:6.3f}  {one_line(name)}")
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help=f"{MODEL_HELP} Several: again.", show_default=False)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in, and anyone there use it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 for any that is free.")] = 7860,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest upload.")] = 50,
+    max_minutes: Annotated[float, typer.Option(min=0.01, help="Longest sound.")] = 10.0,
+) -> None:
+    """Open a page to try models on, in the browser; needs pip install 'ast-jax[demo]'."""
+    with user_errors():
+        from .demo import Limits, serve
+
+        serve(
+            list(model or []), Limits(max_megabytes, max_minutes), host, port,
+            tell=lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True),
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands on models: convert, info."""
+"""Commands on models: convert, info, export."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .cli_common import (
     json_line,
     one_line,
     user_errors,
+    wrong_usage,
 )
 
 
@@ -167,3 +168,30 @@ def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
     """Return the first names, and how many more there are."""
     more = f"; and {len(names) - limit} more" if len(names) > limit else ""
     return "; ".join(map(one_line, names[:limit])) + more  # AudioSet's names have commas in them
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="The .stablehlo file to write.")],
+    platforms: Annotated[
+        str, typer.Option(help="Where it is to run: some of cpu, cuda, rocm, tpu, with commas between.")
+    ] = "cpu,cuda,tpu",
+) -> None:
+    """Write a model as one program, samples to logits for any size of batch, that needs JAX alone to run."""
+    if output.suffix.lower() != ".stablehlo":
+        wrong_usage(f"OUT: expected a name that ends in .stablehlo, got {output}")
+    with user_errors():
+        from .checkpoint import load
+        from .programs import export as write_program
+
+        checkpoint = load(model)
+        write_program(checkpoint, output, platforms=[name.strip() for name in platforms.split(",")])
+        frontend = checkpoint.frontend
+        print(
+            f"{output}: {output.stat().st_size / 1e6:.1f} MB for {platforms}",
+            f"  takes    waveform [b, {frontend.max_samples}] float32 at {frontend.sampling_rate} Hz, "
+            "num_samples [b] int32",
+            f"  returns  a logit [b] for each of {checkpoint.config.num_labels} labels",
+            sep="\n",
+        )

@@ -102,8 +102,8 @@ def embed_each(
         sources: as `audio` of `embed`.
         checkpoint: the model.
         sampling_rate: as in `embed`.
-        layer: after how many blocks, as `hidden_states` counts them: 0 for the embeddings, -1 for the last block. Layers
-            after it are not computed. None for the last one and the final norm, which the classifier takes.
+        layer: after how many blocks, as `hidden_states` counts them: 0 for the embeddings, -1 for the last block.
+            Layers after it are not computed. None for the last one and the final norm, which the classifier takes.
         pool: "pooled" for the mean of the class and the distillation token (what the classifier takes), "cls" for the
             class token, "mean" for the mean of all patches (under "mask" of those that hear the sound alone), "none"
             for every patch.

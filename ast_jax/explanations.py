@@ -78,7 +78,7 @@ def explain(
     """Say what in a sound speaks for its labels.
 
     One window of a sound, as long as the model's input, is explained: of a longer sound by default the one in which its
-    best label (or the first of `labels`) has the highest score.
+    best label (or the first of `labels`) has the highest score. The best labels are those of that window.
 
     Args:
         audio: path, encoded bytes, a file object that can be read again, or samples [S] (with `sampling_rate`).
@@ -105,16 +105,18 @@ def explain(
         raise ValueError(f"cells: expected 1 or more, got {cells}")
     name = describe(audio)
     found = predict.analyze(audio, checkpoint, sampling_rate=sampling_rate)
-    wanted = [config.labels.index(label) for label in labels] if labels else []
-    wanted = wanted or list(np.argsort(-found.overall, kind="stable")[:top_k])
     if start is None:
-        start = float(found.times[found.scores[:, wanted[0]].argmax(), 0])
+        first = config.labels.index(labels[0]) if labels else int(found.overall.argmax())
+        start = float(found.times[found.scores[:, first].argmax(), 0])
     waveform = _samples(audio, frontend, sampling_rate, start, name)
     extractor = ASTFeatureExtractor(frontend)
     spec, (frames,) = extractor(waveform, frontend.sampling_rate, return_attention_mask=True)  # [1, T, F] with padding
     spec = jnp.asarray(spec[0])
     params = jax.device_put(params)
-    outputs, rollout, saliency = _looks(params, spec, np.asarray(wanted), config)
+    outputs = _logits(params, spec, config)
+    best = np.argsort(-np.asarray(outputs), kind="stable")[:top_k].tolist()
+    wanted = [config.labels.index(label) for label in labels] if labels else best
+    rollout, saliency = _looks(params, spec, np.asarray(wanted), config)
     patch_times, patch_frequencies = patch_extents(config, frontend)
     inside = np.flatnonzero(patch_times[:, 0] < len(waveform) / frontend.sampling_rate)
     time_edges = _edges(int(frames), cells[1])
@@ -159,10 +161,14 @@ def _edges(size: int, parts: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _looks(
-    params: Any, spec: jax.Array, wanted: jax.Array, config: ASTConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return logits [C], the rollout [F', T'] and the saliency [K, T, F] of a normalised spectrogram [T, F]."""
+def _logits(params: Any, spec: jax.Array, config: ASTConfig) -> jax.Array:
+    """Return logits [C] of a normalised spectrogram [T, F]."""
+    return model.apply(params, spec, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _looks(params: Any, spec: jax.Array, wanted: jax.Array, config: ASTConfig) -> tuple[jax.Array, jax.Array]:
+    """Return the rollout [F', T'] and the saliency [K, T, F] of a normalised spectrogram [T, F]."""
 
     def logit(spec: jax.Array, label: jax.Array) -> jax.Array:
         return model.apply(params, spec, config)[label]
@@ -170,7 +176,7 @@ def _looks(
     saliency = jax.lax.map(lambda label: jnp.abs(jax.grad(logit)(spec, label)), wanted)
     attentions = model.encode(params, spec, config, output_attentions=True).attentions
     assert attentions is not None
-    return model.apply(params, spec, config), rollout(attentions)[2:].reshape(config.grid), saliency
+    return rollout(attentions)[2:].reshape(config.grid), saliency
 
 
 def rollout(attentions: jax.Array) -> jax.Array:

@@ -114,7 +114,8 @@ def timeline_figure(
         figure = new_figure(10, 3.2 + 0.28 * len(labels))
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 0.28 * len(labels) + 0.1])
         draw_spectrogram(top, spec, frontend, found.duration)
-        top.set_title(short_name(pathlib.PurePath(found.source).name))
+        top.set_title(short_name(pathlib.PurePath(found.source).name), parse_math=False)
+        top.set_xlabel("")
         _draw_segments(figure, bottom, segments, labels, found.duration)
         more = f"; {left_out} more labels are not drawn" if left_out > 0 else ""
         bottom.set_xlabel(f"{bottom.get_xlabel()} (heard: a score of {threshold:g} or more{more})")
@@ -123,10 +124,15 @@ def timeline_figure(
 
 def draw_spectrogram(axes: Axes, spec: np.ndarray, frontend: FrontendConfig, duration: float, **options: Any) -> None:
     """Draw log-mel features [T, F] with Hz and seconds at their sides."""
-    options = {"cmap": MAP, "aspect": "auto", "origin": "lower", "interpolation": "nearest", **options}
-    axes.imshow(spec.T, extent=(0, duration, -0.5, frontend.num_mel_bins - 0.5), **options)
-    places = {hertz: mel_place(hertz, frontend) for hertz in HERTZ}
-    shown = {hertz: place for hertz, place in places.items() if 0 <= place <= frontend.num_mel_bins - 1}
+    bins = frontend.num_mel_bins
+    low = np.quantile(spec, 0.01)  # a mel bin that holds nothing, as some banks have, does not make the rest pale
+    options = {"cmap": MAP, "aspect": "auto", "origin": "lower", "interpolation": "nearest", "vmin": low, **options}
+    axes.imshow(spec.T, extent=(0, duration, -0.5, bins - 0.5), **options)
+    shown: dict[int, float] = {}
+    for hertz in HERTZ:
+        place = mel_place(hertz, frontend)
+        if 0 <= place <= bins - 0.5 and all(abs(place - other) > bins / 15 for other in shown.values()):
+            shown[hertz] = place
     axes.set_yticks(list(shown.values()), [f"{hertz:,}" for hertz in shown])
     axes.set_ylabel("Hz")
     _time_axis(axes, duration)
@@ -225,11 +231,9 @@ def explanation_figure(found: Explanation) -> Figure:
 
 
 def _patch_edges(found: Explanation) -> tuple[np.ndarray, np.ndarray]:
-    """Return edges of cells around the middles of the patches, which overlap: seconds [T' + 1] and mel bins [F' + 1]."""
+    """Return edges of cells around the middles of patches, which overlap: seconds [T' + 1] and mel bins [F' + 1]."""
     middles = found.patch_times.mean(1)
-    places = np.array([[mel_place(hertz, found.frontend) for hertz in pair] for pair in found.patch_frequencies]).mean(
-        1
-    )
+    places = np.vectorize(lambda hertz: mel_place(hertz, found.frontend))(found.patch_frequencies).mean(1)
     return _around(middles, found.duration), _around(places, found.frontend.num_mel_bins)
 
 

@@ -19,7 +19,7 @@ from .files import whole_file
 def vector_table(path: pathlib.Path) -> Iterator[Callable[..., None]]:
     """Yield `write(embedding, whole=False)`; what it was given is in the file when the block ends.
 
-    A row is a vector: "file", "start" and "end" in seconds, of patches also "low" and "high" in Hz, and "embedding".
+    A row is a vector: "source", "start" and "end" in seconds, of patches also "low" and "high" in Hz, and "embedding".
     With `whole` it is the mean of all vectors of the sound. Parquet is written as it comes; for .npz all is held in
     memory.
 
@@ -51,7 +51,7 @@ def rows(found: Embedding, whole: bool = False) -> dict[str, np.ndarray]:
         values = found.values.reshape(-1, found.values.shape[-1])
         columns = {"start": starts, "end": ends, "low": low, "high": high, "embedding": values}
     count = len(columns["embedding"])
-    return {"file": np.array([found.source.encode("utf-8", "backslashreplace").decode()] * count), **columns}
+    return {"source": np.array([found.source.encode("utf-8", "backslashreplace").decode()] * count), **columns}
 
 
 @contextlib.contextmanager

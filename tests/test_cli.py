@@ -52,12 +52,15 @@ def test_classify_prints_scores_and_what_was_heard():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == 8
-    assert lines[0] == f"{SOUNDS / 'speech.flac'}  (first 2.58 s of 5.00 s)"
+    assert len(lines) == 10
+    heard = "  (5.00 s in 3 windows of 2.58 s every 1.29 s; their mean)"
+    assert lines[0] == f"{SOUNDS / 'speech.flac'}{heard}"
     score, label = lines[1].split(maxsplit=1)
     assert label == "Speech"
     assert float(score) > 0.5
-    assert lines[5].split(maxsplit=1)[1] == "Music"
+    assert lines[4].split() == ["0.00", "to", "5.00", "s", lines[4].split()[4], "Speech"]
+    assert lines[5] == f"{SOUNDS / 'music.flac'}{heard}"
+    assert lines[6].split(maxsplit=1)[1] == "Music"
 
 
 def test_bad_files_are_a_line_each_and_the_others_print(tmp_path):
@@ -71,8 +74,9 @@ def test_bad_files_are_a_line_each_and_the_others_print(tmp_path):
     assert errors[1] == f"ast-jax: {tmp_path / 'none.wav'}: no such file"
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [result["file"] for result in results] == [str(SOUNDS / "speech.flac"), str(SOUNDS / "music.flac")]
-    assert results[0]["used_seconds"] == pytest.approx(2.575)
+    assert results[0]["windows"] == 3
     assert results[0]["duration_seconds"] == 5.0
+    assert [entry["label"] for entry in results[0]["timeline"]] == ["Speech"]
     assert results[0]["predictions"][0]["label"] == "Speech"
     assert len(results[0]["predictions"]) == 5
 
@@ -194,8 +198,8 @@ def test_names_that_are_no_line_of_text(encoding, tmp_path):
     environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
     done = ast_cli("classify", name, name + "x", "-k", "1", encoding=encoding, **environment)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0] == f"{shown}  (first 2.58 s of 5.00 s)"
-    assert len(done.stdout.splitlines()) == 2
+    assert done.stdout.splitlines()[0] == f"{shown}  (5.00 s in 3 windows of 2.58 s every 1.29 s; their mean)"
+    assert len(done.stdout.splitlines()) == 3
     assert done.stderr == f"ast-jax: {shown}x: no such file\n"
     done = ast_cli("classify", name, "--json", encoding=encoding, **environment)
     assert json.loads(done.stdout)["file"] == name
@@ -355,7 +359,7 @@ def test_labels_print_as_one_line(tmp_path):
     labels = ("a\n  0.999  b", *model.config.labels[1:])
     ast_jax.save(tmp_path / "model", model.replace(config=model.config.replace(id2label=labels)))
     done = ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / "model", "-k", str(len(labels)))
-    assert len(done.stdout.splitlines()) == 1 + len(labels)
+    assert len(done.stdout.splitlines()) == 1 + len(labels) + 1
     assert "a\\n  0.999  b" in done.stdout
 
 
@@ -537,14 +541,19 @@ def test_info_of_the_shipped_model():
     assert "multi_label_classification" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["classify"], ["convert"], ["info"], ["finetune"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["classify"], ["embed"], ["explain"], ["convert"], ["export"], ["info"], ["finetune"]], ids=str
+)
 def test_help_says_what_there_is_and_imports_no_jax(command):
     done = ast_cli(*command, "--help", COLUMNS="200", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     for word in {
         "": (),
         "finetune": ("--resume", "--mixup", "--init"),
-        "classify": ("--top-k", "--json", "--model"),
+        "classify": ("--top-k", "--json", "--model", "--window", "--hop", "--pad", "--timeline", "--picture"),
+        "embed": ("--layer", "--pool", "--per"),
+        "explain": ("--label", "--cells", "--arrays"),
+        "export": ("--platforms",),
         "convert": ("--to", "--verify", "--max-length", "--labels", "--source-strides"),
     }.get(command[0] if command else "", ()):
         assert word in done.stdout
@@ -591,15 +600,9 @@ def test_classify_takes_folders_and_writes_tables(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == files
     assert list(rows[0]) == [
-        "file",
-        "used_seconds",
-        "duration_seconds",
-        "error",
-        "label_1",
-        "score_1",
-        "label_2",
-        "score_2",
-    ]
+        "file", "duration_seconds", "windows", "error", "label_1", "score_1", "label_2", "score_2",
+    ]  # fmt: skip
+    assert [row["windows"] for row in rows] == ["", "1", "1", "3"]
     assert "not a readable sound file" in rows[0]["error"]
     assert rows[1]["label_1"] in {"Siren", "Alarm"}
     assert rows[1]["label_2"] != rows[1]["label_1"]

@@ -1,0 +1,188 @@
+"""A page to try a model on: a sound dropped or recorded, what is heard when, and why. Gradio's, without a network.
+
+Nothing is loaded from elsewhere: Gradio's own page asks for a script and fonts of other hosts, which the content
+security policy that goes with every answer forbids the browser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from . import explanations, pictures, predict
+from .audio import AudioError, header_seconds
+from .checkpoint import Checkpoint, load, shipped_models
+
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; connect-src 'self' ws: wss: data: blob:; worker-src 'self' blob:"
+)
+FONTS = ("system-ui", "sans-serif")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the page takes.
+
+    Attributes:
+        megabytes: of an upload.
+        minutes: of a sound.
+    """
+
+    megabytes: int = 50
+    minutes: float = 10.0
+
+
+def build_app(models: list[str], limits: Limits) -> Any:
+    """Return the page as an ASGI application.
+
+    Args:
+        models: to choose from, as `load` takes them; the first is chosen at the beginning. Shipped models follow.
+        limits: of what it takes.
+
+    Raises:
+        ValueError: Gradio is missing.
+        CheckpointError: the first model cannot be loaded.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import fastapi
+        import gradio
+    except ImportError as error:
+        raise ValueError("the page needs Gradio; install it with: pip install 'ast-jax[demo]'") from error
+
+    names = list(dict.fromkeys([*models, *shipped_models()]))
+    page = _Page(limits, {names[0]: load(names[0])})
+    shown: dict[str, Any] = {"type": "filepath", "interactive": False, "buttons": ["download", "fullscreen"]}
+    with gradio.Blocks(title="ast_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gradio.Markdown("# What is in this sound?\nDrop a sound or record one. It stays on this machine.")
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                audio = gradio.Audio(
+                    sources=["upload", "microphone"],
+                    type="filepath",
+                    label="Sound",
+                    elem_id="sound",
+                    editable=False,
+                    buttons=["download"],
+                )
+                model = gradio.Dropdown(names, value=names[0], label="Model", elem_id="model")
+                threshold = gradio.Slider(0.05, 0.95, 0.5, step=0.05, label="Heard from this score on")
+                listen = gradio.Button("What is heard", variant="primary", elem_id="listen")
+                why = gradio.Button("Why", elem_id="why")
+            with gradio.Column(scale=2):
+                told = gradio.Markdown(elem_id="told")
+                labels = gradio.Label(label="Labels", num_top_classes=5, elem_id="labels")
+        picture = gradio.Image(label="When", elem_id="timeline", **shown)
+        stretches = gradio.Dataframe(
+            headers=["start, s", "end, s", "label", "score"], label="Stretches", elem_id="stretches", interactive=False
+        )
+        reasons = gradio.Image(label="Why", elem_id="reasons", **shown)
+        listen.click(page.listen, [audio, model, threshold], [told, labels, picture, stretches], api_name="listen")
+        why.click(page.explain, [audio, model], [told, reasons], api_name="why")
+    blocks.queue(max_size=20, default_concurrency_limit=1)
+
+    app = fastapi.FastAPI()
+
+    @app.middleware("http")
+    async def add_policy(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+    return gradio.mount_gradio_app(
+        app, blocks, path="/", max_file_size=f"{limits.megabytes}mb", theme=gradio.themes.Base(font=FONTS),
+        allowed_paths=[page.folder], show_error=True, ssr_mode=False, footer_links=["api", "gradio"],
+    )  # fmt: skip
+
+
+def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        models: as in `build_app`.
+        limits: as in `build_app`.
+        host: to listen at.
+        port: to listen at.
+        tell: called with the page's address when it is there.
+    """
+    app = build_app(models, limits)
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, *arguments: Any, **options: Any) -> None:
+            await super().startup(*arguments, **options)
+            if self.started:
+                tell(f"http://{host}:{self.servers[0].sockets[0].getsockname()[1]}")
+
+    Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()
+
+
+class _Page:
+    """What the page's buttons do."""
+
+    def __init__(self, limits: Limits, loaded: dict[str, Checkpoint]):
+        self.limits, self.loaded = limits, loaded
+        self.folder = tempfile.mkdtemp(prefix="ast_jax_page_")
+
+    def __del__(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def listen(self, audio: str | None, model: str, threshold: float) -> Any:
+        """Return what is told, the labels, the picture and the stretches of a sound."""
+        with _told():
+            checkpoint = self._ready(audio, model)
+            found = predict.analyze(audio, checkpoint)
+            path = self._new_picture()
+            pictures.timeline_picture(found, checkpoint.frontend, path, threshold)
+            rows = [[f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}"] for s in found.timeline(threshold)]
+            windows = f"{len(found.times)} windows" if len(found.times) > 1 else "one window"
+            return f"{found.duration:.2f} s were heard, in {windows}.", dict(found.best()), str(path), rows
+
+    def explain(self, audio: str | None, model: str) -> Any:
+        """Return what is told and the picture of an explanation."""
+        with _told():
+            found = explanations.explain(audio, self._ready(audio, model))
+            path = self._new_picture()
+            pictures.explanation_picture(found, path)
+            return f"{found.duration:.2f} s from {found.start:.2f} s on are explained.", str(path)
+
+    def _ready(self, audio: str | None, model: str) -> Checkpoint:
+        """Check the sound's length, and return the model."""
+        if audio is None:
+            raise AudioError("Drop or record a sound first.")
+        minutes = header_seconds(audio) / 60
+        if minutes > self.limits.minutes:
+            raise AudioError(f"The sound is {minutes:.1f} minutes long; this page takes {self.limits.minutes:g}.")
+        if model not in self.loaded:
+            self.loaded[model] = load(model)
+        return self.loaded[model]
+
+    def _new_picture(self) -> pathlib.Path:
+        """Return the name of a new picture; the oldest go."""
+        old = sorted(pathlib.Path(self.folder).glob("*.png"), key=lambda path: path.stat().st_mtime)
+        for path in old[:-20]:
+            path.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".png", dir=self.folder)
+        os.close(handle)
+        return pathlib.Path(name)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Show a user's error on the page as one line, with the name of the upload alone."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        import gradio
+
+        line = re.sub(rf"{re.escape(tempfile.gettempdir())}/\S*/", "", str(error))
+        raise gradio.Error(line, print_exception=False) from None
