@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 SEGMENTS = 20  # of a timeline that are printed
+Cut = tuple[float, float | None]  # the thresholds of a timeline, high and low
 
 
 class Aggregate(enum.StrEnum):
@@ -149,7 +150,7 @@ def classify(
         sources = Live(0, raw and raw.value, rate, channels) if live else names
         tell = _window_printer(checkpoint, top_k, as_json) if live and not output else lambda part: None
         with contextlib.ExitStack() as outputs:
-            cut = {"threshold": threshold, "low": low}
+            cut = (threshold, low)
             top_k = min(top_k, checkpoint.config.num_labels)
             write = outputs.enter_context(_results_writer(output, as_json, top_k, cut))
             write_timeline = outputs.enter_context(_timeline_writer(timeline))
@@ -163,9 +164,9 @@ def classify(
                 elif picture:
                     from .pictures import timeline_picture
 
-                    timeline_picture(found, checkpoint.frontend, picture, **cut)
+                    timeline_picture(found, checkpoint.frontend, picture, *cut)
                 write(found)
-                write_timeline(found, found.timeline(**cut))
+                write_timeline(found, found.timeline(*cut))
     if failed:
         raise typer.Exit(1)
 
@@ -220,7 +221,7 @@ def _sounds(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def _results_writer(
-    output: pathlib.Path | None, as_json: bool, top_k: int, cut: dict[str, Any]
+    output: pathlib.Path | None, as_json: bool, top_k: int, cut: Cut
 ) -> Iterator[Callable[[Analysis], None]]:
     """Yield what takes each result: to the terminal, or to a file that is there when all of them are in it."""
     if output is None:
@@ -288,17 +289,17 @@ def _window_printer(checkpoint: Checkpoint, top_k: int, as_json: bool) -> Callab
     return tell
 
 
-def _print_json(found: Analysis, top_k: int, cut: dict[str, Any]) -> None:
+def _print_json(found: Analysis, top_k: int, cut: Cut) -> None:
     """Print a result as JSON."""
     print(json_line(_result_json(found, top_k, cut)), flush=True)
 
 
-def _print_text(found: Analysis, top_k: int, cut: dict[str, Any]) -> None:
+def _print_text(found: Analysis, top_k: int, cut: Cut) -> None:
     """Print a result for people."""
     lines = [one_line(found.source) + _extent(found)]
     lines += [f"  {score:6.3f}  {one_line(label)}" for label, score in found.best(top_k)]
     if len(found.times) > 1:
-        segments = found.timeline(**cut)
+        segments = found.timeline(*cut)
         lines += [
             f"  {segment.start:9.2f} to {segment.end:9.2f} s  {segment.score:6.3f}  {one_line(segment.label)}"
             for segment in segments[:SEGMENTS]
@@ -325,7 +326,7 @@ def _result_row(found: Analysis, top_k: int) -> list[Any]:
     return [found.source, f"{found.duration:.3f}", len(found.times), "", *best]
 
 
-def _result_json(found: Analysis, top_k: int, cut: dict[str, Any]) -> dict[str, Any]:
+def _result_json(found: Analysis, top_k: int, cut: Cut) -> dict[str, Any]:
     """Return a result as JSON has it; where there is an error, only that."""
     if found.error:
         return {"file": found.source, "error": found.error}
@@ -336,7 +337,7 @@ def _result_json(found: Analysis, top_k: int, cut: dict[str, Any]) -> dict[str, 
         "predictions": _best_json(found.best(top_k)),
     }
     if len(found.times) > 1:
-        content["timeline"] = [_segment_json(segment) for segment in found.timeline(**cut)]
+        content["timeline"] = [_segment_json(segment) for segment in found.timeline(*cut)]
     return content
 
 
@@ -401,7 +402,7 @@ def embed(
     pad: Pad = Padding.zero,
     batch_size: BatchSize = None,
 ) -> None:
-    """Turn sounds into vectors, to search, group or classify them by.
+    """Turn sounds into vectors, to search or group them by.
 
     A bad file is one line on stderr; the others are still written, and the exit status is 1.
     """
@@ -451,7 +452,10 @@ def explain(
         pathlib.Path | None, typer.Option(help="Also write what is drawn as arrays, to this .npz.")
     ] = None,
 ) -> None:
-    """Draw what in a sound speaks for its labels: attention rollout, gradient saliency, occlusion."""
+    """Draw what in a sound speaks for its labels.
+
+    Three ways: attention rollout, gradient saliency, and occlusion.
+    """
     _check_ending("--output", output, (".png",))
     _check_ending("--arrays", arrays, (".npz",))
     with user_errors():
@@ -486,7 +490,7 @@ def demo(
     max_megabytes: Annotated[int, typer.Option(min=1, help="Largest upload.")] = 50,
     max_minutes: Annotated[float, typer.Option(min=0.01, help="Longest sound.")] = 10.0,
 ) -> None:
-    """Open a page to try models on, in the browser; needs pip install 'ast-jax[demo]'."""
+    """Serve a page to try models on; needs the extra `demo`."""
     with user_errors():
         from .demo import Limits, serve
 

@@ -102,7 +102,8 @@ def convert(
         from .labels import read_labels
         from .shapes import Hints
 
-        changes = dict(zip(SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
+        size = (max_length, num_mel_bins, frequency_stride, time_stride)
+        changes: dict[str, object] = dict(zip(SIZE, size, strict=True))
         changes |= {"num_labels": num_labels, "labels": read_labels(labels) if labels else None}
         changes["keep_classifier"] = keep_classifier
         hints = Hints(source_strides, source_max_length, source_num_mel_bins, source_heads)
@@ -178,7 +179,10 @@ def export(
         str, typer.Option(help="Where it is to run: some of cpu, cuda, rocm, tpu, with commas between.")
     ] = "cpu,cuda,tpu",
 ) -> None:
-    """Write a model as one program, samples to logits for any size of batch, that needs JAX alone to run."""
+    """Write a model as one program that needs JAX alone to run.
+
+    It goes from samples to logits, for any size of batch.
+    """
     if output.suffix.lower() != ".stablehlo":
         wrong_usage(f"OUT: expected a name that ends in .stablehlo, got {output}")
     with user_errors():

@@ -21,7 +21,9 @@ from .windows import Grid, cut, piece_starts
 AHEAD = 3  # batches that are read before the first of them is out
 FIRST = 8  # pieces of a sound that a thread reads
 
-Start = Callable[[Sequence[np.ndarray]], Callable[[], np.ndarray]]
+Outputs = Callable[[], Sequence[np.ndarray]]
+Start = Callable[[Sequence[np.ndarray]], Outputs]
+Combine = Callable[[np.ndarray], Any]
 
 
 class Part(NamedTuple):
@@ -62,13 +64,13 @@ class _Piece(NamedTuple):
 
 
 def listen(
-    sources: Iterable[Any],
+    sources: Iterable[Any] | Live,
     start: Start,
     grid: Grid,
     rate: int,
     *,
     batch_size: int,
-    combine: Callable[[np.ndarray], np.ndarray],
+    combine: Combine,
     array_rate: int | None = None,
 ) -> Iterator[Part | End]:
     """Yield the windows of every sound in order, and its end after them.
@@ -85,12 +87,12 @@ def listen(
         array_rate: Hz of samples given as arrays.
     """
     live = isinstance(sources, Live)
-    if live:
+    if isinstance(sources, Live):
         items, batch_size = _pieces(sources, grid, rate, None), 1
     else:
         items = _read_ahead(sources, grid, rate, array_rate, AHEAD * batch_size)
     told: list[np.ndarray] = []  # outputs of the window's pieces so far
-    running: collections.deque[tuple[list[_Piece | End], Callable[[], np.ndarray]]] = collections.deque()
+    running: collections.deque[tuple[list[_Piece | End], Outputs]] = collections.deque()
     for batch in _batched(items, batch_size):
         running.append((batch, start([item.samples for item in batch if isinstance(item, _Piece)])))
         if live or len(running) > 1:  # one is at work, and the next is there when it is done
@@ -151,9 +153,9 @@ def _batched(items: Iterable[_Piece | End], size: int) -> Iterator[list[_Piece |
 
 def _events(
     batch: list[_Piece | End],
-    outputs: Callable[[], np.ndarray],
+    outputs: Outputs,
     told: list[np.ndarray],
-    combine: Callable[[np.ndarray], np.ndarray],
+    combine: Combine,
 ) -> Iterator[Part | End]:
     """Yield the windows and ends of a batch; `told` keeps what belongs to a window that is not complete."""
     rows = iter(outputs())

@@ -177,7 +177,7 @@ def _draw_segments(figure: Figure, axes: Axes, segments: list[Segment], labels: 
             axes.broken_barh(
                 [extent],
                 (place - 0.38, 0.76),
-                facecolors=[colors.to_rgba(segment.score)],
+                facecolors=colors.to_rgba(np.array([segment.score])),
                 edgecolor=GREY,
                 linewidth=0.4,
             )

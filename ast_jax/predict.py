@@ -188,14 +188,14 @@ class Runner:
         self.output, self.padding, self.batch_size = output, padding, batch_size
         self.lengths: dict[int, Checkpoint] = {}  # the model at other lengths
 
-    def __call__(self, sounds: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
+    def __call__(self, sounds: Sequence[np.ndarray]) -> Callable[[], Sequence[np.ndarray]]:
         """Start the model on sounds [B] of [S]; what is returned waits for the outputs [B, ...]."""
         groups: dict[int, list[int]] = {}
         for index, samples in enumerate(sounds):
             groups.setdefault(self._frames(len(samples)), []).append(index)
         running = {frames: self._start([sounds[index] for index in found], frames) for frames, found in groups.items()}
 
-        def outputs() -> np.ndarray:
+        def outputs() -> Sequence[np.ndarray]:
             rows: list[Any] = [None] * len(sounds)
             for frames, found in groups.items():
                 for index, row in zip(found, np.asarray(running[frames]), strict=False):  # the rest is filling
@@ -283,9 +283,10 @@ def _run(
     def some(inputs: tuple[jax.Array, ...]) -> jax.Array:
         spec, lengths = inputs[0], None
         if frontend is not None:
-            spec = normalize(padded_log_mel(*inputs, frontend), frontend)
-        if masked:  # at least one patch is heard, or there would be nothing
-            lengths = jnp.clip(kaldi.num_frames(inputs[1], frontend), config.patch_shape[1], config.max_length)
+            waveforms, num_samples = inputs
+            spec = normalize(padded_log_mel(waveforms, num_samples, frontend), frontend)
+            if masked:  # at least one patch is heard, or there would be nothing
+                lengths = jnp.clip(kaldi.num_frames(num_samples, frontend), config.patch_shape[1], config.max_length)
         return output(params, spec, config, lengths=lengths, dtype=dtype, attention_implementation=attention)
 
     if piece == len(inputs[0]):

@@ -1,6 +1,6 @@
 """Sound as it comes: blocks of mono samples at the wanted rate, of a file of any length, an array or a pipe.
 
-Memory holds a few seconds at a time. The samples are those of `read_audio`, bit by bit: soxr's stream gives what it
+Memory holds a few seconds at a time. The samples are those of `read_audio`: soxr's stream gives, bit by bit, what it
 gives for the whole.
 """
 
@@ -68,8 +68,8 @@ def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) 
     if hasattr(source, "__array__") or isinstance(source, list):
         samples, rate = _checked(source, array_rate)
         size = max(1, round(BLOCK_SECONDS * rate))
-        blocks = (samples[start : start + size] for start in range(0, len(samples), size))
-        yield from _resampled(blocks, rate, sampling_rate, describe(source))
+        parts = (samples[start : start + size] for start in range(0, len(samples), size))
+        yield from _resampled(parts, rate, sampling_rate, describe(source))
         return
     with _live(source) if isinstance(source, Live) else open_sound(source) as file:
         seconds = LIVE_SECONDS if isinstance(source, Live) else BLOCK_SECONDS
@@ -99,7 +99,7 @@ def _checked(source: Any, rate: Any) -> tuple[np.ndarray, float]:
     """Return samples [S] and their rate, both as they can be used."""
     if rate is None:
         raise ValueError("samples: expected sampling_rate=… beside an array, got none")
-    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+    if not isinstance(rate, numbers.Real) or not 0 < float(rate) < math.inf:
         raise ValueError(f"sampling_rate: expected a positive number of Hz, got {rate!r}")
     samples = np.asarray(source)
     if samples.ndim == 2 and samples.shape[0] == 1:

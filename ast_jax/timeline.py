@@ -66,6 +66,8 @@ class Analysis:
         Windows overlap: between two neighbouring edges [E + 1] of windows, in seconds, the score [E, C] is the mean (or
         the largest) of the windows that lie over it.
         """
+        if not len(self.times):
+            return np.zeros(1), np.zeros((0, len(self.labels)))
         edges = np.unique(self.times)
         first, last = np.searchsorted(edges, self.times).T
         shape = (len(edges) - 1, len(self.labels))

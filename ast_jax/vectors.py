@@ -94,4 +94,4 @@ def write_arrays(path: pathlib.Path, found: Explanation) -> None:
 def _write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays, whole or not at all."""
     with whole_file(path) as name, name.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)

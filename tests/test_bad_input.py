@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ import ast_jax
 
 RATE = 16000
 GOOD = SOUNDS / "siren.flac"
+LIBMPG123 = re.compile(r"$|Note: |Warning: Xing|\[src/libmpg123/")  # which libsndfile holds, has its say of damaged MP3
 
 
 def noise(seconds, channels=1):
@@ -96,7 +98,7 @@ def heard(tmp_path_factory):
 def test_each_bad_file_is_one_line_and_all_others_are_there(heard):
     folder, done = heard
     assert done.returncode == 1
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if not LIBMPG123.match(line)]
     assert len(lines) == len(BAD), done.stderr
     told = {line.split(": ")[1]: line for line in lines}
     for name, (_, message) in BAD.items():

@@ -132,10 +132,10 @@ def test_options_that_are_none(model, sound, options, message):
 
 def test_neighbours_are_of_a_kind():
     """Windows of the shipped recordings are nearer to others of their kind than to those of another."""
-    names = ["speech.flac", "music.flac", "siren.flac"]
+    names = ["speech.flac", "music.flac"]
     found = ast_jax.embed([SOUNDS / name for name in names], "sounds-tiny", window=1.5, hop=1.0)
     vectors = np.concatenate([each.values for each in found])
-    kinds = np.repeat(np.arange(3), [len(each.values) for each in found])
+    kinds = np.repeat(np.arange(2), [len(each.values) for each in found])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     nearness = vectors @ vectors.T
     np.fill_diagonal(nearness, -1)

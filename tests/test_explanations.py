@@ -41,9 +41,9 @@ def finder(request):
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, max_length=64,
         num_mel_bins=32, num_labels=2, id2label=("noise", "burst"), **GRIDS[request.param],
     )  # fmt: skip
-    frontend = ast_jax.FrontendConfig(num_mel_bins=32, max_length=64, mean=-7.0, std=1.5)
+    frontend = ast_jax.FrontendConfig(num_mel_bins=32, max_length=64, mean=-0.5, std=1.5)
     params = ast_jax.init(jax.random.key(0), config)
-    optimizer = optax.adam(2e-3)
+    optimizer = optax.adam(1e-3)
 
     @jax.jit
     def step(params, state, waveforms, has):
@@ -55,7 +55,7 @@ def finder(request):
         return optax.apply_updates(params, updates), state, value
 
     rng, state = np.random.default_rng(0), optimizer.init(params)
-    for _ in range(300):
+    for _ in range(200):
         waveforms, has, *_ = sounds(rng, 32, frontend)
         params, state, _ = step(params, state, waveforms, has.astype(np.int32))
     checkpoint = ast_jax.Checkpoint(params, config, frontend)
@@ -68,8 +68,7 @@ def finder(request):
 def test_a_burst_explains_the_model_that_finds_it(finder):
     """Over forty sounds: what lies in the burst has much more of each explanation than its share of the picture."""
     waveforms, has, begins, hertz = sounds(np.random.default_rng(2), 80, finder.frontend)
-    shares = {"rollout": [], "saliency": [], "occlusion": []}
-    areas = {name: [] for name in shares}
+    shares, areas, highest = ({name: [] for name in ("rollout", "saliency", "occlusion")} for _ in range(3))
     for waveform, begin, tone in zip(waveforms[has], begins[has], hertz[has], strict=True):
         found = ast_jax.explain(waveform, finder, sampling_rate=RATE, labels=["burst"])
         place = pictures.mel_place(tone, finder.frontend)
@@ -87,10 +86,12 @@ def test_a_burst_explains_the_model_that_finds_it(finder):
             values = np.maximum(getattr(found, name).reshape(-1, *where.shape)[0], 0)
             shares[name].append(values[where].sum() / values.sum())
             areas[name].append(where.mean())
-    for name in ("saliency", "occlusion"):
-        assert np.mean(shares[name]) > 3 * np.mean(areas[name]), (name, np.mean(shares[name]), np.mean(areas[name]))
-    assert np.mean(shares["occlusion"]) > 0.5
-    assert np.mean(shares["rollout"]) > 1.2 * np.mean(areas["rollout"])
+            highest[name].append(where.flat[values.argmax()])
+    found = {name: (np.mean(shares[name]), np.mean(areas[name]), np.mean(highest[name])) for name in shares}
+    print(found)
+    for name, (share, area, best) in found.items():
+        assert share > 2 * area, found
+        assert best > 5 * area or name == "rollout", found
 
 
 def _overlap(extents, low, high):
@@ -120,7 +121,7 @@ def shipped():
 
 def test_shapes_and_numbers_of_a_short_sound(shipped):
     """The saliency is the gradient's, and each cell's figure that of the logits without it."""
-    sound = ast_jax.read_audio(SOUNDS / "siren.flac")[:16_000]
+    sound = ast_jax.read_audio(SOUNDS / "telephone.flac")[:16_000]
     told = []
     found = ast_jax.explain(
         sound, shipped, sampling_rate=RATE, top_k=2, cells=(2, 3), tell=lambda *counts: told.append(counts)

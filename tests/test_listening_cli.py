@@ -40,13 +40,13 @@ def test_windows_and_a_timeline(meeting):
     assert done.stdout.splitlines()[0] == (
         f"{meeting}  ({duration:.2f} s in {count} windows of 2.00 s every 0.50 s; their mean)"
     )
-    found = {label: (start, end) for label, start, end in segments(done.stdout)}
+    found = segments(done.stdout)
     want = ast_jax.analyze(meeting, window=2, hop=0.5).timeline(0.6)
-    assert found == {
-        each.label: (pytest.approx(each.start, abs=0.005), pytest.approx(each.end, abs=0.005)) for each in want
-    }
-    assert found["Speech"][0] == 0
-    assert found["Alarm"][1] == pytest.approx(duration, abs=0.01)
+    assert [label for label, *_ in found] == [each.label for each in want]
+    for (_, *times), each in zip(found, want, strict=True):
+        assert times == pytest.approx([each.start, each.end], abs=0.005)
+    assert {"Speech", "Music", "Alarm"} <= {label for label, *_ in found}
+    assert found[0][:2] == ("Speech", 0)
 
 
 def test_a_window_longer_than_the_model(meeting):
@@ -196,7 +196,7 @@ def test_explain(meeting, tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{meeting}: 2.58 s from ")
-    assert float(first.split()[3]) > 9
+    assert float(first.split()[4]) > 9
     assert second.split()[1] == "Alarm"
     assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
     with np.load(tmp_path / "why.npz") as file:

@@ -25,7 +25,8 @@ def test_a_stream_is_the_whole(tmp_path, ending, rate, channels):
     soundfile.write(path, noise(3.3 * BLOCK_SECONDS, rate, channels), rate)
     blocks = list(mono_blocks(path, 16000))
     assert len(blocks) >= 4
-    np.testing.assert_array_equal(np.concatenate(blocks), ast_jax.read_audio(path))
+    rounding = 1e-6 if ending == "mp3" else 0  # mpg123 rounds the last bit otherwise where a read begins
+    np.testing.assert_allclose(np.concatenate(blocks), ast_jax.read_audio(path), rtol=0, atol=rounding)
 
 
 def test_an_array_is_resampled_as_a_file(tmp_path):

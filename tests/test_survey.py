@@ -74,8 +74,8 @@ def test_statistics_of_values_far_from_zero_lose_nothing():
     for part in parts:
         total = total.merge(survey._Moments.of(part))
     whole = np.concatenate(parts)
-    np.testing.assert_allclose(np.sqrt(total.squares / total.count), whole.std(), rtol=1e-6)
-    assert total.count == 1501
+    np.testing.assert_allclose(np.sqrt(total.squares / total.size), whole.std(), rtol=1e-6)
+    assert total.size == 1501
 
 
 def test_a_limit_draws_by_seed(examples):

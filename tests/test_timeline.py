@@ -10,7 +10,9 @@ def analysis(scores, window=2.0, hop=1.0, aggregate="mean"):
     scores = np.asarray(scores, np.float32)
     starts = hop * np.arange(len(scores))
     times = np.stack([starts, starts + window], 1)
-    labels = tuple("abcdef"[: scores.shape[1]])
+    labels = tuple(
+        f"{index}" if index > 25 else "abcdefghijklmnopqrstuvwxyz"[index] for index in range(scores.shape[1])
+    )
     return Analysis("sound.wav", labels, times, scores, float(times[-1, 1]), aggregate)
 
 
@@ -50,6 +52,10 @@ def test_hysteresis():
 def test_stretches_come_by_time_and_then_by_score():
     found = analysis([[0.6, 0.9], [0.0, 0.0], [0.9, 0.6]], window=1.0)
     assert [(each.start, each.label) for each in found.timeline()] == [(0, "b"), (0, "a"), (2, "a"), (2, "b")]
+
+
+def test_a_sound_that_could_not_be_used_has_no_timeline():
+    assert Analysis("sound.wav", error="sound.wav: no such file").timeline() == []
 
 
 def test_a_low_threshold_above_the_high_one():

@@ -1,0 +1,83 @@
+"""What each way of padding does to short sounds: accuracy and time of a model on the test split, cut to some lengths.
+
+    python tools/compare_padding.py DATA [--model sounds-tiny] [--condition clean] [--seconds 0.25 0.5 1 2]
+
+DATA is what `sounds_data.py build` wrote. Of each clip that is long enough the middle is taken, so that every length
+has the same sounds in it; clips that are shorter than the longest length are left out of all. The table goes to the
+terminal as Markdown: macro mAP, and in brackets the time of a clip (features and model, after a first run that
+compiles).
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+import numpy as np
+from ship_sounds_tiny import read_rows
+
+import ast_jax
+from ast_jax import datasets, metrics, predict
+from ast_jax.audio import read_audio
+
+
+def clips(folder: pathlib.Path, model: ast_jax.Checkpoint, condition: str, longest: float):
+    """Return the samples of the test split's clips that are long enough, and their labels [N, C]."""
+    rows = read_rows(folder)
+    dataset = datasets.read_dataset(folder).reordered(model.config.labels)
+    sounds, labels = [], []
+    for example in dataset.splits["test"]:
+        if rows[example.path.relative_to(folder).as_posix()]["condition"] != condition:
+            continue
+        samples = read_audio(example.path, model.frontend.sampling_rate)
+        if len(samples) >= round(longest * model.frontend.sampling_rate):
+            sounds.append(samples)
+            labels.append(np.isin(np.arange(model.config.num_labels), example.targets))
+    return sounds, np.array(labels, np.float32)
+
+
+def middle(samples: np.ndarray, size: int) -> np.ndarray:
+    """Return the middle of a sound."""
+    begin = (len(samples) - size) // 2
+    return samples[begin : begin + size]
+
+
+def scores_and_time(sounds: list[np.ndarray], model: ast_jax.Checkpoint, padding: str) -> tuple[np.ndarray, float]:
+    """Return the scores [N, C] of sounds, and the seconds of one."""
+
+    def run(sounds: list[np.ndarray]) -> np.ndarray:
+        rate = model.frontend.sampling_rate
+        found = predict.analyze_each(sounds, model, sampling_rate=rate, padding=padding)
+        return np.array([analysis.scores[0] for analysis in found])
+
+    run(sounds[:16])  # compiles
+    began = time.perf_counter()
+    scores = run(sounds)
+    return scores, (time.perf_counter() - began) / len(sounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=pathlib.Path, metavar="DATA")
+    parser.add_argument("--model", default="sounds-tiny")
+    parser.add_argument("--condition", default="clean", choices=["clean", "noisy"])
+    parser.add_argument("--seconds", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0])
+    options = parser.parse_args()
+    model = ast_jax.load(options.model)
+    sounds, labels = clips(options.data, model, options.condition, max(options.seconds))
+    print(f"{len(sounds)} clips of {max(options.seconds):g} s or more, {options.condition}\n")
+    print("| sound |", " | ".join(f"`{kind}`" for kind in predict.PADDING), "|")
+    print("|---" * (1 + len(predict.PADDING)) + "|")
+    for seconds in options.seconds:
+        cut = [middle(samples, round(seconds * model.frontend.sampling_rate)) for samples in sounds]
+        cells = []
+        for kind in predict.PADDING:
+            scores, each = scores_and_time(cut, model, kind)
+            precision = np.nanmean(metrics.average_precisions(scores, labels))
+            cells.append(f"{precision:.3f} ({1000 * each:.1f} ms)")
+        print(f"| {seconds:g} s |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
