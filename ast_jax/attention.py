@@ -16,6 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 IMPLEMENTATIONS = ("auto", "plain", "tiles", "heads", "cudnn")
 TILE = 1280  # queries and keys that attend together: with more tokens memory grows with them, not with their square
 CUDNN_WIDTH = 128  # widest head that cuDNN takes on every card
+Three = tuple[jax.Array, jax.Array, jax.Array]
+Four = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def dot_product_attention(
@@ -53,7 +55,7 @@ def dot_product_attention(
         The output [B, N, H, K] and the weights [B, H, N, N] or None.
 
     Raises:
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or dropout without a key.
         RuntimeError: "cudnn" where there is none.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -67,6 +69,8 @@ def dot_product_attention(
     if return_weights or dropout_rate:
         weights = _weights(query, key, mask)
         if dropout_rate:
+            if dropout_key is None:
+                raise ValueError(f"dropout_key: expected a random key for a dropout_rate of {dropout_rate}, got none")
             keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
             weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
         return _weighted(weights, value).swapaxes(1, 2), weights if return_weights else None
@@ -156,7 +160,7 @@ def _tiled_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax
     others = _cut(key), _cut(value), _cut(mask)
 
     def attend(some: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def add(state: tuple[jax.Array, ...], tile: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+        def add(state: Three, tile: Three) -> tuple[Three, None]:
             output, top, total = state
             keys, values, seen = tile
             scores = _scores(some, keys, seen)  # [..., queries, keys]
@@ -187,10 +191,10 @@ def _tiled_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, .
     dots = _cut((gradient * output).astype(logs.dtype).sum(-1, keepdims=True))  # [tiles, ..., queries, 1]
     scale = query.shape[-1] ** -0.5
 
-    def of_queries(state: tuple[jax.Array, jax.Array], some: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+    def of_queries(state: tuple[jax.Array, ...], some: Four) -> tuple[tuple[jax.Array, ...], jax.Array]:
         queries, gradients, log, dot = some
 
-        def of_keys(of_query: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def of_keys(of_query: jax.Array, tile: Three) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             keys, values, seen = tile
             weights = jnp.exp(_scores(queries, keys, seen) - log)  # [..., queries, keys]
             of_value = _product("...qk,...qd->...kd", weights, gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from . import cli_listening, cli_measuring, cli_models, cli_training  # noqa: F401 (they register their commands)
@@ -11,7 +12,8 @@ from .cli_common import app
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and a non-zero exit."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     app()
 
 

@@ -7,9 +7,8 @@ import json
 import os
 import re
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,7 +17,6 @@ import typer.core
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
 EXIT_PIPE = 141  # and for SIGPIPE
-PATIENCE = 2.0  # seconds before a bar is drawn
 
 app = typer.Typer(
     name="ast-jax",
@@ -94,31 +92,6 @@ def one_line(text: str) -> str:
     """Return a text with its control characters, line ends among them, and undecodable bytes escaped."""
     special = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(special, lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield `tell(done, total)`, which draws a bar on stderr where that is a terminal and it takes over two seconds."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(what, total=None)
-    began = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if time.monotonic() - began > PATIENCE:
-            bar.start()
-
-    try:
-        yield tell
-    finally:
-        bar.stop()
 
 
 def json_line(content: Any, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import MODEL_HELP, app, complain, json_line, one_line, progress, user_errors, wrong_usage
+from .cli_common import MODEL_HELP, app, complain, json_line, one_line, user_errors, wrong_usage
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -138,6 +138,7 @@ def classify(
     failed = False
     with user_errors():
         from .predict import analyze_each
+        from .progress import track
         from .streams import Live
 
         checkpoint = _loaded(model)
@@ -154,10 +155,11 @@ def classify(
             top_k = min(top_k, checkpoint.config.num_labels)
             write = outputs.enter_context(_results_writer(output, as_json, top_k, cut))
             write_timeline = outputs.enter_context(_timeline_writer(timeline))
-            for found in analyze_each(
+            results = analyze_each(
                 sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
                 batch_size=batch_size, tell=tell,
-            ):  # fmt: skip
+            )  # fmt: skip
+            for found in track(results, "sounds", len(names)) if output else results:  # else the results are there
                 if found.error:
                     failed = True
                     complain(found.error)
@@ -410,6 +412,7 @@ def embed(
     failed = False
     with user_errors():
         from .embeddings import embed_each
+        from .progress import track
         from .vectors import vector_table
 
         checkpoint = _loaded(model)
@@ -417,10 +420,11 @@ def embed(
         if not names:
             raise typer.Exit(1)
         with vector_table(output) as write:
-            for found in embed_each(
+            results = embed_each(
                 names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
                 batch_size=batch_size,
-            ):  # fmt: skip
+            )  # fmt: skip
+            for found in track(results, "sounds", len(names)):
                 if found.error:
                     failed = True
                     complain(found.error)
@@ -463,11 +467,10 @@ def explain(
         from .pictures import explanation_picture
 
         checkpoint = _loaded(model)
-        with progress("occlusion") as tell:
-            found = look_into(
-                file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
-                cells=cells, tell=tell,
-            )  # fmt: skip
+        found = look_into(
+            file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
+            cells=cells,
+        )  # fmt: skip
         explanation_picture(found, output)
         if arrays:
             from .vectors import write_arrays

@@ -97,7 +97,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
             default = "on" if default else "off"
         text = f"{field.metadata['help'][0].upper()}{field.metadata['help'][1:]}. [default: {default}]"
         option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
-        annotation = Annotated[hints[field.name] | None, option]
+        kind = hints[field.name] | None
+        annotation = Annotated[kind, option]  # type: ignore[valid-type]  # a type that is made at run time
         options.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -111,7 +112,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own if parameter.name != "settings"
     ]
-    wrapped.__signature__ = inspect.Signature([*parameters, *options])
+    wrapped.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]  # for typer
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *options]}
     return wrapped
 
@@ -225,20 +226,21 @@ def finetune(
                 }  # fmt: skip
                 _refuse_contradictions(output, begun, asked, cross_validate=several)
                 paths = {name: path for name, path in reading.items() if name in MOVABLE}
-                going_on = crossval.resume if several else tuning.resume
-                best = going_on(output, data, reading=paths, machine=machine)
                 if several:
+                    crossval.resume(output, data, reading=paths, machine=machine, say=print)
                     return
+                best = tuning.resume(output, data, reading=paths, machine=machine, say=print)
             else:
+                assert data is not None  # or it was wrong usage
                 if chosen:
-                    own = {"max_length": _sized(size, chosen)["max_length"]}
+                    own: dict[str, float | None] = {"max_length": _sized(size, chosen)["max_length"]}
                     own |= {} if mean is None else {"mean": mean, "std": std}
                     print(*chosen.lines(_others(chosen, training), own, init or architecture or "scratch"), sep="\n")
                 statistics = None if mean is None else (mean, std)
                 if chosen and mean is None:
                     statistics = chosen.frontend["mean"], chosen.frontend["std"]
                 preset = architecture or ("base" if chosen else "tiny")
-                given = {
+                given: dict[str, Any] = {
                     "architecture": None if init else _architecture(preset, _sized(size, chosen)),
                     "initial": initial, "problem_type": problem, "statistics": statistics,
                     "teacher": teacher, "keep_epochs": keep_epochs, "reading": reading, "machine": machine,
@@ -247,9 +249,9 @@ def finetune(
                 by_recipe = chosen is not None and chosen.cross_validate and not fold
                 if by_recipe if cross_validate is None else cross_validate:
                     _refuse_held_out(fold, validation, by_recipe and cross_validate is None)
-                    crossval.start(data, output, training, **given)
+                    crossval.start(data, output, training, say=print, **given)
                     return
-                best = tuning.start(data, output, training, **given)
+                best = tuning.start(data, output, training, say=print, **given)
         except (KeyboardInterrupt, Terminated) as stopped:
             joined = {
                 "--parallel": None if parallel is Parallel.pmap else parallel.value, "--workers": workers,
@@ -406,6 +408,6 @@ def need_train_extra(command: str) -> None:
     sys.unraisablehook = hook
 
 
-def reading_of(values: Sequence[Any]) -> dict[str, str]:
+def reading_of(values: Sequence[Any]) -> dict[str, Any]:
     """Return the arguments of `read_dataset` that were given."""
     return {name: str(value) for name, value in zip(READING, values, strict=True) if value is not None}

@@ -12,7 +12,10 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "quick_gelu")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -22,16 +25,22 @@ AUDIOSET_CLASSES = 527
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        raise _unmet(name, expected, got)
+
+
+def _unmet(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 def _whole(value: object, name: str, expected: str = "a whole number") -> int:
     """Return a whole number of any kind as the int that JSON and hashes know."""
-    _require(isinstance(value, numbers.Integral) and not isinstance(value, bool), name, expected, value)
-    return int(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise _unmet(name, expected, value)
 
 
-_OTHER_TYPES = {  # annotation: what a value must be an instance of, and its name in messages
+# Annotation: what a value must be an instance of, and its name in messages.
+_OTHER_TYPES: dict[object, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "true or false"),
     "str": (str, "a text"),
     "str | None": ((str, type(None)), "a text or None"),
@@ -39,7 +48,7 @@ _OTHER_TYPES = {  # annotation: what a value must be an instance of, and its nam
 }
 
 
-def check_types(config: object) -> None:
+def check_types(config: DataclassInstance) -> None:
     """Check every field of a dataclass against its annotation, and make its numbers plain ones for JSON and hashes."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -109,10 +118,10 @@ class ASTConfig:
     def __post_init__(self) -> None:
         """Make the fields hashable and check their types and ranges."""
         check_types(self)
-        pair = isinstance(self.patch_size, tuple | list) and len(self.patch_size) == 2
+        pair = self.patch_size if isinstance(self.patch_size, tuple | list) and len(self.patch_size) == 2 else None
         sides = tuple(
             _whole(side, "patch_size", "a whole number or the pair (frequency, time)")
-            for side in (self.patch_size if pair else (self.patch_size,))
+            for side in pair or (self.patch_size,)
         )
         object.__setattr__(self, "patch_size", sides if pair else sides[0])
         object.__setattr__(self, "id2label", tuple(self.id2label))
@@ -349,7 +358,7 @@ _FRONTEND_BOUNDS = {
     "frame_shift": 60_000,
 }  # fmt: skip
 
-_Config = TypeVar("_Config", ASTConfig, FrontendConfig)
+_Config = TypeVar("_Config", bound=ASTConfig | FrontendConfig)
 
 
 def _from_known(cls: type[_Config], values: dict[str, Any]) -> _Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -21,6 +22,7 @@ from .shapes import Hints
 from .sources import read_source
 from .verify import VERIFICATION_FILE, Verification, read_back, verify, verify_written
 
+logger = logging.getLogger(__name__)
 OURS = "ast-jax"
 
 
@@ -34,7 +36,7 @@ def convert_to(
     mean: float | None = None,
     std: float | None = None,
     changes: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = logger.info,
 ) -> Checkpoint:
     """Convert weights of any kind to a checkpoint folder or to a PyTorch checkpoint, and say what was found.
 

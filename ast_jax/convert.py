@@ -148,7 +148,9 @@ def _fill(
 
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
     places = form.places(config, has_head)
-    misshaped, dtypes, widest = {}, {}, {}
+    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    dtypes: dict[str, np.dtype] = {}
+    widest: dict[str, np.dtype] = {}
     torch_shapes: dict[tuple[Any, Any], tuple[int, ...]] = {}
     for source, (row, index) in places.items():
         if source not in state:
@@ -233,8 +235,8 @@ def _frontend(
         else "AudioSet's, which is assumed"
     )
     notes.append(f"features are normalised with mean {mean:g} and std {std:g}: {why}")
-    size = {"max_length": config.max_length, "num_mel_bins": config.num_mel_bins}
-    return FrontendConfig(**size, mean=mean, std=std), not (told or known)
+    frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins, mean=mean, std=std)
+    return frontend, not (told or known)
 
 
 def _labelled(config: ASTConfig, has_head: bool, notes: list[str]) -> ASTConfig:

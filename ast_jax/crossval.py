@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from .finetune import PATHS, absolute, moved
 from .loop import Machine, is_over
 from .settings import TrainConfig
 
+logger = logging.getLogger(__name__)
 ASKED_FILE = "cross_validation.json"
 INITIAL = "initial"
 
@@ -44,7 +46,7 @@ def start(
     architecture: ASTConfig | None = None,
     reading: dict[str, Any] | None = None,
     machine: Machine = Machine(),  # noqa: B008 (frozen)
-    say: Say = print,
+    say: Say = logger.info,
     **others: Any,
 ) -> list[dict[str, Any]]:
     """Train on all folds but one, for each one in turn.
@@ -57,7 +59,7 @@ def start(
         architecture: likewise.
         reading: likewise.
         machine: likewise.
-        say: where progress is told.
+        say: where progress is told; by default to the logger `ast_jax.crossval`.
         **others: further arguments of `finetune.start` that JSON can hold: problem_type, statistics, teacher,
             keep_epochs, notes.
 
@@ -157,7 +159,7 @@ def resume(
     *,
     reading: dict[str, Any] | None = None,
     machine: Machine = Machine(),  # noqa: B008 (frozen)
-    say: Say = print,
+    say: Say = logger.info,
 ) -> list[dict[str, Any]]:
     """Go on with a cross-validation: with the fold that is under way, then with those that are not begun.
 
@@ -166,7 +168,7 @@ def resume(
         source: where the data set lies now, if it was moved.
         reading: as in `finetune.resume`.
         machine: as in `finetune.start`.
-        say: where progress is told.
+        say: where progress is told; by default to the logger `ast_jax.crossval`.
 
     Returns:
         A row for each fold, see `table`.

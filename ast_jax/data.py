@@ -16,7 +16,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ UNREADABLE = (AudioError, DataError, OSError)
 Batch = dict[str, np.ndarray]
 
 
-class PackedExamples(Sequence[Example]):
+class PackedExamples:
     """Many examples in a few arrays: two million take 100 bytes each, and reach a worker process in one piece."""
 
     def __init__(self, examples: Sequence[Example]):
@@ -164,7 +164,7 @@ def train_batches(
     first_step: int = 0,
     rows: slice | None = None,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the batches of a training run from a step on, over all its epochs; each epoch drops a short last batch.
 
     Order, mixup (partner uniform from all examples, weight from Beta(10, 10), as the original) and what stands in for
@@ -205,7 +205,8 @@ class _EvalItems:
         first, stop = self.rows
         batch, row = divmod(number, stop - first)
         index = batch % -(-len(self.examples) // self.batch_size) * self.batch_size + first + row
-        waveform, targets, usable = np.zeros(1, np.float32), (), index < len(self.examples)
+        waveform, usable = np.zeros(1, np.float32), index < len(self.examples)
+        targets: tuple[int, ...] = ()
         if usable:
             targets = self.examples[index].targets
             try:
@@ -225,7 +226,7 @@ def eval_batches(
     passes: int = 1,
     rows: slice | None = None,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield all examples in order as batches of one size, `passes` times over.
 
     Args:
@@ -248,7 +249,7 @@ def eval_batches(
     yield from _through_grain(range(num_batches * share), items, share, num_workers)
 
 
-def _through_grain(numbers: range, items: Any, batch_size: int, num_workers: int) -> Iterator[Batch]:
+def _through_grain(numbers: range, items: Any, batch_size: int, num_workers: int) -> Generator[Batch]:
     """Yield batches of `items(number)` in order, loaded ahead by threads or processes; closing ends these."""
     import grain
     from absl import flags
@@ -276,6 +277,7 @@ def _start_worker(*_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow() -> None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -290,13 +290,13 @@ def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[E
             unit: (keys[unit].count(key) > left, sum(count[other] >= wanted[other] for other in keys[unit]))
             for unit in (members[key][index] for index in order)
         }
-        for unit in sorted(ranks, key=ranks.get):
+        for unit in sorted(ranks, key=ranks.__getitem__):
             if count[key] >= wanted[key]:
                 break
-            own = collections.Counter(keys[unit])
-            if unit not in held and all(count[other] + own[other] < total[other] for other in own):
+            more = collections.Counter(keys[unit])
+            if unit not in held and all(count[other] + more[other] < total[other] for other in more):
                 held.add(unit)
-                count.update(own)
+                count.update(more)
     numbers = {number for unit in held for number in units[unit]}
     kept = [example for number, example in enumerate(examples) if number not in numbers]
     return kept, [examples[number] for number in sorted(numbers)]

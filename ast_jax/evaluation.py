@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, flatten, unflatten
 from .config import ASTConfig, FrontendConfig
 from .datasets import DataError, Example
 from .parallel import DataParallel
+from .progress import track
 
 
 class Predictions(NamedTuple):
@@ -69,7 +70,8 @@ class Evaluator:
     def __call__(self, params: Any, between: Callable[[], None] = lambda: None) -> Predictions:
         """Return the predictions of replicated params; call `between` before each batch."""
         logits, labels, usable = [], [], []
-        for batch in itertools.islice(self._batches, self._num_batches):
+        batches = itertools.islice(self._batches, self._num_batches)
+        for batch in track(batches, "evaluation", self._num_batches):
             between()
             labels.append(batch.pop("labels"))
             usable.append(batch.pop("usable"))

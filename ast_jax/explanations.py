@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .embeddings import patch_extents
 from .features import ASTFeatureExtractor
+from .progress import track
 from .streams import mono_blocks
 
 CELLS = (8, 16)  # of the spectrogram that occlusion takes out, one at a time: frequency, time
@@ -73,7 +74,6 @@ def explain(
     top_k: int = 3,
     start: float | None = None,
     cells: tuple[int, int] = CELLS,
-    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Explanation:
     """Say what in a sound speaks for its labels.
 
@@ -88,7 +88,6 @@ def explain(
         top_k: how many of the best.
         start: seconds at which the window begins.
         cells: into how many cells of frequency and time occlusion cuts the spectrogram; each is a run of the model.
-        tell: called with how many of how many runs are done.
 
     Raises:
         AudioError: a sound that cannot be used, or that ends before `start`.
@@ -122,7 +121,7 @@ def explain(
     time_edges = _edges(int(frames), cells[1])
     bin_edges = _edges(config.num_mel_bins, cells[0])
     mean = 0.0 if frontend.do_normalize else frontend.mean
-    occlusion = _occlusion(params, spec, mean, outputs, wanted, bin_edges, time_edges, config, tell)
+    occlusion = _occlusion(params, spec, mean, outputs, wanted, bin_edges, time_edges, config)
     return Explanation(
         source=name,
         labels=tuple(config.labels[label] for label in wanted),
@@ -205,7 +204,6 @@ def _occlusion(
     bin_edges: np.ndarray,
     time_edges: np.ndarray,
     config: ASTConfig,
-    tell: Callable[[int, int], None],
 ) -> np.ndarray:
     """Return how much the logits [K] fall without each cell: [K, F'', T'']."""
     bins = list(itertools.pairwise(bin_edges))
@@ -214,12 +212,11 @@ def _occlusion(
     size = min(predict.default_batch_size(), len(cells))
     implementation = fastest_implementation(params["layernorm"]["scale"].dtype)
     drops = []
-    for begin in range(0, len(cells), size):
+    for begin in track(range(0, len(cells), size), "occlusion", -(-len(cells) // size)):
         some = cells[begin : begin + size]
         some += [some[-1]] * (size - len(some))
         logits = _without(params, spec, mean, jnp.asarray(some), config, implementation)
         drops.append(np.asarray(outputs - logits)[: len(cells) - begin])
-        tell(min(begin + size, len(cells)), len(cells))
     return np.concatenate(drops)[:, list(wanted)].T.reshape(len(wanted), len(bins), len(times))
 
 

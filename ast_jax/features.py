@@ -100,7 +100,7 @@ def fbank(
         )
     if xp is np:
         _check_finite(samples, "waveform")
-    noise = None
+    noise: Array | None = None
     if dither and key is not None:
         shape = (*samples.shape[:-1], kaldi.num_frames(samples.shape[-1], config), config.window_samples)
         if xp is np:

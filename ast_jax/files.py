@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Iterator
 
 
-def write_text(path: str | pathlib.Path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file in one step, so that no reader and no crash ever sees half of it."""
     with whole_file(path) as name:
         name.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def whole_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield the name of a new file to fill; it takes the place of `path` when the block ends without an exception."""
     path = pathlib.Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from .parallel import METHODS, all_raise, json_from_first
 from .runs import Record, Run
 from .settings import TrainConfig
 
+logger = logging.getLogger(__name__)
 HEADERS = 2000  # files whose headers are read before training
 PATHS = ("source", "validation", "test", "label_file")  # arguments of `read_dataset` that are paths
 
@@ -38,8 +40,8 @@ def start(
     reading: dict[str, Any] | None = None,
     machine: Machine = Machine(),  # noqa: B008 (frozen)
     notes: dict[str, Any] | None = None,
-    say: Say = print,
-) -> Checkpoint:
+    say: Say = logger.info,
+) -> Checkpoint | None:
     """Train a model on a data set, from `initial` or from scratch, into a new run folder.
 
     Args:
@@ -55,10 +57,10 @@ def start(
         reading: further arguments of `datasets.read_dataset`: validation, test, label_file, fold.
         machine: devices and workers.
         notes: kept in the metadata.
-        say: where progress is told.
+        say: where progress is told; by default to the logger `ast_jax.finetune`.
 
     Returns:
-        The best epoch's checkpoint, which also lies in `output/best`.
+        The best epoch's checkpoint, which also lies in `output/best`; None in all of several processes but the first.
 
     Raises:
         DataError: the data set cannot be used. An error before anything was learned leaves the folder free again.
@@ -111,10 +113,10 @@ def _prepare(
 ) -> tuple[Run, DataSet, Any]:
     """Read the data and settle everything a run needs: its description, its examples, its first parameters."""
     dataset = datasets.read_dataset(source, training.seed, **reading)
-    has_head = initial is not None and "classifier" in initial.params
-    keeps_head = has_head and set(initial.config.labels) == set(dataset.labels)
-    if keeps_head:
-        dataset = dataset.reordered(initial.config.labels)
+    keeps_head = False
+    if initial is not None and "classifier" in initial.params:
+        keeps_head = set(initial.config.labels) == set(dataset.labels)
+        dataset = dataset.reordered(initial.config.labels) if keeps_head else dataset
     kind = problem_type or ("multi_label_classification" if dataset.multi_label else "single_label_classification")
     if kind == "single_label_classification" and dataset.multi_label:
         raise DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
@@ -259,8 +261,8 @@ def resume(
     *,
     reading: dict[str, Any] | None = None,
     machine: Machine = Machine(),  # noqa: B008 (frozen)
-    say: Say = print,
-) -> Checkpoint:
+    say: Say = logger.info,
+) -> Checkpoint | None:
     """Go on with a run from its last saved state, with the settings it was started with.
 
     Args:
@@ -268,10 +270,10 @@ def resume(
         source: where the data set lies now, if it was moved; the run folder keeps it.
         reading: likewise for validation, test and label_file, as far as the run was started with them.
         machine: devices and workers, which may be others than before.
-        say: where progress is told.
+        say: where progress is told; by default to the logger `ast_jax.finetune`.
 
     Returns:
-        The best epoch's checkpoint.
+        The best epoch's checkpoint; None in all of several processes but the first.
 
     Raises:
         DataError: the data set is no longer the one that the run was started with.
@@ -284,7 +286,7 @@ def resume(
     run = Run.from_json(json_from_first(runs.read_run(output).to_json() if first else None))
     with sole_use(output) if first else contextlib.nullcontext():
         state = runs.newest_state(output) if first else None
-        record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if first else None))
+        record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if state else None))
         run = dataclasses.replace(run, data=moved(run.data, source, reading))
         dataset = all_raise(lambda: _read_again(run))
         params = model.init(jax.random.key(run.training.seed), run.config)

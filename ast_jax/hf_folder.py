@@ -124,7 +124,8 @@ def _read_split(folder: pathlib.Path, split: str) -> Listing:
         if not all(isinstance(one, str) for one in values):
             raise DataError(f"{folder}, row {number}: expected labels, got {value!r}")
         extras = {name: str(columns[name][number]) for name in wanted[1:] if columns[name][number] is not None}
-        rows.append(Row(folder, tuple(filter(None, map(str.strip, values))), split, row=number, **extras))
+        found = tuple(filter(None, map(str.strip, values)))
+        rows.append(Row(folder, found, split, extras.get("fold", ""), row=number, group=extras.get("group", "")))
     return Listing(rows, names)
 
 

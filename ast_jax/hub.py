@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 
+logger = logging.getLogger(__name__)
 JSON_FILES = ("config.json", "preprocessor_config.json", "ast_jax.json")
 OTHER_FORMATS = ("*.bin", "*.bin.index.json")  # fetched only where there is no safetensors file
 
@@ -19,6 +21,7 @@ def download(repo_id: str) -> pathlib.Path:
     from huggingface_hub import errors
 
     try:
+        logger.info("%s: looking it up on the Hugging Face Hub", repo_id)
         first = [*JSON_FILES, "params/*", "*.safetensors", "*.safetensors.index.json"]
         folder = pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=first))
         if not (any(folder.glob("*.safetensors")) or (folder / "params").is_dir()):

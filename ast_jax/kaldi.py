@@ -166,7 +166,7 @@ def _on_device(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: A
     """Return log-mel energies in `jax.numpy`, all frames together."""
     taper, bank = _constants(config, waveform.dtype)
     frames = cut_frames(waveform, config, xp)  # [..., T, W]
-    if config.dither:
+    if noise is not None and config.dither:
         frames = frames + noise * config.dither
     if config.remove_dc_offset:
         frames = frames - frames.mean(-1, keepdims=True)

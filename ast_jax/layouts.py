@@ -93,7 +93,8 @@ def _read_esc50(source: pathlib.Path) -> Listing:
 
     Clips cut from one recording share `src_file`, and lie in one fold.
     """
-    rows, categories = [], {}
+    rows: list[Row] = []
+    categories: dict[int, str] = {}
     for where, values in read_table(source / ESC50_TABLE, [(name,) for name in ESC50_COLUMNS]):
         target, category = values["target"].strip(), values["category"].strip()
         if not target.isdecimal() or not category or categories.setdefault(int(target), category) != category:

@@ -15,14 +15,12 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import data, datasets, distill, model, optimizers, plots, runs, train
 from .attention import fastest_implementation
@@ -34,9 +32,11 @@ from .files import write_text
 from .losses import loss
 from .metrics import evaluate_logits, report, report_lines, scores
 from .parallel import METHODS, DataParallel, from_first, json_from_all, json_from_first
+from .progress import progress
 from .runs import Record, Run, States
 from .settings import TrainConfig
 from .signals import HELD_BACK, held_back, stop
+from .train import TrainState
 
 LAG = 4  # steps whose losses are not looked at yet, so that the device need not wait for the host
 NAMED = 8  # files of a batch that a message names
@@ -72,20 +72,30 @@ class Machine:
         return data.default_workers() if self.num_workers is None else self.num_workers
 
 
-class Arrays(NamedTuple):
-    """What a state saves.
+class Gathered(NamedTuple):
+    """What the epochs add up to.
 
     Attributes:
-        state: parameters, optimizer, moving average.
         mean: of the epochs' parameters from `average_from` on, or None.
         total: [N, C] the sum of the epochs' validation scores, or None.
         usable: [N] which validation sounds could be read every time, or None.
     """
 
-    state: train.TrainState
     mean: Any
     total: np.ndarray | None
     usable: np.ndarray | None
+
+
+class Arrays(NamedTuple):
+    """What a state saves.
+
+    Attributes:
+        state: parameters, optimizer, moving average.
+        gathered: over the epochs.
+    """
+
+    state: TrainState
+    gathered: Gathered
 
 
 def is_over(history: runs.History, training: TrainConfig) -> bool:
@@ -128,11 +138,10 @@ class Loop:
             )
         )  # fmt: skip
         self.soften = _softener(run, self.parallel)
-        state = train.init_state(params, optimizer, training)
+        self.state = train.init_state(params, optimizer, training)
         shape = (len(self.validation), run.config.num_labels)
-        self.arrays = Arrays(
-            state,
-            jax.tree.map(np.zeros_like, state.params) if training.average_from else None,
+        self.gathered = Gathered(
+            jax.tree.map(np.zeros_like, self.state.params) if training.average_from else None,
             np.zeros(shape) if self.validation else None,
             np.ones(shape[0], bool) if self.validation else None,
         )
@@ -140,20 +149,21 @@ class Loop:
         sizes = [len(self.examples), len(self.validation)]
         self.record = Record(seed=training.seed, sizes=sizes)
         if saved is not None:
-            self.record = saved[0]
+            self.record, folder_of_state = saved
             if self.record.sizes != sizes:
                 raise DataError(
                     f"{run.data['source']}: expected {self.record.sizes[0]} examples for training and "
                     f"{self.record.sizes[1]} for validation, found {sizes[0]} and {sizes[1]}; give it the data it was "
                     "started with"
                 )
-            found = runs.restore_arrays(saved[1], self.arrays) if self.first else self.arrays
-            self.arrays = from_first(found)
+            arrays = Arrays(self.state, self.gathered)
+            arrays = arrays if folder_of_state is None else runs.restore_arrays(folder_of_state, arrays)
+            self.state, self.gathered = from_first(arrays)
         self.elsewhere: dict[str, str] = {}  # sounds that this process, one of several, could not read
         self.pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
 
-    def train(self) -> Checkpoint:
-        """Train to the end, and return the best epoch's checkpoint."""
+    def train(self) -> Checkpoint | None:
+        """Train to the end, and return the best epoch's checkpoint; the first of several processes alone has it."""
         training, record = self.run.training, self.record
         with contextlib.ExitStack() as stack:
             alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
@@ -164,19 +174,18 @@ class Loop:
             if self.resumed and self.first:
                 self._catch_up()
             if not self.resumed:  # the start too, so that a kill in the first epoch can be resumed
-                self.states.save(record, jax.tree.map(np.array, self.arrays), wait=True)
+                self.states.save(record, jax.tree.map(np.array, Arrays(self.state, self.gathered)), wait=True)
             with runs.writing(self.folder):
                 board = Board(self.folder / runs.TENSORBOARD, record.history, write=self.first)
             self.board = stack.enter_context(board)
             self.say(
                 f"{len(self.examples)} training examples, {len(self.validation)} for validation, "
-                f"{self.run.config.num_labels} labels, {model.num_params(self.arrays.state.params):,} parameters, "
+                f"{self.run.config.num_labels} labels, {model.num_params(self.state.params):,} parameters, "
                 f"{len(self.parallel.devices)} {self.parallel.devices[0].platform} device(s)"
             )
             if not self.validation:
                 self.say("no validation examples: the best epoch will be the one with the lowest training loss")
-            self.state = self.parallel.replicate(self.arrays.state)
-            self.arrays = self.arrays._replace(state=None)
+            self.state = self.parallel.replicate(self.state)
             self.saved_at = time.monotonic()
             self.evaluator = self._evaluator(self.validation, training.epochs)
             stack.callback(self.evaluator.close)
@@ -204,7 +213,7 @@ class Loop:
             while not is_over(record.history, training):
                 began = time.monotonic()
                 epoch = len(record.history) + 1
-                with _progress(f"epoch {epoch}/{training.epochs}", self.steps_per_epoch) as advance:
+                with progress(f"epoch {epoch}/{training.epochs}", self.steps_per_epoch) as advance:
                     advance(record.step - (epoch - 1) * self.steps_per_epoch)
                     while record.step < epoch * self.steps_per_epoch:
                         self._stop_if_asked(between_steps=True)
@@ -234,8 +243,8 @@ class Loop:
 
     def _settle(self) -> None:
         """Look at the oldest loss that nobody has looked at."""
-        step, value, numbers = self.pending.popleft()
-        value = float(value)
+        step, waiting, numbers = self.pending.popleft()
+        value = float(waiting)
         if not math.isfinite(value):
             names = [self.examples[number].name for number in numbers]
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -286,17 +295,15 @@ class Loop:
         record, training = self.record, self.run.training
         single = self.parallel.unreplicate(self.state)
         self._check_finite(single)
-        row = {"epoch": epoch, "learning_rate": self.rates[epoch - 1]}
+        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rates[epoch - 1]}
         row["train_loss"] = record.loss_sum / self.steps_per_epoch
-        arrays = self.arrays
+        mean, total, usable = self.gathered
         if self.validation:
             found = self.evaluator(self.state.kept, self._stop_if_asked)
             self._note_skipped([self.validation[number] for number in np.flatnonzero(~found.usable)])
             measured = self._metrics(found)
-            arrays = arrays._replace(
-                total=arrays.total + scores(found.logits, self.run.config), usable=arrays.usable & found.usable
-            )
-            row |= measured | self._cumulative(arrays, found.labels, epoch)
+            total, usable = total + scores(found.logits, self.run.config), usable & found.usable
+            row |= measured | self._cumulative(total / epoch, usable, found.labels)
             if epoch == 1 and not any(name in measured and not math.isnan(measured[name]) for name in runs.METRICS):
                 self.say(
                     "no label has both positives and negatives among the validation examples: "
@@ -304,14 +311,13 @@ class Loop:
                 )
         if training.average_from and epoch >= training.average_from:
             count = epoch - training.average_from + 1
-            mean = jax.tree.map(lambda old, new: old + (new - old) / count, arrays.mean, single.kept)
-            arrays = arrays._replace(mean=mean)
+            mean = jax.tree.map(lambda old, new: old + (new - old) / count, mean, single.kept)
         self._gather_skipped()
         row["seconds"] = round(time.monotonic() - began, 1)
-        self.arrays = arrays
+        self.gathered = Gathered(mean, total, usable)
         record.history.append(row)
         record.loss_sum = 0.0
-        self.states.save(record, arrays._replace(state=single), finished=True)
+        self.states.save(record, Arrays(single, self.gathered), finished=True)
         self.saved_at = time.monotonic()
         self._publish(single.kept)
         with runs.writing(self.folder):
@@ -324,10 +330,9 @@ class Loop:
         value = float(loss(jnp.asarray(logits), jnp.asarray(labels), self.run.config))
         return {"validation_loss": value, **evaluate_logits(logits, labels, self.run.config)}
 
-    def _cumulative(self, arrays: Arrays, labels: np.ndarray, epoch: int) -> dict[str, float]:
+    def _cumulative(self, mean: np.ndarray, usable: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Return the chosen metric of the mean scores of all epochs so far, the original's ensemble over epochs."""
-        mean = (arrays.total / epoch)[arrays.usable]
-        found = evaluate_logits(mean, labels[arrays.usable], self.run.config)  # ranks and maxima are the scores' own
+        found = evaluate_logits(mean[usable], labels[usable], self.run.config)  # ranks and maxima are the scores' own
         name = next(iter(found))
         return {f"cumulative_{name}": found[name]} if name != "negative_mse" else {}
 
@@ -342,13 +347,13 @@ class Loop:
         if history and not runs.best_is_there(self.run, self.folder, history):
             row = runs.best_row(history)
             state = runs.state_of_epoch(self.folder, row["epoch"], self.steps_per_epoch)
-            like = self.arrays._replace(state=jax.tree.map(np.asarray, self.arrays.state))
+            like = Arrays(jax.tree.map(np.asarray, self.state), self.gathered)
             kept = runs.restore_arrays(state, like).state.kept
             metadata = json.dumps(runs.run_metadata(self.run, row))
             with runs.writing(self.folder):
                 save(self.folder / runs.BEST, Checkpoint(kept, self.run.config, self.run.frontend, metadata))
         if history and self.record.step == len(history) * self.steps_per_epoch:
-            self._publish(self.arrays.state.kept)
+            self._publish(self.state.kept)
         runs.write_tables(self.folder, self.record)
 
     def _save(self, wait: bool = False) -> None:
@@ -356,10 +361,10 @@ class Loop:
         self._settle_all()
         single = self.parallel.unreplicate(self.state)
         self._check_finite(single)
-        self.states.save(self.record, self.arrays._replace(state=single), wait=wait)
+        self.states.save(self.record, Arrays(single, self.gathered), wait=wait)
         self.saved_at = time.monotonic()
 
-    def _check_finite(self, state: train.TrainState) -> None:
+    def _check_finite(self, state: TrainState) -> None:
         """Refuse parameters that are not numbers, which must not take the place of good ones."""
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
             raise FloatingPointError(
@@ -381,18 +386,18 @@ class Loop:
             self._save(wait=True)
             stop(number)
 
-    def _finish(self) -> Checkpoint:
+    def _finish(self) -> Checkpoint | None:
         """Measure and draw what the run gave, and return the best epoch's checkpoint; twice is as once."""
         best = load((self.folder / runs.BEST).absolute()) if self.first else None
         if json_from_first(self.first and runs.has_results(self.folder, self.record)):
             return best
-        models = {"best": from_first(best.params if self.first else self.parallel.unreplicate(self.state).kept)}
-        if self.arrays.mean is not None and len(self.record.history) >= self.run.training.average_from:
-            models["average"] = self.arrays.mean
+        models = {"best": from_first(best.params if best is not None else self.parallel.unreplicate(self.state).kept)}
+        if self.gathered.mean is not None and len(self.record.history) >= self.run.training.average_from:
+            models["average"] = self.gathered.mean
             if self.first:
                 span = [self.run.training.average_from, len(self.record.history)]
                 origin = json.dumps(runs.run_metadata(self.run, {"averaged_epochs": span}))
-                whole = Checkpoint(self.arrays.mean, self.run.config, self.run.frontend, origin)
+                whole = Checkpoint(self.gathered.mean, self.run.config, self.run.frontend, origin)
                 with runs.writing(self.folder):
                     save(self.folder / runs.AVERAGE, whole)
         history = self.record.history
@@ -455,16 +460,3 @@ def _softener(run: Run, parallel: DataParallel) -> Callable[[data.Batch], data.B
         return {**batch, "labels": distill.soften(batch["labels"], logits(params, heard), weight, run.config)}
 
     return soften
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar on stderr by a number of steps, shown on a terminal only."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if not console.is_terminal:  # and not `disable=True`: rich before 15 ends a disabled bar with an empty line
-        yield lambda _: None
-        return
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)

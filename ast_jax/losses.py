@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .config import ASTConfig
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
@@ -48,7 +53,7 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
     return jnp.square(logits - labels).mean()
 
 
-def smooth(labels: jax.Array, amount: float, config: ASTConfig) -> jax.Array:
+def smooth(labels: Array, amount: float, config: ASTConfig) -> Array:
     """Return targets of which a share is spread evenly over the answers: the classes, or yes and no for each of them.
 
     Args:

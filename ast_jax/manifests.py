@@ -186,11 +186,11 @@ def read_original(path: pathlib.Path) -> Listing:
         raise DataError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}, got other JSON')
     rows = []
     for number, entry in enumerate(entries, 1):
-        texts = [entry.get(key) if isinstance(entry, dict) else None for key in ("wav", "labels")]
-        if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
+        wav, labels = (entry.get(key) if isinstance(entry, dict) else None for key in ("wav", "labels"))
+        if not isinstance(wav, str) or not isinstance(labels, str) or not wav.strip():
             raise DataError(f'{path}, entry {number}: expected "wav" and "labels" as texts, got {str(entry)[:100]}')
-        names = (name.strip() for name in texts[1].split(ID_SEPARATOR))
-        rows.append(Row(path.parent / texts[0], tuple(filter(None, names))))
+        names = (name.strip() for name in labels.split(ID_SEPARATOR))
+        rows.append(Row(path.parent / wav, tuple(filter(None, names))))
     return Listing(rows)
 
 

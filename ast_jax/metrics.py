@@ -233,7 +233,7 @@ def _decisions(positive: np.ndarray, predicted: np.ndarray) -> Report:
     hits, said, true = (positive & predicted).sum(0), predicted.sum(0), positive.sum(0)
     rates = [np.nan_to_num(rate[true > 0]) for rate in _rates(hits, said, true)]
     macro = [rate.mean() if rate.size else math.nan for rate in rates]
-    return {"micro": _prf(*_rates(hits.sum(), said.sum(), true.sum())), "macro": _prf(*macro)}
+    return {"micro": _prf(*map(float, _rates(hits.sum(), said.sum(), true.sum()))), "macro": _prf(*macro)}
 
 
 def _classes(

@@ -88,7 +88,9 @@ def apply(
     model = _module(
         ASTForAudioClassification, params, config, dtype, attention_implementation, train, rngs, rematerialize
     )
-    logits = model.apply({"params": params}, batch, lengths, tokens=tokens, train=train, rngs=rngs)
+    logits: jax.Array = model.apply(  # type: ignore[assignment]  # Flax gives a pair only with `mutable`
+        {"params": params}, batch, lengths, tokens=tokens, train=train, rngs=None if rngs is None else dict(rngs)
+    )
     return logits[0] if single else logits
 
 
@@ -132,8 +134,8 @@ def encode(
     batch, lengths, tokens, single = _batched(spec, lengths, tokens, config)
     model = _module(ASTModel, params, config, dtype, attention_implementation, train, rngs, rematerialize)
     body = {name: value for name, value in params.items() if name != "classifier"}
-    output = model.apply(
-        {"params": body}, batch, lengths, tokens=tokens, train=train, rngs=rngs,
+    output: ASTOutput = model.apply(  # type: ignore[assignment]  # as in `apply`
+        {"params": body}, batch, lengths, tokens=tokens, train=train, rngs=None if rngs is None else dict(rngs),
         output_hidden_states=output_hidden_states, output_attentions=output_attentions,
     )  # fmt: skip
     if not single:

@@ -223,7 +223,7 @@ class ASTModel(nn.Module):
         return ASTOutput(
             last_hidden_state=normed,
             pooler_output=normed[:, :2].mean(1),
-            hidden_states=jnp.concatenate([embedded[None], states]) if output_hidden_states else None,
+            hidden_states=None if states is None else jnp.concatenate([embedded[None], states]),
             attentions=attentions,
         )
 
@@ -236,7 +236,7 @@ class ASTForAudioClassification(ASTModel):
         super().setup()
         self.classifier = Head(self.config, jnp.promote_types(self.dtype, jnp.float32))
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # a Flax module's call is its own: this one gives logits
         self, spec: jax.Array, lengths: jax.Array | None = None, *, tokens: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """Map spec [B, T, F] (and valid frames [B], and the patches to keep [B, K]) to logits [B, C]."""

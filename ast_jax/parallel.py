@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import numpy as np
@@ -172,6 +172,10 @@ def json_from_all(content: Any) -> list[Any]:
     return [json.loads(one[:length].tobytes()) for one, length in zip(texts, lengths, strict=True)]
 
 
+@overload
+def all_raise(work: Callable[[], Result], *, first_only: Literal[False] = False) -> Result: ...
+@overload
+def all_raise(work: Callable[[], Result], *, first_only: bool) -> Result | None: ...
 def all_raise(work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
     """Do what every process does, without a word to the others; what fails in one is raised in all, so that none waits.
 

@@ -77,11 +77,11 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     numbers = [int(row["epoch"]) for row in history]
     epochs = np.arange(min(numbers), max(numbers) + 1)
     names = dict.fromkeys(name for row in history for name in row)
-    panels = {"loss": [name for name in names if "loss" in name]}
-    panels |= {metric: [name for name in names if name.endswith(metric)] for metric in METRICS}
-    panels |= {"learning_rate": [name for name in names if name == "learning_rate"]}
-    columns = {name: _column(history, epochs, name) for found in panels.values() for name in found}
-    panels = {title: {name: columns[name] for name in found} for title, found in panels.items() if found}
+    members = {"loss": [name for name in names if "loss" in name]}
+    members |= {metric: [name for name in names if name.endswith(metric)] for metric in METRICS}
+    members |= {"learning_rate": [name for name in names if name == "learning_rate"]}
+    columns = {name: _column(history, epochs, name) for found in members.values() for name in found}
+    panels = {title: {name: columns[name] for name in found} for title, found in members.items() if found}
     best = _best({name: columns[name] for name in names if name in columns})
     across = min(3, max(1, len(panels)))
     down = max(1, math.ceil(len(panels) / across))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from .streams import Live
 from .timeline import AGGREGATES, Analysis
 from .windows import window_grid
 
+logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "sounds-tiny"
 BATCH_SIZES = {"cpu": 8}  # by platform
 BATCH_SIZE = 64  # elsewhere
@@ -217,6 +219,7 @@ class Runner:
         """Start the model of a length on sounds; the outputs have rows for the filling too."""
         if frames not in self.lengths:
             own = frames == self.checkpoint.config.max_length
+            logger.info("the model is compiled for %d frames", frames)
             self.lengths[frames] = self.checkpoint if own else resize(self.checkpoint, max_length=frames)
         params, config, frontend = self.lengths[frames]
         size = min(1 << (len(sounds) - 1).bit_length(), self.batch_size)

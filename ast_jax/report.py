@@ -103,7 +103,8 @@ class Survey:
     @property
     def problems(self) -> int:
         """How many faults there are that spoil training or make its results look better than they are."""
-        return sum(map(len, (self.bad, self.not_finite, self.silent, self.leaks, self.shared, self.unlearned)))
+        faults: tuple[Sequence[object], ...] = (self.bad, self.not_finite, self.silent, self.leaks, self.shared)
+        return sum(map(len, (*faults, self.unlearned)))
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return all of it as JSON has it."""
@@ -145,7 +146,7 @@ class Survey:
 
     def _class_table(self) -> list[str]:
         """Return the number of examples by class and split; of many classes, those of the rarest in training."""
-        order = range(len(self.labels))
+        order: Sequence[int] = range(len(self.labels))
         if len(self.labels) > CLASSES_SHOWN:
             order = sorted(order, key=lambda index: self.counts["train"][index])[:CLASSES_SHOWN]
         title = "class" if len(order) == len(self.labels) else f"the {CLASSES_SHOWN} rarest classes"

@@ -134,7 +134,8 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
     if checkpoint.metadata.get("conversion", {}).get("problem_type_resolved") and config == _resolved(config):
         values["problem_type"] = None  # as it came
     if any(tensor.dtype != _recorded_dtype(checkpoint, form, name) for name, tensor in state.items()):
-        widest = functools.reduce(np.promote_types, {tensor.dtype for tensor in state.values()}, np.float32).name
+        dtypes = {tensor.dtype for tensor in state.values()}
+        widest = functools.reduce(np.promote_types, dtypes, np.dtype(np.float32)).name
         values |= {key: widest for key in ("dtype", "torch_dtype") if values.get(key)}  # transformers 5 and 4
     with whole_folder(folder) as new:
         whole = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
@@ -207,7 +208,7 @@ def _original_size(config: ASTConfig) -> str:
     wrong = [f"{name} {getattr(config, name)}" for name, value in fixed.items() if getattr(config, name) != value]
     if size is None:
         wrong.insert(0, f"width {config.hidden_size} with {config.num_attention_heads} heads")
-    if wrong:
+    if wrong or size is None:
         raise ValueError(
             "the original's class has 12 layers of width 192, 384 or 768 with heads of 64, an MLP of four times the "
             f"width, exact GELU and patches of 16 x 16; the model has {', '.join(wrong)}"

@@ -114,7 +114,7 @@ def _together(config: TrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "layer_decay", not config.linear_probe or config.layer_decay == 1, f"1 {probe}"
 
 
-TrainConfig.__doc__ = f"{TrainConfig.__doc__.rstrip()}\n\n    Args:\n" + "".join(
+TrainConfig.__doc__ = f"{(TrainConfig.__doc__ or '').rstrip()}\n\n    Args:\n" + "".join(
     f"        {field.name}: {field.metadata['help']}; {field.metadata['range']}.\n"
     for field in dataclasses.fields(TrainConfig)
 )

@@ -57,7 +57,7 @@ class Hints:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def config_from_shapes(
@@ -73,6 +73,7 @@ def config_from_shapes(
 
     def shape(target: str, rank: int) -> tuple[int, ...]:
         source = form.find(state, target)
+        assert source is not None, target  # `_depth` has looked for those that are asked for
         if state[source].ndim != rank or 0 in state[source].shape:
             raise CheckpointError(f"{name}: {source}: expected {rank} dimensions, got {state[source].shape}")
         return state[source].shape
@@ -170,7 +171,7 @@ def _grid(
     in_name = (int(named[1]), int(named[2])) if named else (0, 0)
     published = [(stride, stride) for stride in PUBLISHED_STRIDES]
     if hints.strides is not None:
-        pairs, why = [tuple(map(int, hints.strides))], "as said"
+        pairs, why = [(int(hints.strides[0]), int(hints.strides[1]))], "as said"
     elif min(in_name) >= 1 and max(in_name) <= max(patch) and lengths(in_name):
         pairs, why = [in_name], "from the file's name"  # and no other pair, even if its length stays open
     else:

@@ -16,6 +16,7 @@ from .audio import AudioError, check_extent, header_seconds, open_sound, read_bl
 from .augment import MIXUP_ALPHA, mix_waveforms
 from .config import FrontendConfig
 from .datasets import DataSet, Example, load_example
+from .progress import track
 from .report import Durations, Survey, suggest_max_length
 from .rows import SPLITS, DataError
 from .threads import in_order
@@ -65,7 +66,7 @@ class Statistics(NamedTuple):
 class _Moments(NamedTuple):
     """Count, mean and sum of squared deviations, float64, which merge (Chan, Golub, LeVeque 1979)."""
 
-    count: int = 0
+    size: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
@@ -76,12 +77,12 @@ class _Moments(NamedTuple):
         return cls(values.size, float(mean), float(np.square(values - mean).sum()))
 
     def merge(self, other: _Moments) -> _Moments:
-        count = self.count + other.count
+        size = self.size + other.size
         apart = other.mean - self.mean
         return _Moments(
-            count,
-            self.mean + apart * other.count / count,
-            self.squares + other.squares + apart**2 * self.count * other.count / count,
+            size,
+            self.mean + apart * other.size / size,
+            self.squares + other.squares + apart**2 * self.size * other.size / size,
         )
 
 
@@ -156,14 +157,14 @@ def statistics(
 
     chosen = _drawn(examples, limit, seed)
     total, frames, skipped = _Moments(), 0, []
-    for found in in_order(measure, chosen, num_threads):
+    for found in track(in_order(measure, chosen, num_threads), "features", len(chosen)):
         advance()
         if isinstance(found, str):
             skipped.append(found)
         else:
             total, frames = total.merge(found[0]), frames + found[1]
     clips = _usable(len(chosen), skipped)
-    std = float(np.sqrt(total.squares / total.count))
+    std = float(np.sqrt(total.squares / total.size))
     if std <= SAME_THROUGHOUT:
         raise DataError(f"all of {clips} training sounds hold the same throughout, as silence does")
     return Statistics(total.mean, std, frames, clips, len(skipped))
@@ -199,7 +200,7 @@ def statistics_as_original(
         try:
             waveform = load_example(examples[index], frontend)
             if rng.random() < ORIGINAL_MIXUP:
-                partner = load_example(examples[rng.integers(len(examples))], frontend)
+                partner = load_example(examples[int(rng.integers(len(examples)))], frontend)
                 waveform = mix_waveforms(waveform, partner, rng.beta(MIXUP_ALPHA, MIXUP_ALPHA))
             else:
                 waveform = waveform - waveform.mean()
@@ -222,8 +223,8 @@ def statistics_as_original(
                 skipped.append(found)
             else:
                 total = total.merge(found)
-        if total.count:
-            batches.append((total.mean, np.sqrt(total.squares / (total.count - 1))))  # as torch.std has it
+        if total.size:
+            batches.append((total.mean, np.sqrt(total.squares / (total.size - 1))))  # as torch.std has it
     clips = _usable(len(chosen), skipped)
     mean, std = np.mean(batches, axis=0).tolist()
     return Statistics(mean, std, clips * frontend.max_length, clips, len(skipped))
@@ -273,7 +274,7 @@ def _hear(example: Example) -> _Heard:
                 not_finite += block.size - int(np.count_nonzero(np.isfinite(block)))
                 full += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
                 low, high = min(low, block.min()), max(high, block.max())
-                digest.update(block)
+                digest.update(block.data)
             check_extent((frames - (first - begun)) / rate, example.name, example.start)
     except UNUSABLE as error:
         return _Heard(str(error))
@@ -301,13 +302,15 @@ def survey(
         advance: called once for each example that is done.
     """
     faults: dict[str, list[str]] = {name: [] for name in ("bad", "not_finite", "silent", "clipped")}
-    seconds, rates, channels = array.array("d"), collections.Counter(), collections.Counter()
+    seconds = array.array("d")
+    rates: collections.Counter[int] = collections.Counter()
+    channels: collections.Counter[int] = collections.Counter()
     first: dict[bytes, tuple[str, Example]] = {}
     same: dict[bytes, list[tuple[str, Example]]] = {}
     splits_of: dict[object, dict[str, None]] = {}
     placed = [(split, example) for split in SPLITS for example in dataset.splits[split]]
     results = in_order(_hear, (example for _, example in placed), num_threads)
-    for (split, example), heard in zip(placed, results, strict=True):
+    for (split, example), heard in zip(placed, track(results, "sounds", len(placed)), strict=True):
         advance()
         if example.group or example.row is None:
             splits_of.setdefault(example.group or example.path, {})[split] = None
@@ -362,5 +365,5 @@ def _durations(seconds: Sequence[float]) -> Durations | None:
     """Return what there is to say of the lengths of sounds."""
     if not seconds:
         return None
-    values = np.percentile(np.asarray(seconds), (0, 50, 95, 100)).tolist()
-    return Durations(*values, sum(seconds) / 3600)
+    shortest, median, most, longest = np.percentile(np.asarray(seconds), (0, 50, 95, 100)).tolist()
+    return Durations(shortest, median, most, longest, sum(seconds) / 3600)

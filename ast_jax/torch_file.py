@@ -107,12 +107,16 @@ class _Limited:
     """A file for zipfile that has no directory of more than a megabyte, as its entries take twenty times its room."""
 
     def __init__(self, mapped: mmap.mmap):
-        self._read, self.seek, self.tell = mapped.read, mapped.seek, mapped.tell
+        self._mapped, self.tell = mapped, mapped.tell
 
-    def read(self, size: int | None = None) -> bytes:
-        if size is not None and size > LARGEST_PICKLE:
+    def read(self, size: int = -1, /) -> bytes:
+        if size > LARGEST_PICKLE:
             raise DamagedError(f"its directory has {size:,} bytes")
-        return self._read(size)
+        return self._mapped.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._mapped.seek(offset, whence)  # type: ignore[arg-type]  # the stub wants the numbers written out
+        return self._mapped.tell()
 
 
 Opened = tuple[Any, Callable[[Storage], np.ndarray]]
@@ -230,6 +234,7 @@ def write_torch_file(path: str | os.PathLike[str], state: Mapping[str, np.ndarra
         archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
         for key, array in enumerate(state.values()):
             entry = zipfile.ZipInfo(f"{root}/data/{key}")
+            assert archive.fp is not None  # until it is closed
             place = archive.fp.tell() + LOCAL_HEADER.size + len(entry.filename) + EXTRA_HEADER.size
             padding = -place % 64
             entry.extra = EXTRA_HEADER.pack(b"FB", padding) + bytes(padding)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickletools
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,7 @@ ADMITTED = {
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_parameter",
 }
+Kind = TypeVar("Kind")
 RESAVE = "load it with PyTorch and save the weights alone: torch.save(model.state_dict(), …)"
 
 
@@ -111,9 +112,9 @@ def interpret(file: io.BytesIO, used: dict[str, Storage] | None = None) -> Any:
         if name in _VALUES:
             stack.append(argument)
         elif name in _PUTS:
-            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            memo[len(memo) if name == "MEMOIZE" else expect(argument, int)] = stack[-1]
         elif name in _GETS:
-            stack.append(memo[argument])
+            stack.append(memo[expect(argument, int)])
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name == "MARK":
@@ -130,7 +131,7 @@ def interpret(file: io.BytesIO, used: dict[str, Storage] | None = None) -> Any:
         elif name in ("SETITEM", "SETITEMS"):
             expect(stack[-1], dict).update(_pairs(items))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            parts = items or argument.split(" ", 1)
+            parts = items or expect(argument, str).split(" ", 1)
             stack.append(_admit(".".join(expect(part, str) for part in parts)))
         elif name == "BINPERSID":
             stack.append(_storage(items[0], used))
@@ -145,7 +146,7 @@ def interpret(file: io.BytesIO, used: dict[str, Storage] | None = None) -> Any:
     raise DamagedError("its pickle has no end")
 
 
-def expect(value: Any, kind: type) -> Any:
+def expect(value: Any, kind: type[Kind]) -> Kind:
     """Return a value of the type that belongs there.
 
     Raises:

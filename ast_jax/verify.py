@@ -114,6 +114,7 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     """
     state = unwrapped(source.state)
     form = detect(state)
+    assert form is not None  # or there would be no checkpoint of it
     has_head = "classifier" in checkpoint.params
     names = form.names_back(checkpoint.config, has_head)
     back = state_dict(checkpoint, form.going_back())
@@ -121,7 +122,9 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     different = tuple(
         name for name, other in names.items() if name not in summed and not _same(state[name], back[other])
     )
-    given = () if form.is_transformers and source.read_json(CONFIG_FILE) else ("strides", "input size", "heads")
+    given: tuple[str, ...] = ()
+    if not (form.is_transformers and source.read_json(CONFIG_FILE)):
+        given += ("strides", "input size", "heads")
     known = label_set_of_size(checkpoint.config.num_labels)
     if has_head and known and checkpoint.config.id2label == known.labels and not _names_in(source):
         given += ("names of the labels",)

@@ -726,17 +726,6 @@ def test_somebody_s_own_file_of_that_name_stays(run, sounds, tmp_path):
         assert {path.name: path.read_text() for path in (tmp_path / name).iterdir()} == before
 
 
-def test_progress_bar_is_for_terminals(monkeypatch, capsys):
-    for terminal in (True, False):
-        monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
-        with loop._progress("epoch 1/2", 3) as advance:
-            advance(1)
-            advance(1)
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        assert ("epoch 1/2" in shown.err and "2/3" in shown.err) if terminal else shown.err == ""
-
-
 def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     real = survey.statistics

@@ -83,3 +83,15 @@ def test_ci_calls_the_readmes_test_command():
 def test_architecture_names_every_module():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     assert {name for name in MODULES if f"`{name}.py`" not in text} == set()
+
+
+def test_the_library_does_not_print():
+    """What there is to tell goes through logging, warnings, or the command line."""
+    for name in MODULES:
+        if not name.startswith("cli"):
+            source = (ROOT / "ast_jax" / f"{name}.py").read_text()
+            assert not re.search(r"\bprint\(|= print\b", source), name
+
+
+def test_types_are_there_for_others():
+    assert (ROOT / "ast_jax" / "py.typed").exists()
