@@ -120,7 +120,7 @@ def test_waveforms_to_logits_lower_for_cuda_as_one_program(monkeypatch):
     config, frontend = ast_jax.PRESETS["base"](), ast_jax.FrontendConfig()
     params = jax.eval_shape(lambda key: ast_jax.init(key, config), jax.random.key(0))
     inputs = jax.ShapeDtypeStruct((2, frontend.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    traced = predict._logits.trace(params, inputs, config, frontend, 2, jnp.bfloat16, "cudnn")
+    traced = predict._run.trace(params, inputs, config, frontend, 2, jnp.bfloat16, "cudnn", ast_jax.apply, False)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"__cudnn\$fmhaSoftmax\b", text)) == 1  # in the loop over layers
     assert "stablehlo.fft" in text

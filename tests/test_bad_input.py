@@ -5,9 +5,7 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -157,13 +155,11 @@ def test_a_thousand_files_of_which_ten_are_bad(tmp_path):
     assert all(result["predictions"][0]["label"] in ("Alarm", "Siren") for result in results if "error" not in result)
 
 
-def limited(*arguments, stdout=subprocess.PIPE, prepare=None, wrapper=()):
+def limited(*arguments, stdout=subprocess.PIPE, wrapper=()):
     """Run the command line under limits."""
     command = [*wrapper, sys.executable, "-m", "ast_jax.cli", *map(str, arguments)]
     env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    return subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=prepare, timeout=300
-    )
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=300)
 
 
 def test_no_permission(tmp_path):
@@ -187,12 +183,7 @@ def test_no_permission(tmp_path):
 def test_a_full_disk(tmp_path):
     """No file may grow beyond a few bytes, which is what a full disk does to a writer; the old table stays."""
     (tmp_path / "out.csv").write_text("old")
-
-    def prepare():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
-
-    done = limited("classify", GOOD, "--output", tmp_path / "out.csv", prepare=prepare)
+    done = limited("classify", GOOD, "--output", tmp_path / "out.csv", wrapper=["prlimit", "--fsize=50"])
     assert done.returncode == 1
     assert os.strerror(errno.EFBIG) in done.stderr
     assert len(done.stderr.splitlines()) == 1

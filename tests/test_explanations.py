@@ -34,7 +34,10 @@ def sounds(rng, count, frontend):
     return (noise + burst * has[:, None]).astype(np.float32), has, begins, hertz
 
 
-@pytest.fixture(scope="module", params=GRIDS)
+@pytest.fixture(
+    scope="module",
+    params=[next(iter(GRIDS)), *(pytest.param(name, marks=pytest.mark.slow) for name in list(GRIDS)[1:])],
+)
 def finder(request):
     """A small model that tells noise with a tone burst from noise."""
     config = ast_jax.ASTConfig(

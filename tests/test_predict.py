@@ -290,7 +290,7 @@ def test_paddings_are_what_they_say(model):
 @pytest.mark.parametrize("kind", ["mask", "own-length", "repeat"])
 def test_a_batch_of_mixed_lengths_gives_each_clip_its_own(model, kind):
     rng = np.random.default_rng(3)
-    sounds = [0.1 * rng.standard_normal(size).astype(np.float32) for size in (400, 700, 9000, 30_000, 41_000)]
+    sounds = [0.1 * rng.standard_normal(size).astype(np.float32) for size in (400, 9000, 9100, 41_000)]
     together = ast_jax.analyze(sounds, model, sampling_rate=16000, padding=kind)
     other_company = ast_jax.analyze(sounds[::-1] + sounds, model, sampling_rate=16000, padding=kind, batch_size=4)
     for index, sound in enumerate(sounds):

@@ -1,0 +1,69 @@
+"""The pages that say how to use a model run: their commands and their Python, and migration's tables are whole."""
+
+import inspect
+import re
+import shutil
+
+import feature_oracles  # noqa: F401  (first: lets transformers import beside an installed torchaudio)
+import numpy as np
+import pytest
+import soundfile
+import transformers
+from test_docs import PAGES, SOUNDS, blocks, commands, page
+from typer.testing import CliRunner
+
+import ast_jax
+from ast_jax.audio import read_audio
+from ast_jax.cli import app
+
+RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
+NOT_RUN = ("converting",)  # pages whose commands are about files that cannot be had here
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with the files that the pages speak of."""
+    sounds = [read_audio(path) for path in sorted(SOUNDS.glob("*.flac"))]
+    soundfile.write(tmp_path / "meeting.flac", np.concatenate(sounds), 16000)
+    shutil.copytree(SOUNDS, tmp_path / "FOLDER")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RUN_WHOLE)
+def test_a_page_runs(name, desk):
+    """All of its commands, each in turn, and all of its Python, in one namespace; pipes into `-` are run elsewhere."""
+    if name not in NOT_RUN:
+        for arguments in [one for block in blocks(f"{name}.md", "sh") for one in commands(block)]:
+            if "-" not in arguments:
+                result = CliRunner().invoke(app, arguments)
+                assert result.exit_code == 0, (arguments, result.output)
+    namespace = {}
+    for block in blocks(f"{name}.md", "python"):
+        exec(compile(block, f"{name}.md", "exec"), namespace)
+
+
+def test_every_page_is_run_or_known_not_to_be():
+    assert {path.stem for path in PAGES} == {*RUN_WHOLE, "finetuning", "tpu", "speed", "demo", "api"}
+    assert not [name for name in ("tpu", "speed", "demo", "api") if blocks(f"{name}.md", "python")]
+
+
+def test_the_page_on_long_sounds_shows_what_is_printed(desk):
+    (shown,) = re.findall(r"^```text\n(.*?)\n```", page("long.md"), re.DOTALL | re.MULTILINE)
+    printed = CliRunner().invoke(app, ["classify", "meeting.flac"]).stdout.splitlines()[0]
+    pattern = re.sub(r"[\d.]+", "N", shown)
+    assert re.sub(r"[\d.]+", "N", printed) == pattern
+
+
+def test_migration_names_all_that_transformers_has():
+    """Every class, field, argument of a call and field of an output of transformers' AST stands on the page."""
+    text = page("migrating.md")
+    module = transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer
+    common = {"self", "args", "kwargs", "return", "return_tensors", "model_type", "transformers_version"}
+    fields = set(transformers.ASTConfig().to_dict()) & set(vars(ast_jax.ASTConfig())) | {"id2label", "label2id"}
+    extractor = set(inspect.signature(transformers.ASTFeatureExtractor.__init__).parameters)
+    calls = set(inspect.signature(transformers.ASTFeatureExtractor.__call__).parameters)
+    calls |= set(inspect.signature(module.ASTModel.forward).parameters)
+    calls |= set(inspect.signature(module.ASTForAudioClassification.forward).parameters)
+    for name in {*module.__all__, "ASTConfig", "ASTFeatureExtractor", *fields, *extractor, *calls} - common:
+        assert f"`{name}" in text, name
