@@ -24,7 +24,7 @@ from .windows import window_grid
 POOLS = ("pooled", "cls", "mean", "none")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Embedding:
     """What came of a sound: vectors of all its windows, or an error.
 

@@ -26,7 +26,7 @@ from .streams import mono_blocks
 CELLS = (8, 16)  # of the spectrogram that occlusion takes out, one at a time: frequency, time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
     """What in a sound speaks for its labels. T frames and F mel bins are those that are sound, not padding.
 

@@ -29,7 +29,7 @@ class Segment:
     score: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer to it
 class Analysis:
     """What came of a sound: scores of all its windows, or an error.
 

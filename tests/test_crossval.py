@@ -91,6 +91,7 @@ def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch
     assert crossval.resume(tmp_path / "run", say=lambda _: None) == rows  # all done: nothing but the table
 
 
+@pytest.mark.slow
 def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("b\na\n")
     monkeypatch.chdir(tmp_path)

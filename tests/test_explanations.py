@@ -34,10 +34,7 @@ def sounds(rng, count, frontend):
     return (noise + burst * has[:, None]).astype(np.float32), has, begins, hertz
 
 
-@pytest.fixture(
-    scope="module",
-    params=[next(iter(GRIDS)), *(pytest.param(name, marks=pytest.mark.slow) for name in list(GRIDS)[1:])],
-)
+@pytest.fixture(scope="module", params=GRIDS)
 def finder(request):
     """A small model that tells noise with a tone burst from noise."""
     config = ast_jax.ASTConfig(
@@ -68,6 +65,7 @@ def finder(request):
     return checkpoint
 
 
+@pytest.mark.slow
 def test_a_burst_explains_the_model_that_finds_it(finder):
     """Over forty sounds: what lies in the burst has much more of each explanation than its share of the picture."""
     waveforms, has, begins, hertz = sounds(np.random.default_rng(2), 80, finder.frontend)

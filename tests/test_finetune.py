@@ -159,6 +159,7 @@ def test_same_seed_same_run(run, sounds, tmp_path):
         np.testing.assert_array_equal(leaf, flatten(best.params)[path])
 
 
+@pytest.mark.slow
 def test_averages_over_epochs(sounds, tmp_path):
     """Of the weights from an epoch on, and of the scores so far: recomputed from the epochs' own checkpoints."""
     folder = tmp_path / "run"
@@ -293,7 +294,10 @@ def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeyp
     jax.tree.map(np.testing.assert_array_equal, ast_jax.load(tmp_path / "run" / "best").params, before.params)
 
 
-@pytest.mark.parametrize(("devices", "method"), [pytest.param(1, "pmap", marks=pytest.mark.slow), (2, "jit")])
+@pytest.mark.parametrize(
+    ("devices", "method"),
+    [pytest.param(1, "pmap", marks=pytest.mark.slow), pytest.param(2, "jit", marks=pytest.mark.slow)],
+)
 def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, method):
     """Saved and loaded as NumPy; sums over devices are in another order, so that the figures agree and not the bits."""
     with pytest.MonkeyPatch.context() as patched:
@@ -600,6 +604,7 @@ def test_bad_files_are_skipped_counted_and_listed(with_bad, tmp_path, no_compili
     assert sum(line.startswith("skipped: ") for line in said) == 3
 
 
+@pytest.mark.slow
 def test_bad_sounds_of_other_splits_and_parts_of_files_are_listed_one_by_one(sounds, tmp_path, no_compiling):
     """By file and place; with `strict` they stop the run wherever they are."""
     soundfile.write(tmp_path / "long.wav", np.full(48000, 0.1), 16000)
@@ -774,6 +779,7 @@ def test_parameters_that_are_not_finite_are_not_saved(sounds, tmp_path, no_compi
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sounds, tmp_path, monkeypatch):
     """A DeiT file through `load` at the length of the data, as `--init deit.pth --max-length 48` does it."""
     torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")

@@ -111,7 +111,8 @@ def assert_same_run(folder, other):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 12])
 def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_path):
     """At random moments and, every second time, in the middle of a save."""
     chance, folder, moments = random.Random(kills), tmp_path / "run", []

@@ -17,6 +17,7 @@ from ast_jax.audio import read_audio
 from ast_jax.cli import app
 
 RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
+LONG = ("using",)  # half a minute, most of it compiling
 NOT_RUN = ("converting",)  # pages whose commands are about files that cannot be had here
 
 
@@ -30,7 +31,9 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", RUN_WHOLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in RUN_WHOLE]
+)
 def test_a_page_runs(name, desk):
     """All of its commands, each in turn, and all of its Python, in one namespace; pipes into `-` are run elsewhere."""
     if name not in NOT_RUN:
