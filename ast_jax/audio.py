@@ -127,14 +127,18 @@ def header_seconds(source: AudioSource) -> float:
 
 
 @contextlib.contextmanager
-def open_sound(source: AudioSource) -> Iterator[soundfile.SoundFile]:
+def open_sound(source: AudioSource, name: str | None = None) -> Iterator[soundfile.SoundFile]:
     """Open a sound for `skip` and `read_blocks`; whatever is wrong with it then is an AudioError too.
+
+    Args:
+        source: as `read_audio` takes it.
+        name: for messages; None for the source's own.
 
     Raises:
         AudioError: not a sound file, or empty.
         FileNotFoundError: no such file.
     """
-    name = describe(source)
+    name = name or describe(source)
     source = _openable(source, name)
     piped = _is_mp3_of_unknown_length(source)
     with _piped(source) if piped else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:

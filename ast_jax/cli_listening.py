@@ -7,6 +7,7 @@ import csv
 import enum
 import json
 import pathlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,8 +117,8 @@ def classify(
     raw: Annotated[
         Encoding | None, typer.Option(help="The standard input has samples without a header, encoded like this.")
     ] = None,
-    rate: Annotated[int, typer.Option(min=1, help="Hz of these samples.")] = 16000,
-    channels: Annotated[int, typer.Option(min=1, help="Channels of these samples.")] = 1,
+    rate: Annotated[int | None, typer.Option(min=1, help="Hz of these samples.", show_default="16000")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Channels of these samples.", show_default="1")] = None,
     batch_size: BatchSize = None,
 ) -> None:
     """Name what is in sound files, and when.
@@ -135,8 +136,16 @@ def classify(
         wrong_usage(f"--low: expected at most --threshold {threshold:g}, got {low:g}")
     if STDIN in files and (len(files) > 1 or picture):
         wrong_usage(f"{STDIN}: expected nothing beside the standard input, {'no --picture' if picture else 'no files'}")
+    if raw and files != [STDIN]:
+        wrong_usage(f"--raw: expected {STDIN}, the standard input, got {', '.join(files)}")
+    if (rate or channels) and not raw:
+        wrong_usage("--rate and --channels: expected --raw beside them; a header says its own")
     failed = False
     with user_errors():
+        if picture:
+            from .pictures import check_place
+
+            check_place(picture)
         from .predict import analyze_each
         from .progress import track
         from .streams import Live
@@ -148,13 +157,13 @@ def classify(
             raise typer.Exit(1)
         if (picture or (timeline and timeline.suffix.lower() == ".txt")) and not live and len(names) != 1:
             wrong_usage(f"{'--picture' if picture else '--timeline .txt'}: expected one file, got {len(names)}")
-        sources = Live(0, raw and raw.value, rate, channels) if live else names
+        sources = Live(0, raw and raw.value, rate or 16000, channels or 1, stop=_until_ctrl_c()) if live else names
         tell = _window_printer(checkpoint, top_k, as_json) if live and not output else lambda part: None
         with contextlib.ExitStack() as outputs:
             cut = (threshold, low)
             top_k = min(top_k, checkpoint.config.num_labels)
             write = outputs.enter_context(_results_writer(output, as_json, top_k, cut))
-            write_timeline = outputs.enter_context(_timeline_writer(timeline))
+            write_timeline = outputs.enter_context(_timeline_writer(timeline, cut))
             results = analyze_each(
                 sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
                 batch_size=batch_size, tell=tell,
@@ -163,14 +172,27 @@ def classify(
                 if found.error:
                     failed = True
                     complain(found.error)
-                elif picture:
-                    from .pictures import timeline_picture
-
-                    timeline_picture(found, checkpoint.frontend, picture, *cut)
                 write(found)
-                write_timeline(found, found.timeline(*cut))
+                write_timeline(found)
+        if picture and not failed:
+            from .pictures import timeline_picture
+
+            timeline_picture(found, checkpoint.frontend, picture, *cut)
     if failed:
         raise typer.Exit(1)
+
+
+def _until_ctrl_c() -> Callable[[], bool]:
+    """Return whether Ctrl-C was pressed, which from now on ends what is heard and not the command, the first time."""
+    pressed: list[int] = []
+
+    def press(number: int, _: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    signal.signal(signal.SIGINT, press)
+    return lambda: bool(pressed)
 
 
 def _check_ending(option: str, path: pathlib.Path | None, endings: tuple[str, ...]) -> None:
@@ -243,15 +265,15 @@ def _results_writer(
 
 
 @contextlib.contextmanager
-def _timeline_writer(path: pathlib.Path | None) -> Iterator[Callable[[Analysis, list[Segment]], None]]:
+def _timeline_writer(path: pathlib.Path | None, cut: Cut) -> Iterator[Callable[[Analysis], None]]:
     """Yield what takes the timeline of each result, to a file that is there when all of them are in it."""
     if path is None:
-        yield lambda found, segments: None
+        yield lambda found: None
         return
     with _table(path) as (file, write_row):
 
-        def write(found: Analysis, segments: list[Segment]) -> None:
-            for segment in segments:
+        def write(found: Analysis) -> None:
+            for segment in found.timeline(*cut):
                 if path.suffix.lower() == ".csv":
                     times = (f"{segment.start:.3f}", f"{segment.end:.3f}")
                     write_row([found.source, *times, segment.label, f"{segment.score:.6f}"])

@@ -179,7 +179,7 @@ def export(
         str, typer.Option(help="Where it is to run: some of cpu, cuda, rocm, tpu, with commas between.")
     ] = "cpu,cuda,tpu",
 ) -> None:
-    """Write a model as one program that needs JAX alone to run.
+    """Write a model as one program that JAX runs alone.
 
     It goes from samples to logits, for any size of batch.
     """

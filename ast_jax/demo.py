@@ -17,14 +17,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import explanations, pictures, predict
-from .audio import AudioError, header_seconds
+from .audio import AudioError
 from .checkpoint import Checkpoint, load, shipped_models
+from .streams import mono_blocks
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; connect-src 'self' ws: wss: data: blob:; worker-src 'self' blob:"
 )
 FONTS = ("system-ui", "sans-serif")
+RATE = 16000  # Hz, at which a sound is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +88,18 @@ def build_app(models: list[str], limits: Limits) -> Any:
             headers=["start, s", "end, s", "label", "score"], label="Stretches", elem_id="stretches", interactive=False
         )
         reasons = gradio.Image(label="Why", elem_id="reasons", **shown)
-        listen.click(page.listen, [audio, model, threshold], [told, labels, picture, stretches], api_name="listen")
-        why.click(page.explain, [audio, model], [told, reasons], api_name="why")
+        listen.click(
+            page.listen,
+            [audio, model, threshold],
+            [told, labels, picture, stretches],
+            api_name="listen",
+            concurrency_id="model",
+        )
+        why.click(page.explain, [audio, model], [told, reasons], api_name="why", concurrency_id="model")
     blocks.queue(max_size=20, default_concurrency_limit=1)
 
     app = fastapi.FastAPI()
+    app.state.page = page
 
     @app.middleware("http")
     async def add_policy(request: Any, call_next: Any) -> Any:
@@ -123,6 +132,10 @@ def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) ->
             if self.started:
                 tell(f"http://{host}:{self.servers[0].sockets[0].getsockname()[1]}")
 
+        async def shutdown(self, *arguments: Any, **options: Any) -> None:
+            await super().shutdown(*arguments, **options)
+            app.state.page.close()  # here, as a signal ends the process after it
+
     Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()
 
 
@@ -133,7 +146,8 @@ class _Page:
         self.limits, self.loaded = limits, loaded
         self.folder = tempfile.mkdtemp(prefix="ast_jax_page_")
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Remove the pictures."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def listen(self, audio: str | None, model: str, threshold: float) -> Any:
@@ -159,9 +173,11 @@ class _Page:
         """Check the sound's length, and return the model."""
         if audio is None:
             raise AudioError("Drop or record a sound first.")
-        minutes = header_seconds(audio) / 60
-        if minutes > self.limits.minutes:
-            raise AudioError(f"The sound is {minutes:.1f} minutes long; this page takes {self.limits.minutes:g}.")
+        seconds = 0.0
+        for block in mono_blocks(audio, RATE):  # a header may be wrong
+            seconds += len(block) / RATE
+            if seconds > 60 * self.limits.minutes:
+                raise AudioError(f"The sound is longer than {self.limits.minutes:g} minutes, the most this page takes.")
         if model not in self.loaded:
             self.loaded[model] = load(model)
         return self.loaded[model]

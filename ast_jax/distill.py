@@ -19,6 +19,7 @@ import numpy as np
 from . import train
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
+from .programs import read_exported
 
 EXPORTED = ".stablehlo"
 
@@ -94,20 +95,7 @@ def _checkpoint(checkpoint: Checkpoint, columns: np.ndarray) -> Teacher:
 
 def _exported(path: pathlib.Path, labels: Sequence[str], frontend: FrontendConfig, batch_size: int) -> Teacher:
     """Return an exported program as a teacher."""
-    from jax import export
-
-    try:
-        program = export.deserialize(bytearray(path.read_bytes()))
-    except OSError:
-        raise
-    except Exception as error:  # flatbuffers and XLA raise whatever they meet
-        raise ValueError(f"{path}: not a program that jax.export of this version can read ({error})") from error
-    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
-    if not isinstance(outputs, dict) or len(outputs) != len(program.out_avals) or len(program.in_avals) != 2:
-        raise ValueError(
-            f"{path}: expected a function of (waveform, num_samples) that returns a dict of label to logits, got "
-            f"{len(program.in_avals)} inputs and a {type(outputs).__name__}"
-        )
+    program, outputs = read_exported(path)
     _columns(path, tuple(outputs), labels)
     platform = jax.default_backend()
     if {"gpu": "cuda"}.get(platform, platform) not in program.platforms:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import kaldi, model
-from .audio import AudioError
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
-from .listening import Part, listen
+from .listening import Part, by_sound, listen, one_or_all
 from .modules import valid_tokens
 from .predict import DEFAULT_MODEL, Runner, default_batch_size
 from .windows import window_grid
@@ -73,15 +72,8 @@ def embed(
         AudioError: a sound that cannot be used (see `read_audio`).
         ValueError: as `embed_each`.
     """
-    several = isinstance(audio, list | tuple)
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load(checkpoint)
-    found = []
-    for embedding in embed_each(audio if several else [audio], checkpoint, sampling_rate=sampling_rate, **options):
-        if embedding.error:
-            raise AudioError(embedding.error)
-        found.append(embedding)
-    return found if several else found[0]
+    model = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+    return one_or_all(audio, lambda sounds: embed_each(sounds, model, sampling_rate=sampling_rate, **options))
 
 
 def embed_each(
@@ -133,16 +125,11 @@ def embed_each(
         sources, Runner(checkpoint, output, padding, batch_size), grid, frontend.sampling_rate,
         batch_size=batch_size, combine=functools.partial(np.mean, axis=0), array_rate=sampling_rate,
     )  # fmt: skip
-    parts: list[Part] = []
-    for event in events:
-        if isinstance(event, Part):
-            parts.append(event)
-            continue
-        error = event.error
-        if not error and not all(np.isfinite(part.output).all() for part in parts):
-            error = f"{event.name}: the vectors are not finite; the values of the sound or of the model are too large"
-        yield Embedding(event.name, error=error) if error else _embedding(event.name, parts, pool, config, frontend)
-        parts = []
+    for end, parts in by_sound(events):
+        if end.error:
+            yield Embedding(end.name, error=end.error)
+        else:
+            yield _embedding(end.name, parts, pool, config, frontend)
 
 
 def _embedding(name: str, parts: list[Part], pool: str, config: ASTConfig, frontend: FrontendConfig) -> Embedding:

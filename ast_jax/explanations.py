@@ -37,8 +37,8 @@ class Explanation:
         start: seconds in the source from which on the model heard it.
         duration: seconds that it heard.
         spec: [T, F], the log-mel features, not normalised.
-        rollout: [F', T'], how much attention flows from each patch to what the classifier takes; sums to 1 over all
-            patches, those in the padding too. For no label in particular.
+        rollout: [F', T'], how much attention flows from each patch to what the classifier takes, for no label in
+            particular; what is left of 1 stays with the class and the distillation token, or comes from the padding.
         saliency: [K, T, F], absolute gradient of the label's logit by the normalised features.
         occlusion: [K, F'', T''], how much the label's logit falls where a cell of the spectrogram is replaced by the
             features' mean; negative where it rises.
@@ -96,15 +96,18 @@ def explain(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load(checkpoint)
     params, config, frontend = checkpoint.params, checkpoint.config, checkpoint.frontend.replace(dither=0.0)
-    if "classifier" not in params:
-        raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
+    predict.check_classifier(checkpoint)
+    if isinstance(audio, list | tuple):
+        raise ValueError(f"audio: expected one sound, got a {type(audio).__name__}")
+    if top_k < 1:
+        raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")
     if unknown := sorted(set(labels or ()) - set(config.labels)):
         raise ValueError(f"labels: expected the model's, got {', '.join(unknown)}")
     if min(cells) < 1:
         raise ValueError(f"cells: expected 1 or more, got {cells}")
     name = describe(audio)
-    found = predict.analyze(audio, checkpoint, sampling_rate=sampling_rate)
     if start is None:
+        found = predict.analyze(audio, checkpoint, sampling_rate=sampling_rate)
         first = config.labels.index(labels[0]) if labels else int(found.overall.argmax())
         start = float(found.times[found.scores[:, first].argmax(), 0])
     waveform = _samples(audio, frontend, sampling_rate, start, name)
@@ -142,7 +145,7 @@ def explain(
 
 def _samples(audio: Any, frontend: FrontendConfig, rate: int | None, start: float, name: str) -> np.ndarray:
     """Return what the model hears of a sound from `start` on: [S], at least a frame."""
-    if hasattr(audio, "__array__") or isinstance(audio, list):
+    if hasattr(audio, "__array__"):
         whole = np.concatenate(list(mono_blocks(audio, frontend.sampling_rate, rate)))
         samples = whole[round(start * frontend.sampling_rate) :] if start >= 0 else whole[:0]
         if len(samples) < MIN_SECONDS * frontend.sampling_rate:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,8 @@ from .threads import in_order
 from .windows import Grid, cut, piece_starts
 
 AHEAD = 3  # batches that are read before the first of them is out
-FIRST = 8  # pieces of a sound that a thread reads
+FIRST = 4  # pieces of a sound that a thread reads
+OPEN = 16  # files with more than that which wait, open, for the rest to be read
 
 Outputs = Callable[[], Sequence[np.ndarray]]
 Start = Callable[[Sequence[np.ndarray]], Outputs]
@@ -87,6 +90,7 @@ def listen(
         array_rate: Hz of samples given as arrays.
     """
     live = isinstance(sources, Live)
+    items: Iterator[_Piece | End]
     if isinstance(sources, Live):
         items, batch_size = _pieces(sources, grid, rate, None), 1
     else:
@@ -101,21 +105,63 @@ def listen(
         yield from _events(batch, outputs, told, combine)
 
 
+def by_sound(events: Iterable[Part | End]) -> Iterator[tuple[End, list[Part]]]:
+    """Yield the end of each sound with all of its windows; one whose outputs are not finite ends with that error."""
+    parts: list[Part] = []
+    for event in events:
+        if isinstance(event, Part):
+            parts.append(event)
+            continue
+        if not event.error and not all(np.isfinite(part.output).all() for part in parts):
+            reason = "what comes out is not finite; the values of the sound or of the model are too large"
+            event = event._replace(error=f"{event.name}: {reason}")
+        yield event, parts
+        parts = []
+
+
+def one_or_all(audio: Any, each: Callable[[Sequence[Any]], Iterable[Any]]) -> Any:
+    """Return the result of a sound, or a list of them for a list.
+
+    Raises:
+        AudioError: of the first sound that cannot be used.
+    """
+    several = isinstance(audio, list | tuple)
+    found = []
+    for result in each(audio if several else [audio]):
+        if result.error:
+            raise AudioError(result.error)
+        found.append(result)
+    return found if several else found[0]
+
+
 def _read_ahead(
     sources: Iterable[Any], grid: Grid, rate: int, array_rate: int | None, ahead: int
 ) -> Iterator[_Piece | End]:
-    """Yield the pieces of all sounds, the first of which are read by threads."""
+    """Yield the pieces of all sounds, the first of which are read by threads.
 
-    def begin(source: Any) -> tuple[list[_Piece | End], Iterator[_Piece | End]]:
+    A long file beyond the `OPEN` that wait already is closed, and read from its beginning when its turn comes.
+    """
+    places = threading.Semaphore(OPEN)
+
+    def begin(source: Any) -> tuple[list[_Piece | End], Iterator[_Piece | End], bool]:
         pieces = _pieces(source, grid, rate, array_rate)
-        return list(itertools.islice(pieces, FIRST)), pieces
+        first = list(itertools.islice(pieces, FIRST))
+        again = isinstance(source, str | os.PathLike) and os.path.isfile(source)
+        if isinstance(first[-1], End) or not again:
+            return first, pieces, False
+        if places.acquire(blocking=False):
+            return first, pieces, True
+        pieces.close()
+        return [], _pieces(source, grid, rate, array_rate), False
 
-    for first, rest in in_order(begin, sources, ahead=ahead):
+    for first, rest, waits in in_order(begin, sources, ahead=ahead):
         yield from first
         yield from rest
+        if waits:
+            places.release()
 
 
-def _pieces(source: Any, grid: Grid, rate: int, array_rate: int | None) -> Iterator[_Piece | End]:
+def _pieces(source: Any, grid: Grid, rate: int, array_rate: int | None) -> Generator[_Piece | End, None, None]:
     """Yield the pieces of a sound as it is read, and its end."""
     name, read = describe(source), 0
 

@@ -27,6 +27,19 @@ HERTZ = (50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000)
 MAP = "magma"
 
 
+def check_place(path: pathlib.Path) -> None:
+    """Refuse to begin what could not be drawn in the end.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: matplotlib is missing.
+    """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    with drawing():
+        pass
+
+
 def timeline_picture(
     found: Analysis,
     frontend: FrontendConfig,

@@ -268,7 +268,7 @@ def drawing() -> Iterator[None]:
         import matplotlib.style
         from matplotlib import font_manager
     except ImportError as error:
-        raise ValueError("pictures need matplotlib; install it with: pip install 'ast-jax[train]'") from error
+        raise ValueError("pictures need matplotlib; install it with: pip install 'ast-jax[plots]'") from error
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
     ours = {"font.family": fonts, "font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "legend.frameon": False}

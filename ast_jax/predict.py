@@ -15,11 +15,10 @@ import numpy as np
 from . import kaldi, model
 from .adapt import resize
 from .attention import fastest_implementation
-from .audio import AudioError
 from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
-from .listening import Part, listen
+from .listening import End, Part, by_sound, listen, one_or_all
 from .streams import Live
 from .timeline import AGGREGATES, Analysis
 from .windows import window_grid
@@ -86,15 +85,8 @@ def analyze(
         AudioError: a sound that cannot be used (see `read_audio`).
         ValueError: as `analyze_each`.
     """
-    several = isinstance(audio, list | tuple)
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load(checkpoint)
-    found = []
-    for analysis in analyze_each(audio if several else [audio], checkpoint, sampling_rate=sampling_rate, **options):
-        if analysis.error:
-            raise AudioError(analysis.error)
-        found.append(analysis)
-    return found if several else found[0]
+    model = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+    return one_or_all(audio, lambda sounds: analyze_each(sounds, model, sampling_rate=sampling_rate, **options))
 
 
 def analyze_each(
@@ -134,31 +126,38 @@ def analyze_each(
     """
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate: expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-    if "classifier" not in checkpoint.params:
-        raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
+    check_classifier(checkpoint)
     grid = window_grid(checkpoint.frontend, window, hop)
     batch_size = batch_size or default_batch_size()
     events = listen(
         sources, Runner(checkpoint, _scores_of, padding, batch_size), grid, checkpoint.frontend.sampling_rate,
         batch_size=batch_size, combine=AGGREGATES[aggregate], array_rate=sampling_rate,
     )  # fmt: skip
-    parts: list[Part] = []
-    for event in events:
-        if isinstance(event, Part):
-            parts.append(event)
-            tell(event)
-            continue
-        error = event.error
-        if not error and not all(np.isfinite(part.output).all() for part in parts):
-            reason = "the scores are not finite; the values of the sound or of the model are too large"
-            error = f"{event.name}: {reason}"
-        if error:
-            yield Analysis(event.name, error=error)
+    for end, parts in by_sound(_told(events, tell)):
+        if end.error:
+            yield Analysis(end.name, error=end.error)
         else:
             times = np.array([[part.start, part.end] for part in parts])
             scores = np.stack([part.output for part in parts])
-            yield Analysis(event.name, checkpoint.config.labels, times, scores, event.duration, aggregate)
-        parts = []
+            yield Analysis(end.name, checkpoint.config.labels, times, scores, end.duration, aggregate)
+
+
+def _told(events: Iterable[Part | End], tell: Callable[[Part], None]) -> Iterator[Part | End]:
+    """Yield events, and tell the windows among them."""
+    for event in events:
+        if isinstance(event, Part):
+            tell(event)
+        yield event
+
+
+def check_classifier(checkpoint: Checkpoint) -> None:
+    """Refuse a model that has none.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if "classifier" not in checkpoint.params:
+        raise ValueError("the model has no classifier and can name nothing; fine-tune it (`ast-jax finetune --init`)")
 
 
 def default_batch_size() -> int:

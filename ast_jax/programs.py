@@ -1,4 +1,4 @@
-"""One function from samples to logits, and that function as a program in a file which needs JAX alone to run."""
+"""One function from samples to logits, and that as a program in a file which JAX (and flatbuffers) runs."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def wave_to_logits(
             )
         batch = jnp.atleast_2d(waveform)
         counts = jnp.broadcast_to(jnp.asarray(size if num_samples is None else num_samples), batch.shape[:1])
+        batch = jnp.where(jnp.arange(size) < counts[:, None], batch, 0)  # a frame of the first samples may reach beyond
         batch = jnp.pad(batch, ((0, 0), (0, settings.max_samples - size)))
         spec = normalize(padded_log_mel(batch, counts, settings), settings)
         out = model.apply(params, spec, config, dtype=dtype, attention_implementation=attention_implementation)
@@ -141,15 +142,30 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         FileNotFoundError: no such file.
         ValueError: not a program of that kind, or none that this JAX can read.
     """
-    path = pathlib.Path(path)
-    content = path.read_bytes()
+    exported, outputs = read_exported(path)
+    if exported.in_avals[0].ndim != 2:
+        raise ValueError(f"{path}: expected a function of waveforms [b, S], got {exported.in_avals[0]}")
+    return Program(exported, tuple(outputs), int(exported.in_avals[0].shape[1]))
+
+
+def read_exported(path: str | os.PathLike[str]) -> tuple[jax_export.Exported, dict[str, Any]]:
+    """Read a function of (waveform, num_samples), and what it returns: the shape of the logits of each label.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a program, or none that this JAX can read.
+    """
+    content = pathlib.Path(path).read_bytes()
     try:
         exported = jax_export.deserialize(bytearray(content))
+    except ImportError:
+        raise
     except Exception as error:  # flatbuffers and XLA raise whatever they meet
         raise ValueError(f"{path}: not a program that jax.export of this version can read ({error})") from error
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    if not isinstance(outputs, dict) or len(exported.in_avals) != 2 or exported.in_avals[0].ndim != 2:
+    if not isinstance(outputs, dict) or len(outputs) != len(exported.out_avals) or len(exported.in_avals) != 2:
         raise ValueError(
-            f"{path}: expected a function of (waveform, num_samples) that returns a dict of label to logits"
+            f"{path}: expected a function of (waveform, num_samples) that returns a dict of label to logits, got "
+            f"{len(exported.in_avals)} inputs and a {type(outputs).__name__}"
         )
-    return Program(exported, tuple(outputs), int(exported.in_avals[0].shape[1]))
+    return exported, outputs

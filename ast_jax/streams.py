@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import numbers
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,7 @@ class Live:
         sampling_rate: Hz of samples without a header.
         channels: of them.
         name: for messages.
+        stop: whether what comes from now on is not to be heard any more; asked before every block.
     """
 
     descriptor: int = 0
@@ -45,6 +49,7 @@ class Live:
     sampling_rate: int = 16000
     channels: int = 1
     name: str = "-"
+    stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         """Check the encoding."""
@@ -61,9 +66,10 @@ def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) 
         array_rate: Hz of `source` where it is samples.
 
     Raises:
-        AudioError: as `read_audio`, where the sound has been read so far.
+        AudioError: as `read_audio`, where the sound has been read so far; samples that are not [S] or not floating
+            point.
         FileNotFoundError: no such file.
-        ValueError: samples without a rate, not [S] or not floating point.
+        ValueError: samples without a rate.
     """
     if hasattr(source, "__array__") or isinstance(source, list):
         samples, rate = _checked(source, array_rate)
@@ -74,6 +80,8 @@ def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) 
     with _live(source) if isinstance(source, Live) else open_sound(source) as file:
         seconds = LIVE_SECONDS if isinstance(source, Live) else BLOCK_SECONDS
         blocks = read_blocks(file, None, math.ceil(seconds * file.samplerate))
+        if isinstance(source, Live):
+            blocks = itertools.takewhile(lambda _: not source.stop(), blocks)
         yield from _resampled(blocks, file.samplerate, sampling_rate, describe(source))
 
 
@@ -81,6 +89,10 @@ def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) 
 def _live(source: Live) -> Iterator[soundfile.SoundFile]:
     """Open a pipe; whatever is wrong with it is an AudioError."""
     options: dict[str, Any] = {}
+    if not source.encoding and stat.S_ISREG(os.fstat(source.descriptor).st_mode):  # as `< sound.mp3` makes it
+        with os.fdopen(os.dup(source.descriptor), "rb") as whole, open_sound(whole, source.name) as file:
+            yield file
+        return
     if source.encoding:
         subtype, endian = ENCODINGS[source.encoding]
         options = {"format": "RAW", "subtype": subtype, "endian": endian, "channels": source.channels}
@@ -105,7 +117,7 @@ def _checked(source: Any, rate: Any) -> tuple[np.ndarray, float]:
     if samples.ndim == 2 and samples.shape[0] == 1:
         samples = samples[0]
     if samples.ndim != 1 or samples.dtype.kind != "f":
-        raise ValueError(
+        raise AudioError(
             f"samples: expected floating-point samples [S] in [-1, 1], got {samples.dtype} {samples.shape}"
         )
     return samples, float(rate)

@@ -95,12 +95,13 @@ class Analysis:
         Raises:
             ValueError: `low` is above `threshold`.
         """
-        low = LOW_SHARE * threshold if low is None else low
+        low = threshold - (1 - LOW_SHARE) * abs(threshold) if low is None else low
         if not low <= threshold:
             raise ValueError(f"low: expected at most the threshold {threshold:g}, got {low:g}")
         edges, scores = self.curve()
         found = []
-        for label, column in zip(self.labels, scores.T, strict=True):
+        for index in np.flatnonzero(scores.max(0, initial=-np.inf) >= threshold):
+            label, column = self.labels[index], scores[:, index]
             turns = np.flatnonzero(
                 np.diff(np.pad(column >= low, 1).astype(np.int8))
             )  # where it begins and where it ends

@@ -14,6 +14,8 @@ from .embeddings import Embedding
 from .explanations import Explanation
 from .files import whole_file
 
+ROWS = 10_000  # of a group in Parquet
+
 
 @contextlib.contextmanager
 def vector_table(path: pathlib.Path) -> Iterator[Callable[..., None]]:
@@ -66,9 +68,17 @@ def _parquet(path: pathlib.Path) -> Iterator[Callable[[dict[str, np.ndarray]], N
         ) from error
     with whole_file(path) as name, contextlib.ExitStack() as opened:
         writer = None
+        held: list[dict[str, np.ndarray]] = []  # a group of rows is written together
 
         def write(columns: dict[str, np.ndarray]) -> None:
+            held.append(columns)
+            if sum(len(each["source"]) for each in held) >= ROWS:
+                flush()
+
+        def flush() -> None:
             nonlocal writer
+            columns = {name: np.concatenate([each[name] for each in held]) for name in held[0]}
+            held.clear()
             values = columns["embedding"]
             arrays: dict[str, Any] = {
                 key: pyarrow.array(column) for key, column in columns.items() if key != "embedding"
@@ -80,6 +90,8 @@ def _parquet(path: pathlib.Path) -> Iterator[Callable[[dict[str, np.ndarray]], N
             writer.write_table(table)
 
         yield write
+        if held:
+            flush()
         if writer is None:
             pyarrow.parquet.write_table(pyarrow.table({}), name)
 
@@ -94,4 +106,4 @@ def write_arrays(path: pathlib.Path, found: Explanation) -> None:
 def _write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays, whole or not at all."""
     with whole_file(path) as name, name.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes any name for allow_pickle

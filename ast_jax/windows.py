@@ -38,11 +38,6 @@ class Grid(NamedTuple):
     longest: int
     least: int
 
-    @property
-    def pieces(self) -> int:
-        """How many pieces a full window is heard in."""
-        return len(piece_starts(self.length, self.longest))
-
 
 def window_grid(frontend: FrontendConfig, window: float | None = None, hop: float | None = None) -> Grid:
     """Return the grid of windows of some seconds.
@@ -58,11 +53,14 @@ def window_grid(frontend: FrontendConfig, window: float | None = None, hop: floa
     """
     rate, longest = frontend.sampling_rate, frontend.max_samples
     length = longest if window is None else _samples("window", window, rate)
-    if abs(length - longest) <= rate // 100:  # what rounds to the model's input is that
+    near = rate // 50  # what rounds to the model's input is that: 2.58 s for 2.575, 10.24 for 10.255
+    if abs(length - longest) <= near:
         length = longest
     if length < frontend.window_samples:  # Kaldi's frame
         raise ValueError(f"window: expected {frontend.frame_length:g} ms or more, got {1000 * length / rate:g} ms")
     step = max(1, length // 2) if hop is None else _samples("hop", hop, rate)
+    if length == longest and abs(step - length) <= near:
+        step = length
     if not 0 < step <= length:
         raise ValueError(
             f"hop: expected more than 0 s and at most the window's {length / rate:g} s, or something would not be "

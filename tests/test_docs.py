@@ -34,7 +34,8 @@ def blocks(name, language):
 def commands(text):
     """Return the `ast-jax` commands of a shell block as lists of arguments, with a number for each variable."""
     lines = re.sub(r"\$\w+", "1", text.replace("\\\n", " ")).splitlines()
-    found = [line.strip() for line in lines if line.strip().startswith("ast-jax ")]
+    lines = [line.split(" | ")[-1].strip() for line in lines]  # of a pipe the end
+    found = [line for line in lines if line.startswith("ast-jax ")]
     return [
         shlex.split(re.split(r"\s[>&]", line)[0], comments=True)[1:] for line in found
     ]  # what the shell does is cut

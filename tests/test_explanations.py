@@ -132,6 +132,7 @@ def test_shapes_and_numbers_of_a_short_sound(shipped):
     assert found.cell_bins.tolist() == [0, 64, 128]
     assert found.cell_frames.tolist() == [0, 33, 65, 98]
     assert found.rollout.shape == (1, 25)
+    assert 0.1 < found.rollout.sum() < 1
     assert (found.start, found.duration) == (0, 1)
     spec = ast_jax.ASTFeatureExtractor(shipped.frontend)(sound, RATE)[0]
     apply = functools.partial(ast_jax.apply, shipped.params, config=shipped.config)
@@ -178,6 +179,7 @@ def test_a_file_and_its_samples_are_explained_alike(shipped):
         ({"labels": ["Yodel"]}, "labels: expected the model's, got Yodel"),
         ({"cells": (0, 4)}, "cells: expected 1 or more"),
         ({"start": 9.0}, "expected sound from 9 s on"),
+        ({"top_k": 0}, "top_k: expected 1 or more, got 0"),
     ],
 )
 def test_options_that_are_none(shipped, options, message):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import soundfile
 from test_cli import SOUNDS, ast_cli
 
 import ast_jax
-from ast_jax import listening, predict
+from ast_jax import cli_listening, embeddings, listening, predict, streams, timeline
 
 RATE = 16000
 ORDER = ("speech", "music", "telephone")
@@ -97,6 +99,8 @@ def test_a_picture(meeting, tmp_path):
         (["a.wav", "--picture", "x.jpg"], "--picture: expected a name that ends in .png, got x.jpg"),
         (["a.wav", "--low", "0.7"], "--low: expected at most --threshold 0.5, got 0.7"),
         (["-", "a.wav"], "-: expected nothing beside the standard input, no files"),
+        (["a.wav", "--raw", "s16le"], "--raw: expected -, the standard input, got a.wav"),
+        (["-", "--rate", "8000"], "--rate and --channels: expected --raw beside them; a header says its own"),
         (["-", "--picture", "x.png"], "-: expected nothing beside the standard input, no --picture"),
     ],
     ids=" ".join,
@@ -248,6 +252,43 @@ def test_three_hours_in_flat_memory(tmp_path):
     assert peaks[1] < peaks[0] + 30  # MiB; the samples are 660
 
 
-def test_what_is_read_ahead_is_bounded():
-    """Of long sounds, a few pieces each; of many, some batches."""
-    assert listening.FIRST * listening.AHEAD * predict.BATCH_SIZES["cpu"] < 200
+def test_of_many_long_sounds_few_are_open(tmp_path):
+    """However many are read ahead, and all are heard to their ends, those that were closed in between among them."""
+    long = (0.1 * np.random.default_rng(0).standard_normal(16 * RATE)).astype(np.float32)
+    for number in range(40):
+        soundfile.write(tmp_path / f"{number:02}.wav", long, RATE)
+    before, most = len(os.listdir("/proc/self/fd")), 0
+    found = predict.analyze_each(sorted(tmp_path.iterdir()), ast_jax.load("sounds-tiny"), batch_size=32)
+    for analysis in found:
+        most = max(most, len(os.listdir("/proc/self/fd")) - before)
+        assert analysis.times[-1, 1] == 16
+        assert len(analysis.times) == 12
+    assert most <= listening.OPEN + 4
+
+
+def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
+    samples = (ast_jax.read_audio(meeting) * 32767).astype("<i2")
+    command = [sys.executable, "-m", "ast_jax.cli", "classify", "-", "--raw", "s16le", "--timeline", tmp_path / "t.csv"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(samples[: 4 * RATE].tobytes())
+        process.stdin.flush()
+        assert process.stdout.readline().startswith(b"     0.00 to      2.58 s")
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(samples[4 * RATE : 5 * RATE].tobytes())
+    assert (process.returncode, errors) == (0, b"")
+    assert b"-  (" in rest
+    assert b"Speech" in rest
+    assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("-,0.000,")
+
+
+def test_a_picture_that_cannot_be_drawn_is_known_before(meeting, tmp_path):
+    done = ast_cli("classify", meeting, "--picture", tmp_path / "none" / "x.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"ast-jax: {tmp_path / 'none' / 'x.png'}: no such folder\n"
+
+
+def test_choices_are_the_library_s():
+    assert [each.value for each in cli_listening.Padding] == list(predict.PADDING)
+    assert [each.value for each in cli_listening.Pool] == list(embeddings.POOLS)
+    assert [each.value for each in cli_listening.Encoding] == list(streams.ENCODINGS)
+    assert [each.value for each in cli_listening.Aggregate] == list(timeline.AGGREGATES)

@@ -18,13 +18,14 @@ from ast_jax.cli import app
 
 RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
 LONG = ("using",)  # half a minute, most of it compiling
+MEETING = ("speech", "music", "siren", "speech_over_music", "telephone", "speech")  # as in the pages' pictures
 NOT_RUN = ("converting",)  # pages whose commands are about files that cannot be had here
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A folder with the files that the pages speak of."""
-    sounds = [read_audio(path) for path in sorted(SOUNDS.glob("*.flac"))]
+    sounds = [read_audio(SOUNDS / f"{name}.flac") for name in MEETING]
     soundfile.write(tmp_path / "meeting.flac", np.concatenate(sounds), 16000)
     shutil.copytree(SOUNDS, tmp_path / "FOLDER")
     monkeypatch.chdir(tmp_path)
@@ -35,7 +36,7 @@ def desk(tmp_path, monkeypatch):
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in RUN_WHOLE]
 )
 def test_a_page_runs(name, desk):
-    """All of its commands, each in turn, and all of its Python, in one namespace; pipes into `-` are run elsewhere."""
+    """All of its commands, each in turn, and all of its Python, in one namespace; pipes into `-` are parsed only."""
     if name not in NOT_RUN:
         for arguments in [one for block in blocks(f"{name}.md", "sh") for one in commands(block)]:
             if "-" not in arguments:
@@ -53,9 +54,7 @@ def test_every_page_is_run_or_known_not_to_be():
 
 def test_the_page_on_long_sounds_shows_what_is_printed(desk):
     (shown,) = re.findall(r"^```text\n(.*?)\n```", page("long.md"), re.DOTALL | re.MULTILINE)
-    printed = CliRunner().invoke(app, ["classify", "meeting.flac"]).stdout.splitlines()[0]
-    pattern = re.sub(r"[\d.]+", "N", shown)
-    assert re.sub(r"[\d.]+", "N", printed) == pattern
+    assert CliRunner().invoke(app, ["classify", "meeting.flac"]).stdout.splitlines()[0] == shown
 
 
 def test_migration_names_all_that_transformers_has():

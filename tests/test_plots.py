@@ -364,7 +364,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
 def test_without_matplotlib_the_command_that_installs_it_is_named(write, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"pip install 'ast-jax\[train\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'ast-jax\[plots\]'"):
         write(tmp_path / "picture.png")
     assert not list(tmp_path.iterdir())
 

@@ -79,6 +79,15 @@ def test_dither_is_for_training(model, waveforms):
     np.testing.assert_allclose(dithered(waveforms[0]), by_the_extractor(model, waveforms[:1])[0], atol=2e-4)
 
 
+def test_what_lies_beyond_the_sound_is_not_heard(model, waveforms):
+    """Not even where the sound is shorter than the first frame."""
+    logits = ast_jax.wave_to_logits(*model)
+    for count in (200, 9000):
+        zeros = waveforms[0].copy()
+        zeros[count:] = 0
+        np.testing.assert_allclose(logits(waveforms[0], count), logits(zeros, count), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("waveform", "message"),
     [
@@ -130,7 +139,7 @@ def test_labels_stay_with_their_logits(model, waveforms, tmp_path):
 
 
 def test_a_program_needs_jax_alone(exported):
-    """The lines of the documentation, in a process that has imported neither ast_jax nor Flax."""
+    """And flatbuffers; the lines of the documentation, in a process that has imported neither ast_jax nor Flax."""
     code = (
         "import sys, jax, numpy as np\n"
         "from jax import export\n"

@@ -58,6 +58,13 @@ def test_a_sound_that_could_not_be_used_has_no_timeline():
     assert Analysis("sound.wav", error="sound.wav: no such file").timeline() == []
 
 
+def test_thresholds_below_nothing():
+    """A regression's outputs may be; the low one is below the high one all the same."""
+    assert [(each.start, each.end) for each in analysis([[-2.0], [-1.0], [-1.3]], window=1.0).timeline(-1.0)] == [
+        (1, 3)
+    ]
+
+
 def test_a_low_threshold_above_the_high_one():
     with pytest.raises(ValueError, match=r"low: expected at most the threshold 0\.5, got 0\.6"):
         analysis([[0.5]]).timeline(0.5, 0.6)

@@ -59,7 +59,8 @@ def test_a_window_comes_with_its_last_sample():
 def test_the_grid_in_seconds():
     assert window_grid(FRONTEND) == (16240, 8120, 16240, 160)
     assert window_grid(FRONTEND, 0.5, 0.1) == (8000, 1600, 16240, 160)
-    assert window_grid(FRONTEND, 1.02).length == 16240  # what rounds to the model's input is that
+    assert window_grid(FRONTEND, 1.02) == window_grid(FRONTEND, 1.0)  # what rounds to the model's input is that
+    assert window_grid(FRONTEND, 1.02, 1.02) == window_grid(FRONTEND, hop=1.02) == (16240, 16240, 16240, 160)
     assert window_grid(FRONTEND, 10.0, 5.0).length == 160000
 
 
@@ -69,7 +70,7 @@ def test_the_grid_in_seconds():
         (0.02, None, "window: expected 25 ms or more, got 20 ms"),
         (0, None, "window: expected a positive number of seconds, got 0"),
         (float("nan"), None, "window: expected a positive number"),
-        (1.0, 1.5, "hop: expected more than 0 s and at most the window's 1 s.* got 1.5 s"),
+        (0.5, 0.75, "hop: expected more than 0 s and at most the window's 0.5 s.* got 0.75 s"),
         (1.0, -1, "hop: expected a positive number of seconds"),
         (1.0, 1e-9, "hop: expected more than 0 s"),
     ],
