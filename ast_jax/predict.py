@@ -46,7 +46,7 @@ def classify(
         checkpoint: a loaded checkpoint, or what `load` takes.
         sampling_rate: Hz of samples given as arrays, which are resampled where the model wants another rate.
         top_k: how many labels, at most as many as the model has.
-        **options: `window`, `hop`, `aggregate`, `padding`, `batch_size` of `analyze`.
+        **options: `window`, `hop`, `aggregate`, `padding`, `batch_size` of `analyze_each`.
 
     Returns:
         [(label, score), ...], the best first; a list of these for a list. Scores are probabilities: of each label for
@@ -55,7 +55,7 @@ def classify(
 
     Raises:
         AudioError: a sound that cannot be used (see `read_audio`).
-        ValueError: samples without a rate, `top_k` below 1, or as `analyze`.
+        ValueError: samples without a rate, `top_k` below 1, or as `analyze_each`.
     """
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")

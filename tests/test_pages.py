@@ -54,7 +54,9 @@ def test_every_page_is_run_or_known_not_to_be():
 
 def test_the_page_on_long_sounds_shows_what_is_printed(desk):
     (shown,) = re.findall(r"^```text\n(.*?)\n```", page("long.md"), re.DOTALL | re.MULTILINE)
-    assert CliRunner().invoke(app, ["classify", "meeting.flac"]).stdout.splitlines()[0] == shown
+    printed = CliRunner().invoke(app, ["classify", "meeting.flac", "--top-k", "3"]).stdout.rstrip("\n")
+    scores = r"\b0\.\d{3}\b"  # whose last digit may be another on another machine
+    assert re.sub(scores, "score", printed) == re.sub(scores, "score", shown)
 
 
 def test_migration_names_all_that_transformers_has():
