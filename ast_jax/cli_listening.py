@@ -102,7 +102,7 @@ def classify(
     timeline: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Write who is heard when, a row for each stretch, to this CSV or JSONL; or as a label track for "
+            help="Write what is heard when, a row for each stretch, to this CSV or JSONL; or as a label track for "
             "Audacity to this .txt."
         ),
     ] = None,
@@ -134,8 +134,10 @@ def classify(
         wrong_usage("--json prints and --output writes: expected one of them; a name that ends in .jsonl writes JSON")
     if low is not None and low > threshold:
         wrong_usage(f"--low: expected at most --threshold {threshold:g}, got {low:g}")
-    if STDIN in files and (len(files) > 1 or picture):
-        wrong_usage(f"{STDIN}: expected nothing beside the standard input, {'no --picture' if picture else 'no files'}")
+    if STDIN in files and len(files) > 1:
+        wrong_usage(f"{STDIN}: expected the standard input alone, got {len(files) - 1} files beside it")
+    if STDIN in files and picture:
+        wrong_usage("--picture: expected a file, got the standard input, which cannot be read twice")
     if raw and files != [STDIN]:
         wrong_usage(f"--raw: expected {STDIN}, the standard input, got {', '.join(files)}")
     if (rate or channels) and not raw:
@@ -345,7 +347,7 @@ def _extent(found: Analysis) -> str:
 def _result_row(found: Analysis, top_k: int) -> list[Any]:
     """Return a result as a row of CSV."""
     if found.error:
-        return [found.source, "", "", found.error]
+        return [found.source, "", "", found.error, *[""] * (2 * top_k)]
     best = [entry for label, score in found.best(top_k) for entry in (label, f"{score:.6f}")]
     return [found.source, f"{found.duration:.3f}", len(found.times), "", *best]
 
@@ -441,6 +443,7 @@ def embed(
         names, failed = _all_sounds(files)
         if not names:
             raise typer.Exit(1)
+        sounds = 0
         with vector_table(output) as write:
             results = embed_each(
                 names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
@@ -452,6 +455,8 @@ def embed(
                     complain(found.error)
                 else:
                     write(found, whole=per is Per.clip)
+                    sounds += 1
+        print(f"{output}: the vectors of {sounds} sounds")
     if failed:
         raise typer.Exit(1)
 

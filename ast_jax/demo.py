@@ -55,6 +55,8 @@ def build_app(models: list[str], limits: Limits) -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    folder = tempfile.mkdtemp(prefix="ast_jax_page_")
+    os.environ["GRADIO_TEMP_DIR"] = folder  # uploads are there, too
     try:
         import fastapi
         import gradio
@@ -62,7 +64,7 @@ def build_app(models: list[str], limits: Limits) -> Any:
         raise ValueError("the page needs Gradio; install it with: pip install 'ast-jax[demo]'") from error
 
     names = list(dict.fromkeys([*models, *shipped_models()]))
-    page = _Page(limits, {names[0]: load(names[0])})
+    page = _Page(limits, {names[0]: load(names[0])}, folder)
     shown: dict[str, Any] = {"type": "filepath", "interactive": False, "buttons": ["download", "fullscreen"]}
     with gradio.Blocks(title="ast_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gradio.Markdown("# What is in this sound?\nDrop a sound or record one. It stays on this machine.")
@@ -142,12 +144,11 @@ def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) ->
 class _Page:
     """What the page's buttons do."""
 
-    def __init__(self, limits: Limits, loaded: dict[str, Checkpoint]):
-        self.limits, self.loaded = limits, loaded
-        self.folder = tempfile.mkdtemp(prefix="ast_jax_page_")
+    def __init__(self, limits: Limits, loaded: dict[str, Checkpoint], folder: str):
+        self.limits, self.loaded, self.folder = limits, loaded, folder
 
     def close(self) -> None:
-        """Remove the pictures."""
+        """Remove pictures and uploads."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def listen(self, audio: str | None, model: str, threshold: float) -> Any:

@@ -23,6 +23,7 @@ from .features import ASTFeatureExtractor
 from .progress import track
 from .streams import mono_blocks
 
+KNOWN = 12  # labels that are named to one who asks for another
 CELLS = (8, 16)  # of the spectrogram that occlusion takes out, one at a time: frequency, time
 
 
@@ -102,7 +103,8 @@ def explain(
     if top_k < 1:
         raise ValueError(f"top_k: expected 1 or more, got {top_k!r}")
     if unknown := sorted(set(labels or ()) - set(config.labels)):
-        raise ValueError(f"labels: expected the model's, got {', '.join(unknown)}")
+        known = f"{', '.join(config.labels[:KNOWN])}{', …' if len(config.labels) > KNOWN else ''}"
+        raise ValueError(f"labels: expected the model's ({known}), got {', '.join(unknown)}")
     if min(cells) < 1:
         raise ValueError(f"cells: expected 1 or more, got {cells}")
     name = describe(audio)

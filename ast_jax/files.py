@@ -21,7 +21,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield the name of a new file to fill; it takes the place of `path` when the block ends without an exception."""
     path = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # which names a file that nobody asked for
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
     os.close(handle)
     try:
         yield pathlib.Path(name)

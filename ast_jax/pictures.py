@@ -78,7 +78,7 @@ def overview(source: AudioSource, frontend: FrontendConfig, duration: float, col
     for block in _log_mel_blocks(source, frontend):
         rest = np.concatenate([rest, block])
         whole = len(rest) // share
-        sums.extend(rest[: whole * share].reshape(whole, share, -1).mean(1))
+        sums.extend(rest[: whole * share].reshape(whole, share, rest.shape[1]).mean(1))
         rest = rest[whole * share :]
     if len(rest):
         sums.append(rest.mean(0))
@@ -247,15 +247,14 @@ def _patch_edges(found: Explanation) -> tuple[np.ndarray, np.ndarray]:
     """Return edges of cells around the middles of patches, which overlap: seconds [T' + 1] and mel bins [F' + 1]."""
     middles = found.patch_times.mean(1)
     places = np.vectorize(lambda hertz: mel_place(hertz, found.frontend))(found.patch_frequencies).mean(1)
-    return _around(middles, found.duration), _around(places, found.frontend.num_mel_bins)
+    return _around(middles, 0, found.duration), _around(places, -0.5, found.frontend.num_mel_bins - 0.5)
 
 
-def _around(middles: np.ndarray, extent: float) -> np.ndarray:
-    """Return the edges of cells around their middles; where there is one alone, all there is."""
+def _around(middles: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return the edges of cells around their middles, from `low` to `high`."""
     if len(middles) == 1:
-        return np.array([middles[0] - extent, middles[0] + extent])
-    between = (middles[1:] + middles[:-1]) / 2
-    return np.concatenate([[2 * middles[0] - between[0]], between, [2 * middles[-1] - between[-1]]])
+        return np.array([low, high])
+    return np.concatenate([[low], (middles[1:] + middles[:-1]) / 2, [high]])
 
 
 def _draw_cells(

@@ -87,7 +87,7 @@ class Program:
         num_samples: S that it takes.
     """
 
-    exported: jax_export.Exported
+    exported: jax_export.Exported = dataclasses.field(repr=False)  # its text would be the weights
     labels: tuple[str, ...]
     num_samples: int
 

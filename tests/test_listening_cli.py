@@ -98,10 +98,10 @@ def test_a_picture(meeting, tmp_path):
         (["a.wav", "--timeline", "x.xml"], "--timeline: expected a name that ends in .csv, .jsonl or .txt, got x.xml"),
         (["a.wav", "--picture", "x.jpg"], "--picture: expected a name that ends in .png, got x.jpg"),
         (["a.wav", "--low", "0.7"], "--low: expected at most --threshold 0.5, got 0.7"),
-        (["-", "a.wav"], "-: expected nothing beside the standard input, no files"),
+        (["-", "a.wav"], "-: expected the standard input alone, got 1 files beside it"),
         (["a.wav", "--raw", "s16le"], "--raw: expected -, the standard input, got a.wav"),
         (["-", "--rate", "8000"], "--rate and --channels: expected --raw beside them; a header says its own"),
-        (["-", "--picture", "x.png"], "-: expected nothing beside the standard input, no --picture"),
+        (["-", "--picture", "x.png"], "--picture: expected a file, got the standard input, which cannot be read twice"),
     ],
     ids=" ".join,
 )

@@ -20,7 +20,7 @@ def analysis(seconds, labels=("Speech", "Music $5", "Silence")):
     return Analysis("a b.wav", labels, np.stack([starts, starts + 1], 1).astype(float), scores, float(seconds))
 
 
-@pytest.mark.parametrize("columns", [50, 10_000])
+@pytest.mark.parametrize("columns", [2, 50, 10_000])
 def test_the_spectrogram_of_a_long_sound(tmp_path, columns):
     """Frame for frame that of the whole, or means of as many frames as fit a column."""
     samples = 0.1 * np.random.default_rng(0).standard_normal(7 * 16000).astype(np.float32)
