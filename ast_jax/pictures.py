@@ -228,7 +228,7 @@ def explanation_figure(found: Explanation) -> Figure:
             draw_spectrogram(axes[row, 0], saliency, found.frontend, found.duration, vmin=0, vmax=limit)
             axes[row, 0].set_title(f"{title}: gradient saliency", parse_math=False)
             edges = (
-                found.cell_frames * found.frontend.shift_samples / found.frontend.sampling_rate,
+                found.cell_frames / found.cell_frames[-1] * found.duration,  # as the frames above are drawn
                 found.cell_bins - 0.5,
             )
             _draw_cells(
