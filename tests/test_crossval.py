@@ -109,6 +109,7 @@ def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypat
         crossval.resume(tmp_path / "run", reading={"validation": tmp_path})
 
 
+@pytest.mark.slow
 def test_options_that_contradict_it_are_refused_where_it_goes_on(folded, tmp_path, capsys):
     crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     resume = ["finetune", "--output", str(tmp_path / "run"), "--resume"]

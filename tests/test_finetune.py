@@ -504,6 +504,7 @@ def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):
     assert other.frontend == best.frontend
 
 
+@pytest.mark.slow
 def test_several_labels_by_manifest(sounds, tmp_path, no_compiling):
     rows = [["path", "label", "split"]]
     for name in TONES:
@@ -648,6 +649,7 @@ def test_best_is_mended_from_the_best_state(run, tmp_path):
     assert ast_jax.load(copy / "best").metadata == run[1].metadata
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_first_epoch_leaves_something_to_go_on_with(sounds, tmp_path, no_compiling, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
