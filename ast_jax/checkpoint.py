@@ -23,6 +23,7 @@ import numpy as np
 from .config import ASTConfig, FrontendConfig
 from .features import PREPROCESSOR_FILE
 from .files import whole_folder, write_text
+from .progress import progress
 
 FORMAT = 1
 FORMAT_FILE = "ast_jax.json"
@@ -79,6 +80,7 @@ def shipped_models() -> list[str]:
     return sorted(path.name for path in SHIPPED.iterdir() if (path / FORMAT_FILE).is_file()) if SHIPPED.is_dir() else []
 
 
+@progress("writing the model")
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a checkpoint folder, whole or not at all; a checkpoint already there is replaced.
 
@@ -144,6 +146,7 @@ def is_own(path: pathlib.Path) -> bool:
     return (path / FORMAT_FILE).is_file()
 
 
+@progress("reading the model")
 def _load(folder: pathlib.Path) -> Checkpoint:
     """Read a checkpoint folder."""
     description = read_json(folder / FORMAT_FILE)

@@ -165,7 +165,7 @@ def classify(
                 sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
                 batch_size=batch_size, tell=tell,
             )  # fmt: skip
-            for found in track(results, "sounds", len(names)) if output else results:  # else the results are there
+            for found in track(results, "sounds", len(names)) if len(names) > 1 else results:
                 if found.error:
                     failed = True
                     complain(found.error)
@@ -309,14 +309,14 @@ def embed(
                 names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
                 batch_size=batch_size,
             )  # fmt: skip
-            for found in track(results, "sounds", len(names)):
+            for found in track(results, "sounds", len(names)) if len(names) > 1 else results:
                 if found.error:
                     failed = True
                     complain(found.error)
                 else:
                     write(found, whole=per is Per.clip)
                     sounds += 1
-        print(f"{output}: the vectors of {sounds} sounds")
+        print(f"{output}: the vectors of {sounds} sound{'' if sounds == 1 else 's'}")
     if failed:
         raise typer.Exit(1)
 

@@ -78,10 +78,12 @@ def average(
     with user_errors():
         from .checkpoint import check_destination, load, save
         from .evaluation import average as mean_of
+        from .progress import track
         from .runs import checkpoints_of
 
         check_destination(output)
-        found = [load(folder) for model in models for folder in checkpoints_of(model, epochs)]
+        folders = [folder for model in models for folder in checkpoints_of(model, epochs)]
+        found = [load(folder) for folder in track(folders, "models", len(folders))]
         if len(found) == 1:
             raise ValueError(
                 f"{models[0]}: expected several models to average, got one; --epochs FIRST-LAST takes several of a run "

@@ -29,6 +29,7 @@ from .config import ASTConfig, FrontendConfig
 from .features import PREPROCESSOR_FILE
 from .formats import ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
 from .labels import label_set_of_size
+from .progress import progress
 from .shapes import Hints, config_from_shapes
 from .sources import BFLOAT16, Source, read_source
 
@@ -89,6 +90,7 @@ def fit(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
     return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
 
 
+@progress("conversion")
 def convert(
     found: Source,
     config: ASTConfig | None = None,

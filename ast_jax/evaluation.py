@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, flatten, unflatten
 from .config import ASTConfig, FrontendConfig
 from .datasets import DataError, Example
 from .parallel import DataParallel
-from .progress import track
+from .progress import progress, track
 
 
 class Predictions(NamedTuple):
@@ -110,6 +110,7 @@ def evaluate(
         return evaluator(parallel.replicate(checkpoint.params))
 
 
+@progress("averaging")
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """Return a checkpoint whose params are the mean of several (weight averaging; paper, section 3.1).
 

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .embeddings import patch_extents
 from .features import ASTFeatureExtractor
-from .progress import track
+from .progress import progress, track
 from .streams import mono_blocks
 
 KNOWN = 12  # labels that are named to one who asks for another
@@ -117,10 +117,12 @@ def explain(
     spec, (frames,) = extractor(waveform, frontend.sampling_rate, return_attention_mask=True)  # [1, T, F] with padding
     spec = jnp.asarray(spec[0])
     params = jax.device_put(params)
-    outputs = _logits(params, spec, config)
+    with progress("scores"):
+        outputs = jax.block_until_ready(_logits(params, spec, config))
     best = np.argsort(-np.asarray(outputs), kind="stable")[:top_k].tolist()
     wanted = [config.labels.index(label) for label in labels] if labels else best
-    rollout, saliency = _looks(params, spec, np.asarray(wanted), config)
+    with progress("rollout and saliency"):
+        rollout, saliency = jax.block_until_ready(_looks(params, spec, np.asarray(wanted), config))
     patch_times, patch_frequencies = patch_extents(config, frontend)
     inside = np.flatnonzero(patch_times[:, 0] < len(waveform) / frontend.sampling_rate)
     time_edges = _edges(int(frames), cells[1])

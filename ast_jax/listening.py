@@ -7,6 +7,8 @@ a long one is read as it is needed, so that memory grows neither with the number
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import AudioError, describe
+from .audio import AudioError, describe, header_seconds
+from .progress import progress
 from .streams import Live, mono_blocks
 from .threads import in_order
 from .windows import Grid, cut, piece_starts
@@ -36,11 +39,13 @@ class Part(NamedTuple):
         start: seconds.
         end: seconds.
         output: [...] of the window; of one that is heard in several pieces what `combine` made of theirs.
+        source: what it is a window of.
     """
 
     start: float
     end: float
     output: np.ndarray
+    source: Any
 
 
 class End(NamedTuple):
@@ -64,6 +69,7 @@ class _Piece(NamedTuple):
     end: float
     samples: np.ndarray
     last: bool
+    source: Any
 
 
 def listen(
@@ -108,7 +114,7 @@ def listen(
 def by_sound(events: Iterable[Part | End]) -> Iterator[tuple[End, list[Part]]]:
     """Yield the end of each sound with all of its windows; one whose outputs are not finite ends with that error."""
     parts: list[Part] = []
-    for event in events:
+    for event in _with_bar(events):
         if isinstance(event, Part):
             parts.append(event)
             continue
@@ -117,6 +123,31 @@ def by_sound(events: Iterable[Part | End]) -> Iterator[tuple[End, list[Part]]]:
             event = event._replace(error=f"{event.name}: {reason}")
         yield event, parts
         parts = []
+
+
+def _with_bar(events: Iterable[Part | End]) -> Iterator[Part | End]:
+    """Yield events, while a bar says how far a sound is heard."""
+    heard = 0.0
+    with contextlib.ExitStack() as bar:
+        for event in events:
+            if isinstance(event, End):
+                bar.close()
+                heard = 0.0
+            elif not isinstance(event.source, Live):  # whose windows may be printed as they come
+                if not heard:
+                    advance = bar.enter_context(progress("seconds heard", functools.partial(_seconds, event.source)))
+                advance(event.end - heard)
+                heard = event.end
+            yield event
+
+
+def _seconds(source: Any) -> float | None:
+    """Return how long a file says that it is."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return header_seconds(source)
+    return None
 
 
 def one_or_all(audio: Any, each: Callable[[Sequence[Any]], Iterable[Any]]) -> Any:
@@ -176,7 +207,8 @@ def _pieces(source: Any, grid: Grid, rate: int, array_rate: int | None) -> Gener
             begins = piece_starts(len(samples), grid.longest)
             for begin in begins:
                 piece = samples[begin : begin + grid.longest]
-                yield _Piece(start / rate, (start + len(samples)) / rate, piece, begin == begins[-1])
+                end = (start + len(samples)) / rate
+                yield _Piece(start / rate, end, piece, begin == begins[-1], source)
     except (AudioError, FileNotFoundError) as error:
         yield End(name, error=str(error))
     else:
@@ -212,5 +244,6 @@ def _events(
             continue
         told.append(next(rows))
         if item.last:
-            yield Part(item.start, item.end, told[0] if len(told) == 1 else combine(np.stack(told)))
+            output = told[0] if len(told) == 1 else combine(np.stack(told))
+            yield Part(item.start, item.end, output, item.source)
             told.clear()

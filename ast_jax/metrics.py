@@ -10,6 +10,7 @@ import numpy as np
 from rich.cells import set_cell_size
 
 from .config import ASTConfig
+from .progress import track
 
 Report = dict[str, Any]
 
@@ -302,10 +303,11 @@ def _exclusive(positive: np.ndarray) -> bool:
 def _by_class(metric: Callable[[np.ndarray, np.ndarray], float], logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the metric of each class's truth and scores [C], NaN where a class has no positives or no negatives."""
     logits, labels = _pair(logits, labels)
+    pairs = zip((labels >= 0.5).T, logits.T, strict=True)
     return np.array(
         [
             metric(truth, score) if 0 < truth.sum() < len(truth) else np.nan
-            for truth, score in zip((labels >= 0.5).T, logits.T, strict=True)
+            for truth, score in track(pairs, "metrics by class", logits.shape[1])
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from . import kaldi
 from .audio import AudioSource
 from .config import FrontendConfig
 from .plots import GREY, drawing, new_figure, save_figure, short_name
-from .streams import mono_blocks
+from .progress import track
+from .streams import BLOCK_SECONDS, mono_blocks
 from .timeline import Analysis, Segment
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def overview(source: AudioSource, frontend: FrontendConfig, duration: float, col
     share = -(-frames // columns)
     sums: list[np.ndarray] = []
     rest = np.zeros((0, frontend.num_mel_bins), np.float32)
-    for block in _log_mel_blocks(source, frontend):
+    for block in track(_log_mel_blocks(source, frontend), "spectrogram", math.ceil(duration / BLOCK_SECONDS)):
         rest = np.concatenate([rest, block])
         whole = len(rest) // share
         sums.extend(rest[: whole * share].reshape(whole, share, rest.shape[1]).mean(1))

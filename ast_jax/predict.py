@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
 from .listening import End, Part, by_sound, listen, one_or_all
+from .progress import progress
 from .streams import Live
 from .timeline import AGGREGATES, Analysis
 from .windows import window_grid
@@ -188,6 +190,7 @@ class Runner:
         self.checkpoint = checkpoint.replace(frontend=frontend, params=jax.device_put(checkpoint.params))
         self.output, self.padding, self.batch_size = output, padding, batch_size
         self.lengths: dict[int, Checkpoint] = {}  # the model at other lengths
+        self.compiled: set[tuple[int, int]] = set()  # frames and batch
 
     def __call__(self, sounds: Sequence[np.ndarray]) -> Callable[[], Sequence[np.ndarray]]:
         """Start the model on sounds [B] of [S]; what is returned waits for the outputs [B, ...]."""
@@ -231,7 +234,10 @@ class Runner:
             num_samples[row] = len(filled)
         inputs = (waveforms, num_samples)
         piece, masked = _piece(size, config), self.padding == "mask"
-        return _run(params, inputs, config, frontend, piece, None, _attention(params, None), self.output, masked)
+        compiled = (frames, size) in self.compiled
+        self.compiled.add((frames, size))
+        with contextlib.nullcontext() if compiled else progress("compilation"):
+            return _run(params, inputs, config, frontend, piece, None, _attention(params, None), self.output, masked)
 
 
 def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> jax.Array:

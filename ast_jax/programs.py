@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
 from .files import whole_file
+from .progress import progress
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -102,6 +103,7 @@ class Program:
         return jnp.stack([named[label] for label in self.labels], axis=-1)
 
 
+@progress("export")
 def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, platforms: Sequence[str] = PLATFORMS) -> None:
     """Write a model as a program for `jax.export.deserialize`: samples in, logits out, for any size of batch.
 

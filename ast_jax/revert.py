@@ -20,6 +20,7 @@ from .convert import FLOATS
 from .features import PREPROCESSOR_FILE
 from .files import whole_file, whole_folder, write_text
 from .formats import HF_PREFIX, HUGGING_FACE, IMAGENET_HEADS, ORIGINAL, Format
+from .progress import progress
 from .sources import SAFETENSORS
 from .torch_file import write_torch_file
 
@@ -35,6 +36,7 @@ FEATURES_OF_OURS = {
 }  # fmt: skip
 
 
+@progress("writing the model")
 def to_torch(
     checkpoint: Checkpoint, destination: str | os.PathLike[str], *, format: str = "huggingface"
 ) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from .features import PREPROCESSOR_FILE
 from .formats import ORIGINAL, VIT, Format, detect
 from .labels import label_set_of_size
 from .model import apply, encode
+from .progress import progress
 from .revert import state_dict, with_qkv_bias
 from .sources import Source, read_source
 
@@ -103,6 +104,7 @@ class Verification:
         return "\n".join(lines)
 
 
+@progress("comparison")
 def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     """Compare PyTorch weights with the checkpoint that was made of them, or that they were made of.
 
