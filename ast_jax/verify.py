@@ -228,6 +228,10 @@ def _reference(form: Format) -> tuple[Any, str]:
         return _original_stages, f"the original's forward pass, torch {torch.__version__}"
     import transformers
 
+    try:
+        transformers.ASTModel  # noqa: B018 (which is imported when it is asked for)
+    except OSError as error:  # of a library beside it that does not fit PyTorch
+        raise ImportError(f"transformers ({error})") from error
     return _transformers_stages, f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 

@@ -121,6 +121,22 @@ def test_without_pytorch_every_tensor_is_compared(missing, name, files, monkeypa
     assert not wrong.passed
 
 
+def test_a_library_beside_transformers_that_does_not_fit(files, monkeypatch):
+    """As a torchaudio for another PyTorch, which transformers tries to import."""
+
+    class Transformers:
+        def __getattr__(self, name):
+            raise OSError("Could not load this library: torchaudio.so")
+
+    found = read_source(files / "hf")
+    monkeypatch.setitem(sys.modules, "transformers", Transformers())
+    proof = verify.verify(found, convert.convert(found))
+    assert proof.passed
+    assert proof.reference == (
+        "none: transformers (Could not load this library: torchaudio.so) is not installed or cannot be imported here"
+    )
+
+
 def run(*arguments):
     return typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
