@@ -13,6 +13,7 @@ from . import hf_folder, layouts, manifests
 from .audio import AudioSource, decode
 from .config import FrontendConfig
 from .labels import audioset_ids, label_set, read_label_ids, read_labels
+from .progress import progress
 from .rows import SPLITS, DataError, Listing, Row
 
 HELD_OUT = 10  # one example in so many of each label becomes validation where the data set names no split
@@ -98,6 +99,7 @@ def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
     return sound.samples[: frontend.max_samples]
 
 
+@progress("reading the data set")
 def read_dataset(
     source: str | pathlib.Path,
     seed: int = 0,

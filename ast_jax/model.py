@@ -16,10 +16,12 @@ import numpy as np
 from .attention import IMPLEMENTATIONS
 from .config import ASTConfig
 from .modules import ASTForAudioClassification, ASTModel, ASTOutput
+from .progress import progress
 
 Params = Mapping[str, Any]
 
 
+@progress("drawing weights")
 def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
     """Draw parameters for training from scratch: a nested dict of float32 arrays (float64 under x64).
 

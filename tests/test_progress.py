@@ -10,7 +10,7 @@ import soundfile
 from test_docs import SOUNDS
 
 import ast_jax
-from ast_jax import evaluation, listening, pictures, progress
+from ast_jax import datasets, evaluation, listening, pictures, progress
 from ast_jax.conversion import convert_to
 from ast_jax.listening import End, Part
 
@@ -133,6 +133,10 @@ def test_all_that_may_take_long_has_one(tiny, tmp_path, capsys):
     """Beside training, evaluation and surveys of data sets, which count steps and sounds."""
     sound = np.random.default_rng(0).standard_normal(16000).astype(np.float32) / 8
     soundfile.write(tmp_path / "sound.wav", sound, 16000)
+    folder = tmp_path / "sounds"
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        soundfile.write(folder / label / "1.wav", sound, 16000)
     shown = {}
 
     def bars_of(name, do):
@@ -140,6 +144,8 @@ def test_all_that_may_take_long_has_one(tiny, tmp_path, capsys):
         shown[name] = capsys.readouterr().err
         return result
 
+    bars_of("init", lambda: ast_jax.init(jax.random.key(0), tiny.config))
+    bars_of("read_dataset", lambda: datasets.read_dataset(folder))
     bars_of("save", lambda: ast_jax.save(tmp_path / "model", tiny))
     model = bars_of("load", lambda: ast_jax.load(tmp_path / "model"))
     bars_of("average", lambda: evaluation.average([model, model]))
@@ -151,6 +157,8 @@ def test_all_that_may_take_long_has_one(tiny, tmp_path, capsys):
     bars_of("explain", lambda: ast_jax.explain(tmp_path / "sound.wav", model, cells=(1, 2)))
     bars_of("picture", lambda: pictures.timeline_picture(found, model.frontend, tmp_path / "when.png", 0.5))
     expected = {
+        "init": ["drawing weights"],
+        "read_dataset": ["reading the data set"],
         "save": ["writing the model"],
         "load": ["reading the model"],
         "average": ["averaging"],
