@@ -1,5 +1,6 @@
 """The command line, run as users do: what is printed where, and the exit status."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
@@ -31,6 +32,15 @@ def ast_cli(*arguments, cwd=None, encoding="utf-8", **environment):
     env = {**os.environ, "XLA_FLAGS": "", **environment}
     command = [sys.executable, "-m", "ast_jax.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding=encoding, env=env, timeout=300, cwd=cwd)
+
+
+def in_process(*arguments, cwd="."):
+    """Run the command line in this process, which is seconds faster."""
+    with contextlib.chdir(cwd):
+        result = typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def imported(done):
@@ -88,7 +98,7 @@ def test_more_files_than_a_batch_keep_their_order(tmp_path):
         names.append(tmp_path / f"{index} ü.wav")
         soundfile.write(names[-1], 0.1 * rng.standard_normal(8000), 16000)
     names[4].write_bytes(b"RIFF")
-    done = ast_cli("classify", *names, "--json", "-k", "1")
+    done = in_process("classify", *names, "--json", "-k", "1")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     files = [json.loads(line)["file"] for line in done.stdout.splitlines()]
@@ -109,7 +119,7 @@ def test_more_files_than_a_batch_keep_their_order(tmp_path):
     ids=" ".join,
 )
 def test_wrong_usage_is_2(arguments):
-    done = ast_cli(*arguments)
+    done = in_process(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -139,7 +149,7 @@ def test_wrong_usage_is_2(arguments):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_usage_of_finetune_is_one_line(arguments, message, tmp_path):
-    done = ast_cli("finetune", *arguments, "--output", "run", cwd=tmp_path)
+    done = in_process("finetune", *arguments, "--output", "run", cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr
@@ -156,7 +166,7 @@ def test_resume_refuses_what_contradicts_the_run(tmp_path):
     resume = ["finetune", "--output", tmp_path, "--resume"]
     same = ["--epochs", "3", "--lr", "1e-3", "--schedule", "cosine", "--architecture", "tiny", "--max-length", "1024",
             "--problem-type", "single_label_classification"]  # fmt: skip
-    done = ast_cli(*resume, *same)
+    done = in_process(*resume, *same)
     assert done.returncode == 1
     assert done.stderr == f"ast-jax: {tmp_path}: stopped before anything was saved; start it again in a new folder\n"
     other = ["--epochs", "4", "--lr", "1e-4", "--schedule", "cosine", "--noise", "--architecture", "small",
@@ -167,7 +177,7 @@ def test_resume_refuses_what_contradicts_the_run(tmp_path):
         (["--test-data", "x", "--validation-data", "x", "--labels", "x"], "--labels, --test-data, --validation-data"),
         (["--fold", "1", "--cross-validate"], "--cross-validate, --fold"),
     ):
-        done = ast_cli(*resume, *options)
+        done = in_process(*resume, *options)
         assert done.returncode == 2
         assert done.stderr.startswith(f"ast-jax: --resume: goes on with the settings that the run in {tmp_path} was")
         assert done.stderr.endswith(f"; leave out {named}\n")
@@ -184,7 +194,7 @@ def test_resume_refuses_what_contradicts_the_run(tmp_path):
 )
 def test_an_architecture_that_is_none_is_one_line(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    done = ast_cli("finetune", "x", "--output", "run", "--architecture", "config.json", cwd=tmp_path)
+    done = in_process("finetune", "x", "--output", "run", "--architecture", "config.json", cwd=tmp_path)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"ast-jax: {message}")
@@ -358,7 +368,7 @@ def test_labels_print_as_one_line(tmp_path):
     model = ast_jax.load("sounds-tiny")
     labels = ("a\n  0.999  b", *model.config.labels[1:])
     ast_jax.save(tmp_path / "model", model.replace(config=model.config.replace(id2label=labels)))
-    done = ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / "model", "-k", str(len(labels)))
+    done = in_process("classify", SOUNDS / "speech.flac", "--model", tmp_path / "model", "-k", str(len(labels)))
     assert len(done.stdout.splitlines()) == 1 + len(labels) + 1
     assert "a\\n  0.999  b" in done.stdout
 
@@ -385,21 +395,21 @@ def test_hub_id_without_a_network_is_one_line(tmp_path):
 
 def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-16-16", max_length=128, num_hidden_layers=1)
-    done = ast_cli("convert", tmp_path / "hf", tmp_path / "out")
+    done = in_process("convert", tmp_path / "hf", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"{tmp_path / 'out'}: 509,383 parameters, 7 labels",
         "  hf: Hugging Face, float32",
         "  tensors: 27 used, 0 passed over",
     ]
-    shown = ast_cli("info", tmp_path / "out")
+    shown = in_process("info", tmp_path / "out")
     assert "1 layers, width 192, 3 heads" in shown.stdout
     assert "LABEL_0; LABEL_1" in shown.stdout
-    assert json.loads(ast_cli("info", tmp_path / "out", "--json").stdout)["config"]["problem_type"] == (
+    assert json.loads(in_process("info", tmp_path / "out", "--json").stdout)["config"]["problem_type"] == (
         "single_label_classification"
     )
     by_folder = [
-        ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / name, "--json", "-k", "7")
+        in_process("classify", SOUNDS / "speech.flac", "--model", tmp_path / name, "--json", "-k", "7")
         for name in ("hf", "out")
     ]
     assert by_folder[0].returncode == 0, by_folder[0].stderr
@@ -415,7 +425,7 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
     (tmp_path / "names.txt").write_text("rain\nwind\n")
     options = ["--max-length", "200", "--num-mel-bins", "64", "--frequency-stride", "12", "--time-stride", "16",
                "--labels", tmp_path / "names.txt", "--mean", "-5.5", "--std", "4.25"]  # fmt: skip
-    done = ast_cli("convert", tmp_path / "hf", tmp_path / "direct", *options)
+    done = in_process("convert", tmp_path / "hf", tmp_path / "direct", *options)
     assert done.returncode == 0, done.stderr
     changed = [line for line in done.stdout.splitlines() if line.startswith("  changed: ")]
     assert changed == [
@@ -429,8 +439,8 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
     assert (config.max_length, config.num_mel_bins, config.frequency_stride, config.time_stride) == (200, 64, 12, 16)
     assert config.labels == ("rain", "wind")
     assert (frontend.max_length, frontend.num_mel_bins, frontend.mean, frontend.std) == (200, 64, -5.5, 4.25)
-    assert ast_cli("convert", tmp_path / "hf", tmp_path / "ours").returncode == 0
-    done = ast_cli("convert", tmp_path / "ours", tmp_path / "later", *options)
+    assert in_process("convert", tmp_path / "hf", tmp_path / "ours").returncode == 0
+    done = in_process("convert", tmp_path / "ours", tmp_path / "later", *options)
     told = [*changed, "  changed: normalisation from mean -4.26774, std 4.569 to -5.5, 4.25"]
     assert done.stdout.splitlines()[1:] == told  # and what was told before is not told again
     later = ast_jax.load(tmp_path / "later")
@@ -442,16 +452,16 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
 def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
     model = torch_original.OriginalAST(label_dim=2, input_tdim=100, depth=1)  # 100 frames are no multiple of 128
     torch.save(model.state_dict(), tmp_path / "own.pth")
-    done = ast_cli("convert", tmp_path / "own.pth", tmp_path / "out")
+    done = in_process("convert", tmp_path / "own.pth", tmp_path / "out")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "108 patches; with 128 mel bins possible: 10 10 with 96 to 105 frames" in done.stderr
     assert "say them to `ast-jax convert`: --source-strides, --source-max-length" in done.stderr
     assert not (tmp_path / "out").exists()
     said = ["--source-strides", "10", "10", "--source-max-length", "100"]
-    assert ast_cli("convert", tmp_path / "own.pth", tmp_path / "out", *said).returncode == 0
+    assert in_process("convert", tmp_path / "own.pth", tmp_path / "out", *said).returncode == 0
     assert ast_jax.load(tmp_path / "out").config.max_length == 100
-    done = ast_cli("convert", tmp_path / "out", tmp_path / "again", *said)
+    done = in_process("convert", tmp_path / "out", tmp_path / "again", *said)
     assert done.returncode == 1
     assert "is a checkpoint of ast_jax, which tells its strides, length and heads itself" in done.stderr
 
@@ -472,7 +482,7 @@ def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
 )
 def test_what_convert_cannot_do_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
     (tmp_path / "two.txt").write_text("a\nb\n")
-    done = ast_cli("convert", *arguments, cwd=tmp_path)
+    done = in_process("convert", *arguments, cwd=tmp_path)
     assert done.returncode == (1 if message else 2)
     if message:
         assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -490,7 +500,7 @@ def test_config_keys_come_back_by_the_command_line(tmp_path):
         ("hf", "ours", "ast-jax"),
         ("ours", "back", "huggingface"),
     ):
-        assert ast_cli("convert", tmp_path / source, tmp_path / target, "--to", kind).returncode == 0
+        assert in_process("convert", tmp_path / source, tmp_path / target, "--to", kind).returncode == 0
     assert ast_jax.load(tmp_path / "ours").config.problem_type == "single_label_classification"  # is written out
     for target in ("direct", "back"):
         got = json.loads((tmp_path / target / "config.json").read_text())
@@ -500,31 +510,31 @@ def test_config_keys_come_back_by_the_command_line(tmp_path):
 def test_statistics_that_are_said_are_what_the_report_says(tmp_path):
     model = torch_original.OriginalAST(label_dim=2, input_tdim=128, depth=1)
     torch.save(model.state_dict(), tmp_path / "own_10_10_.pth")
-    done = ast_cli("convert", tmp_path / "own_10_10_.pth", tmp_path / "a", "--mean", "-5", "--std", "3")
+    done = in_process("convert", tmp_path / "own_10_10_.pth", tmp_path / "a", "--mean", "-5", "--std", "3")
     assert "  note: features are normalised with mean -5 and std 3: as said" in done.stdout.splitlines()
-    done = ast_cli("convert", tmp_path / "a", tmp_path / "b", "--std", "4")
+    done = in_process("convert", tmp_path / "a", tmp_path / "b", "--std", "4")
     assert done.stdout.splitlines()[1:] == ["  changed: normalisation from mean -5, std 3 to -5, 4"]
-    done = ast_cli("convert", tmp_path / "own_10_10_.pth", tmp_path / "c")
+    done = in_process("convert", tmp_path / "own_10_10_.pth", tmp_path / "c")
     assert "std 4.569: AudioSet's, which is assumed" in done.stdout
     # What has to be assumed is said wherever such a file is used.
-    done = ast_cli("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "own_10_10_.pth", "-k", "1")
+    done = in_process("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "own_10_10_.pth", "-k", "1")
     assert done.returncode == 0
     assert "own_10_10_.pth: features are normalised with mean -4.26774 and std 4.569: AudioSet's" in done.stderr
-    assert ast_cli("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "c").stderr == ""
+    assert in_process("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "c").stderr == ""
 
 
 def test_a_headless_model_has_no_labels(tmp_path):
     torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
-    done = ast_cli("convert", tmp_path / "deit.pth", tmp_path / "out")
+    done = in_process("convert", tmp_path / "deit.pth", tmp_path / "out")
     assert done.stdout.splitlines()[0].endswith("parameters, no classifier")
-    shown = ast_cli("info", tmp_path / "out").stdout
+    shown = in_process("info", tmp_path / "out").stdout
     assert "labels        no classifier" in shown
     assert "note: ImageNet initialisation" in shown
 
 
 def test_a_run_folder_as_a_model_names_its_checkpoint(tmp_path):
     ast_jax.save(tmp_path / "run" / "best", ast_jax.load("sounds-tiny"))
-    done = ast_cli("classify", SOUNDS / "speech.flac", "--model", tmp_path / "run")
+    done = in_process("classify", SOUNDS / "speech.flac", "--model", tmp_path / "run")
     assert done.returncode == 1
     assert done.stderr.endswith(f"found no config.json in it; a run's checkpoint is {tmp_path / 'run' / 'best'}\n")
 
@@ -592,7 +602,9 @@ def test_classify_takes_folders_and_writes_tables(tmp_path):
     order = ["a/bad.wav", "a/siren.flac", "b/siren.flac"]
     files = [str(tmp_path / "sounds" / name) for name in order] + [str(SOUNDS / "speech.flac")]
 
-    done = ast_cli("classify", tmp_path / "sounds", SOUNDS / "speech.flac", "-k", "2", "--output", tmp_path / "out.csv")
+    done = in_process(
+        "classify", tmp_path / "sounds", SOUNDS / "speech.flac", "-k", "2", "--output", tmp_path / "out.csv"
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert "bad.wav: not a readable sound file" in done.stderr
@@ -609,7 +621,7 @@ def test_classify_takes_folders_and_writes_tables(tmp_path):
     assert {**rows[2], "file": ""} == {**rows[1], "file": ""}
     assert rows[3]["label_1"] == "Speech"
 
-    done = ast_cli("classify", *files, "-k", "2", "-o", tmp_path / "out.jsonl")
+    done = in_process("classify", *files, "-k", "2", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 1
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["file"] for line in lines] == files
@@ -630,12 +642,12 @@ def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
         ([SOUNDS / "siren.flac", "--json", "-o", tmp_path / "out.csv"], 2, "expected one of them"),
         ([SOUNDS / "siren.flac", "-o", tmp_path / "none" / "out.csv"], 1, "No such file or directory"),
     ):
-        done = ast_cli("classify", *arguments)
+        done = in_process("classify", *arguments)
         assert done.returncode == status
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    done = ast_cli("classify", tmp_path / "empty", SOUNDS / "siren.flac", "-k", "1")
+    done = in_process("classify", tmp_path / "empty", SOUNDS / "siren.flac", "-k", "1")
     assert done.returncode == 1
     assert "expected a folder with sound files, found none" in done.stderr
     assert "Alarm" in done.stdout, "a bad folder does not lose the others' results"

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from test_cli import SOUNDS, ast_cli
+from test_cli import SOUNDS, in_process
 
 import ast_jax
 from ast_jax import cli_listening, embeddings, listening, predict, streams, timeline
@@ -35,7 +35,7 @@ def segments(text):
 
 
 def test_windows_and_a_timeline(meeting):
-    done = ast_cli("classify", meeting, "--window", "2", "--hop", "0.5", "-k", "8", "--threshold", "0.6")
+    done = in_process("classify", meeting, "--window", "2", "--hop", "0.5", "-k", "8", "--threshold", "0.6")
     assert done.returncode == 0, done.stderr
     duration = len(ast_jax.read_audio(meeting)) / RATE
     count = int((duration - 2) // 0.5) + 2
@@ -52,7 +52,7 @@ def test_windows_and_a_timeline(meeting):
 
 
 def test_a_window_longer_than_the_model(meeting):
-    done = ast_cli("classify", meeting, "--window", "10", "--hop", "1", "--json")
+    done = in_process("classify", meeting, "--window", "10", "--hop", "1", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["windows"] == 4
@@ -66,7 +66,7 @@ def test_a_window_longer_than_the_model(meeting):
 def test_timelines_in_files(meeting, tmp_path):
     outputs = {ending: tmp_path / f"timeline.{ending}" for ending in ("csv", "jsonl", "txt")}
     for path in outputs.values():
-        done = ast_cli("classify", meeting, "--timeline", path, "--hop", "1")
+        done = in_process("classify", meeting, "--timeline", path, "--hop", "1")
         assert done.returncode == 0, done.stderr
     want = ast_jax.analyze(meeting, hop=1).timeline()
     with outputs["csv"].open(newline="") as file:
@@ -85,7 +85,7 @@ def test_timelines_in_files(meeting, tmp_path):
 
 
 def test_a_picture(meeting, tmp_path):
-    done = ast_cli("classify", meeting, "--picture", tmp_path / "timeline.png")
+    done = in_process("classify", meeting, "--picture", tmp_path / "timeline.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "timeline.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -106,14 +106,14 @@ def test_a_picture(meeting, tmp_path):
     ids=" ".join,
 )
 def test_wrong_usage(arguments, message, tmp_path):
-    done = ast_cli("classify", *arguments, cwd=tmp_path)
+    done = in_process("classify", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"ast-jax: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_windows_that_cannot_be(meeting):
-    done = ast_cli("classify", meeting, "--window", "1", "--hop", "2")
+    done = in_process("classify", meeting, "--window", "1", "--hop", "2")
     assert done.returncode == 1
     assert done.stderr.startswith("ast-jax: hop: expected more than 0 s and at most the window's 1 s")
 
@@ -147,7 +147,7 @@ def test_a_file_on_the_standard_input(meeting):
     with meeting.open("rb") as file:
         done = subprocess.run(command, stdin=file, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    of_file = ast_cli("classify", meeting, "-k", "1").stdout
+    of_file = in_process("classify", meeting, "-k", "1").stdout
     assert done.stdout.splitlines()[-4:][1:] == of_file.splitlines()[-4:][1:]
 
 
@@ -155,7 +155,7 @@ def test_paddings(tmp_path):
     soundfile.write(tmp_path / "short.wav", ast_jax.read_audio(SOUNDS / "siren.flac")[:12_000], RATE)
     scores = {}
     for kind in predict.PADDING:
-        done = ast_cli("classify", tmp_path / "short.wav", "--pad", kind, "--json", "-k", "8")
+        done = in_process("classify", tmp_path / "short.wav", "--pad", kind, "--json", "-k", "8")
         assert done.returncode == 0, done.stderr
         scores[kind] = {entry["label"]: entry["score"] for entry in json.loads(done.stdout)["predictions"]}
         want = dict(ast_jax.classify(tmp_path / "short.wav", padding=kind, top_k=8))
@@ -167,7 +167,7 @@ def test_paddings(tmp_path):
 def test_embed(meeting, tmp_path, ending):
     path = tmp_path / f"vectors.{ending}"
     (tmp_path / "bad.wav").write_text("no sound")
-    done = ast_cli("embed", meeting, tmp_path / "bad.wav", SOUNDS, "-o", path, "--layer", "2", "--per", "clip")
+    done = in_process("embed", meeting, tmp_path / "bad.wav", SOUNDS, "-o", path, "--layer", "2", "--per", "clip")
     assert done.returncode == 1
     assert done.stderr.startswith(f"ast-jax: {tmp_path / 'bad.wav'}: not a readable sound file")
     assert len(done.stderr.splitlines()) == 1
@@ -184,7 +184,7 @@ def test_embed(meeting, tmp_path, ending):
 
 
 def test_explain(meeting, tmp_path):
-    done = ast_cli(
+    done = in_process(
         "explain",
         meeting,
         "-o",
@@ -206,20 +206,20 @@ def test_explain(meeting, tmp_path):
     with np.load(tmp_path / "why.npz") as file:
         assert file["occlusion"].shape == (1, 2, 4)
         assert file["labels"].tolist() == ["Alarm"]
-    done = ast_cli("explain", meeting, "-o", tmp_path / "why.png", "--start", "100")
+    done = in_process("explain", meeting, "-o", tmp_path / "why.png", "--start", "100")
     assert done.returncode == 1
     assert done.stderr.startswith(f"ast-jax: {meeting}: expected a sound from 100 s on, but it ends at")
 
 
 def test_export(tmp_path):
-    done = ast_cli("export", "sounds-tiny", tmp_path / "tiny.stablehlo", "--platforms", "cpu, tpu")
+    done = in_process("export", "sounds-tiny", tmp_path / "tiny.stablehlo", "--platforms", "cpu, tpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == [
         "  takes    waveform [b, 41200] float32 at 16000 Hz, num_samples [b] int32",
         "  returns  a logit [b] for each of 8 labels",
     ]
     assert ast_jax.load_program(tmp_path / "tiny.stablehlo").exported.platforms == ("cpu", "tpu")
-    done = ast_cli("export", "sounds-tiny", tmp_path / "tiny.onnx")
+    done = in_process("export", "sounds-tiny", tmp_path / "tiny.onnx")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
@@ -282,7 +282,7 @@ def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
 
 
 def test_a_picture_that_cannot_be_drawn_is_known_before(meeting, tmp_path):
-    done = ast_cli("classify", meeting, "--picture", tmp_path / "none" / "x.png")
+    done = in_process("classify", meeting, "--picture", tmp_path / "none" / "x.png")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"ast-jax: {tmp_path / 'none' / 'x.png'}: no such folder\n"
 

@@ -42,6 +42,7 @@ def test_there_are_notebooks():
     assert {"finetune", "inference"} <= {path.stem for path in NOTEBOOKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in QUICK], ids=lambda path: path.stem)
 def test_notebook_prints_what_the_repository_shows(path, tmp_path):
     assert run(path, tmp_path) == kept(path)

@@ -196,7 +196,8 @@ def spawn(count, method, folder):
     return [dict(np.load(path)) for path in outputs]
 
 
-@pytest.mark.parametrize("method", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pmap", "jit"])
 def test_two_processes_give_what_one_gives(method, tmp_path):
     """For real, over loopback: each loads its half of every batch."""
     (alone,) = spawn(1, method, tmp_path)
