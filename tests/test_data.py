@@ -158,7 +158,7 @@ def test_packed_examples_are_the_examples():
     assert packed.targets() == [(3, 5), (), (0,)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_memory_is_bounded_however_many_batches_wait(num_workers, tmp_path):
     """A consumer that stands still is not read ahead of without end, and one that goes on leaves nothing behind."""
     path, frontend, batch_bytes = tmp_path / "long.wav", FrontendConfig(), 16 * 4 * 164_080

@@ -73,7 +73,7 @@ def test_a_program_teaches_on_every_device(tmp_path):
     np.testing.assert_allclose(got, np.outer(energy, [1, 2, 3]), rtol=1e-4)  # sums of 5,360 squares in float32
 
 
-@pytest.mark.parametrize("max_length", [16, 48])
+@pytest.mark.parametrize("max_length", [16, pytest.param(48, marks=pytest.mark.slow)])
 def test_a_model_of_another_length_and_with_more_labels_teaches(max_length, tmp_path):
     names = ("c", "x", "a", "b")
     config = STUDENT.replace(max_length=max_length, num_labels=4, id2label=names)

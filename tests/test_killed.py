@@ -139,9 +139,8 @@ def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_
     assert not is_saving(folder)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_say_how_to_go_on(number, status, undisturbed, sounds, tmp_path):
     folder = tmp_path / "stopped here"
     process = start(command(sounds, folder, *fresh(sounds)))

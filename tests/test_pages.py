@@ -17,7 +17,7 @@ from ast_jax.audio import read_audio
 from ast_jax.cli import app
 
 RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
-LONG = ("using",)  # half a minute, most of it compiling
+LONG = ("using", "embeddings", "why")  # ten seconds and more, most of it compiling
 MEETING = ("speech", "music", "siren", "speech_over_music", "telephone", "speech")  # as in the pages' pictures
 NOT_RUN = ("converting",)  # pages whose commands are about files that cannot be had here
 
