@@ -14,6 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from .progress import aside
+
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
 EXIT_PIPE = 141  # and for SIGPIPE
@@ -79,7 +81,14 @@ def user_errors() -> Iterator[None]:
 
 def complain(message: str) -> None:
     """Print one line on stderr."""
-    print(f"ast-jax: {one_line(message)}", file=sys.stderr, flush=True)
+    with aside():
+        print(f"ast-jax: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Print lines on stdout."""
+    with aside():
+        print(*map(one_line, text.splitlines()), sep="\n", flush=True)
 
 
 def wrong_usage(message: str) -> NoReturn:

@@ -165,7 +165,7 @@ def classify(
                 sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
                 batch_size=batch_size, tell=tell,
             )  # fmt: skip
-            for found in track(results, "sounds", len(names)) if len(names) > 1 else results:
+            for found in track(results, "sounds", len(names)) if output else results:  # else the results are there
                 if found.error:
                     failed = True
                     complain(found.error)
@@ -309,7 +309,7 @@ def embed(
                 names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
                 batch_size=batch_size,
             )  # fmt: skip
-            for found in track(results, "sounds", len(names)) if len(names) > 1 else results:
+            for found in track(results, "sounds", len(names)):
                 if found.error:
                     failed = True
                     complain(found.error)

@@ -19,6 +19,7 @@ from .cli_common import (
     app,
     json_line,
     one_line,
+    say,
     user_errors,
     wrong_usage,
 )
@@ -109,7 +110,7 @@ def convert(
         hints = Hints(source_strides, source_max_length, source_num_mel_bins, source_heads)
         convert_to(
             source, destination, to.value, check=check, hints=hints, mean=mean, std=std, changes=changes,
-            say=lambda text: print(*map(one_line, text.splitlines()), sep="\n", flush=True),
+            say=say,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from .cli_common import (
     TimeStride,
     app,
     complain,
+    say,
     user_errors,
     wrong_usage,
 )  # fmt: skip
@@ -227,9 +228,9 @@ def finetune(
                 _refuse_contradictions(output, begun, asked, cross_validate=several)
                 paths = {name: path for name, path in reading.items() if name in MOVABLE}
                 if several:
-                    crossval.resume(output, data, reading=paths, machine=machine, say=print)
+                    crossval.resume(output, data, reading=paths, machine=machine, say=say)
                     return
-                best = tuning.resume(output, data, reading=paths, machine=machine, say=print)
+                best = tuning.resume(output, data, reading=paths, machine=machine, say=say)
             else:
                 assert data is not None  # or it was wrong usage
                 if chosen:
@@ -249,9 +250,9 @@ def finetune(
                 by_recipe = chosen is not None and chosen.cross_validate and not fold
                 if by_recipe if cross_validate is None else cross_validate:
                     _refuse_held_out(fold, validation, by_recipe and cross_validate is None)
-                    crossval.start(data, output, training, say=print, **given)
+                    crossval.start(data, output, training, say=say, **given)
                     return
-                best = tuning.start(data, output, training, say=print, **given)
+                best = tuning.start(data, output, training, say=say, **given)
         except (KeyboardInterrupt, Terminated) as stopped:
             joined = {
                 "--parallel": None if parallel is Parallel.pmap else parallel.value, "--workers": workers,

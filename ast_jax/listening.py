@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import itertools
 import os
 import threading
@@ -111,10 +110,15 @@ def listen(
         yield from _events(batch, outputs, told, combine)
 
 
-def by_sound(events: Iterable[Part | End]) -> Iterator[tuple[End, list[Part]]]:
-    """Yield the end of each sound with all of its windows; one whose outputs are not finite ends with that error."""
+def by_sound(events: Iterable[Part | End], bar: bool = True) -> Iterator[tuple[End, list[Part]]]:
+    """Yield the end of each sound with all of its windows; one whose outputs are not finite ends with that error.
+
+    Args:
+        events: of `listen`.
+        bar: say on a terminal how far a sound is heard.
+    """
     parts: list[Part] = []
-    for event in _with_bar(events):
+    for event in _with_bar(events) if bar else events:
         if isinstance(event, Part):
             parts.append(event)
             continue
@@ -126,27 +130,30 @@ def by_sound(events: Iterable[Part | End]) -> Iterator[tuple[End, list[Part]]]:
 
 
 def _with_bar(events: Iterable[Part | End]) -> Iterator[Part | End]:
-    """Yield events, while a bar says how far a sound is heard."""
-    heard = 0.0
-    with contextlib.ExitStack() as bar:
-        for event in events:
-            if isinstance(event, End):
-                bar.close()
-                heard = 0.0
-            elif not isinstance(event.source, Live):  # whose windows may be printed as they come
-                if not heard:
-                    advance = bar.enter_context(progress("seconds heard", functools.partial(_seconds, event.source)))
-                advance(event.end - heard)
-                heard = event.end
-            yield event
+    """Yield events, while a bar says how far a sound is heard; it is gone when the end of the sound is there."""
+    events = iter(events)
+    while True:
+        part: Part | None = None  # that came last
+        heard = 0.0
+        with progress("seconds heard", lambda: _seconds(part)) as advance:  # noqa: B023 (called within the block)
+            for event in events:
+                if isinstance(event, End):
+                    break
+                part = event
+                advance(part.end - heard)
+                heard = part.end
+                yield part
+            else:
+                return
+        yield event
 
 
-def _seconds(source: Any) -> float | None:
-    """Return how long a file says that it is."""
-    if not isinstance(source, str | os.PathLike):
+def _seconds(part: Part | None) -> float | None:
+    """Return how long the file says that it is of which this is a window."""
+    if part is None or not isinstance(part.source, str | os.PathLike) or not os.path.isfile(part.source):
         return None
     with contextlib.suppress(OSError, ValueError):
-        return header_seconds(source)
+        return header_seconds(part.source)
     return None
 
 

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, load
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
 from .listening import End, Part, by_sound, listen, one_or_all
-from .progress import progress
+from .progress import aside, progress
 from .streams import Live
 from .timeline import AGGREGATES, Analysis
 from .windows import window_grid
@@ -135,7 +135,7 @@ def analyze_each(
         sources, Runner(checkpoint, _scores_of, padding, batch_size), grid, checkpoint.frontend.sampling_rate,
         batch_size=batch_size, combine=AGGREGATES[aggregate], array_rate=sampling_rate,
     )  # fmt: skip
-    for end, parts in by_sound(_told(events, tell)):
+    for end, parts in by_sound(_told(events, tell), bar=not isinstance(sources, Live)):
         if end.error:
             yield Analysis(end.name, error=end.error)
         else:
@@ -148,7 +148,8 @@ def _told(events: Iterable[Part | End], tell: Callable[[Part], None]) -> Iterato
     """Yield events, and tell the windows among them."""
     for event in events:
         if isinstance(event, Part):
-            tell(event)
+            with aside():
+                tell(event)
         yield event
 
 
