@@ -141,6 +141,11 @@ def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
     return from_torch(read_source(path, os.fspath(source)), **changes)
 
 
+def loaded(model: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    """Return a checkpoint that is loaded already, or load what else is given."""
+    return model if isinstance(model, Checkpoint) else load(model)
+
+
 def is_own(path: pathlib.Path) -> bool:
     """Whether a folder is a checkpoint of this package, as against PyTorch weights."""
     return (path / FORMAT_FILE).is_file()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import signal
 import sys
+import threading
+from typing import Any
 
-from . import cli_listening, cli_measuring, cli_models, cli_training  # noqa: F401 (they register their commands)
+from . import cli_common, cli_listening, cli_measuring, cli_models, cli_training  # noqa: F401 (which register commands)
 from .cli_common import app
 
 
@@ -14,7 +19,23 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
-    app()
+    sys.unraisablehook = _interrupt_again
+    try:
+        app()
+    finally:
+        if cli_common.interrupted:  # XLA may still compile, and would crash in the ruins of an interpreter that ends
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    stream.flush()
+            os._exit(cli_common.EXIT_INTERRUPTED)
+
+
+def _interrupt_again(ignored: Any) -> None:
+    """Send Ctrl-C once more where it was lost: in a callback of the garbage collector (JAX has one) or a destructor."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import typer.core
 
 from .progress import aside
 
+interrupted = False  # by Ctrl-C, in the middle of something
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
 EXIT_PIPE = 141  # and for SIGPIPE
@@ -61,7 +63,9 @@ TimeStride = Annotated[int | None, typer.Option("--time-stride", min=1, help="An
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turn the library's exceptions for users into one line on stderr and exit status 1."""
+    global interrupted
     try:
+        _import_jax()
         yield
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or Python would complain of it once more at its end
@@ -75,8 +79,22 @@ def user_errors() -> Iterator[None]:
         complain(f"the device is out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size or model")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        interrupted = True
         complain("stopped")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _import_jax() -> None:
+    """Import what every command needs with Ctrl-C held back: an interrupted import of JAX ends in a segmentation fault.
+
+    It is nanobind's, in freeing a module that is not complete.
+    """
+    held = hasattr(signal, "pthread_sigmask") and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        import jax  # noqa: F401
+    finally:
+        if held is not False:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def complain(message: str) -> None:

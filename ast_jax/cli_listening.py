@@ -130,15 +130,19 @@ def classify(
     if low is not None and low > threshold:
         wrong_usage(f"--low: expected at most --threshold {threshold:g}, got {low:g}")
     if STDIN in files and len(files) > 1:
-        wrong_usage(f"{STDIN}: expected the standard input alone, got {len(files) - 1} files beside it")
+        wrong_usage(f"{STDIN}: expected the standard input alone, got {' '.join(files)}")
     if STDIN in files and picture:
         wrong_usage("--picture: expected a file, got the standard input, which cannot be read twice")
     if raw and files != [STDIN]:
         wrong_usage(f"--raw: expected {STDIN}, the standard input, got {', '.join(files)}")
     if (rate or channels) and not raw:
         wrong_usage("--rate and --channels: expected --raw beside them; a header says its own")
+    written = [path.resolve() for path in (output, timeline, picture) if path]
+    if len(set(written)) < len(written):
+        wrong_usage("--output, --timeline, --picture: expected a file for each, got one for two of them")
     failed = False
     with user_errors():
+        _check_places(output, timeline)
         if picture:
             from .pictures import check_place
 
@@ -198,6 +202,15 @@ def _check_ending(option: str, path: pathlib.Path | None, endings: tuple[str, ..
         *most, last = endings
         known = f"{', '.join(most)} or {last}" if most else last
         wrong_usage(f"{option}: expected a name that ends in {known}, got {path}")
+
+
+def _check_places(*paths: pathlib.Path | None) -> None:
+    """Refuse what could not be written in the end."""
+    from .files import check_folder_of
+
+    for path in paths:
+        if path:
+            check_folder_of(path)
 
 
 def _loaded(model: str) -> Checkpoint:
@@ -293,8 +306,11 @@ def embed(
     A bad file is one line on stderr; the others are still written, and the exit status is 1.
     """
     _check_ending("--output", output, (".npz", ".parquet"))
+    if STDIN in files:
+        wrong_usage(f"{STDIN}: expected files, got the standard input, which only classify hears")
     failed = False
     with user_errors():
+        _check_places(output)
         from .embeddings import embed_each
         from .progress import track
         from .vectors import vector_table
@@ -316,6 +332,8 @@ def embed(
                 else:
                     write(found, whole=per is Per.clip)
                     sounds += 1
+            if not sounds:
+                raise ValueError(f"{output}: not written, as no sound could be heard")
         print(f"{output}: the vectors of {sounds} sound{'' if sounds == 1 else 's'}")
     if failed:
         raise typer.Exit(1)
@@ -337,7 +355,8 @@ def explain(
         ),
     ] = None,
     cells: Annotated[
-        tuple[int, int], typer.Option(help="Cells of frequency and time that occlusion takes out, one at a time.")
+        tuple[int, int],
+        typer.Option(help="How many cells of frequency and time occlusion takes out, one at a time."),
     ] = (8, 16),
     arrays: Annotated[
         pathlib.Path | None, typer.Option(help="Also write what is drawn as arrays, to this .npz.")
@@ -350,6 +369,7 @@ def explain(
     _check_ending("--output", output, (".png",))
     _check_ending("--arrays", arrays, (".npz",))
     with user_errors():
+        _check_places(output, arrays)
         from .explanations import explain as look_into
         from .pictures import explanation_picture
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -124,7 +125,17 @@ def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) ->
         host: to listen at.
         port: to listen at.
         tell: called with the page's address when it is there.
+
+    Raises:
+        OSError: nothing can listen there, as something does already.
+        ValueError: see `build_app`.
+        CheckpointError: see `build_app`.
     """
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{host}:{port}: {reason}; --port takes another, 0 any that is free") from error
     app = build_app(models, limits)
     import uvicorn
 
@@ -132,13 +143,13 @@ def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) ->
         async def startup(self, *arguments: Any, **options: Any) -> None:
             await super().startup(*arguments, **options)
             if self.started:
-                tell(f"http://{host}:{self.servers[0].sockets[0].getsockname()[1]}")
+                tell(f"http://{host}:{listening.getsockname()[1]}")
 
         async def shutdown(self, *arguments: Any, **options: Any) -> None:
             await super().shutdown(*arguments, **options)
             app.state.page.close()  # here, as a signal ends the process after it
 
-    Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()
+    Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
 class _Page:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import kaldi, model
-from .checkpoint import Checkpoint, load
+from .checkpoint import Checkpoint, loaded
 from .config import ASTConfig, FrontendConfig
 from .listening import Part, by_sound, listen, one_or_all
 from .modules import valid_tokens
@@ -72,13 +72,12 @@ def embed(
         AudioError: a sound that cannot be used (see `read_audio`).
         ValueError: as `embed_each`.
     """
-    model = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
-    return one_or_all(audio, lambda sounds: embed_each(sounds, model, sampling_rate=sampling_rate, **options))
+    return one_or_all(audio, lambda sounds: embed_each(sounds, checkpoint, sampling_rate=sampling_rate, **options))
 
 
 def embed_each(
     sources: Iterable[Any],
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     sampling_rate: int | None = None,
     layer: int | None = None,
@@ -92,7 +91,7 @@ def embed_each(
 
     Args:
         sources: as `audio` of `embed`.
-        checkpoint: the model.
+        checkpoint: as in `embed`.
         sampling_rate: as in `embed`.
         layer: after how many blocks, as `hidden_states` counts them: 0 for the embeddings, -1 for the last block.
             Layers after it are not computed. None for the last one and the final norm, which the classifier takes.
@@ -107,6 +106,7 @@ def embed_each(
     Raises:
         ValueError: an option out of its range.
     """
+    checkpoint = loaded(checkpoint)
     config, frontend = checkpoint.config, checkpoint.frontend
     depth = config.num_hidden_layers
     if pool not in POOLS:

@@ -16,7 +16,7 @@ import numpy as np
 from . import kaldi, model, predict
 from .attention import fastest_implementation
 from .audio import MIN_SECONDS, AudioError, decode, describe
-from .checkpoint import Checkpoint, load
+from .checkpoint import Checkpoint, loaded
 from .config import ASTConfig, FrontendConfig
 from .embeddings import patch_extents
 from .features import ASTFeatureExtractor
@@ -94,8 +94,7 @@ def explain(
         AudioError: a sound that cannot be used, or that ends before `start`.
         ValueError: a label that the model does not know, a model without a classifier, or samples without a rate.
     """
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load(checkpoint)
+    checkpoint = loaded(checkpoint)
     params, config, frontend = checkpoint.params, checkpoint.config, checkpoint.frontend.replace(dither=0.0)
     predict.check_classifier(checkpoint)
     if isinstance(audio, list | tuple):

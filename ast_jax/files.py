@@ -17,6 +17,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         name.write_text(text, encoding="utf-8")
 
 
+def check_folder_of(path: str | os.PathLike[str]) -> None:
+    """Refuse to begin what could not be written in the end.
+
+    Raises:
+        FileNotFoundError: the folder that `path` is to be in is not there.
+    """
+    if not pathlib.Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield the name of a new file to fill; it takes the place of `path` when the block ends without an exception."""

@@ -12,6 +12,7 @@ import numpy as np
 from . import kaldi
 from .audio import AudioSource
 from .config import FrontendConfig
+from .files import check_folder_of
 from .plots import GREY, drawing, new_figure, save_figure, short_name
 from .progress import track
 from .streams import BLOCK_SECONDS, mono_blocks
@@ -36,8 +37,7 @@ def check_place(path: pathlib.Path) -> None:
         FileNotFoundError: no such folder.
         ValueError: matplotlib is missing.
     """
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+    check_folder_of(path)
     with drawing():
         pass
 

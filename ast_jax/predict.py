@@ -16,7 +16,7 @@ import numpy as np
 from . import kaldi, model
 from .adapt import resize
 from .attention import fastest_implementation
-from .checkpoint import Checkpoint, load
+from .checkpoint import Checkpoint, loaded
 from .config import ASTConfig, FrontendConfig
 from .features import normalize, padded_log_mel
 from .listening import End, Part, by_sound, listen, one_or_all
@@ -87,13 +87,12 @@ def analyze(
         AudioError: a sound that cannot be used (see `read_audio`).
         ValueError: as `analyze_each`.
     """
-    model = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
-    return one_or_all(audio, lambda sounds: analyze_each(sounds, model, sampling_rate=sampling_rate, **options))
+    return one_or_all(audio, lambda sounds: analyze_each(sounds, checkpoint, sampling_rate=sampling_rate, **options))
 
 
 def analyze_each(
     sources: Iterable[Any] | Live,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     sampling_rate: int | None = None,
     window: float | None = None,
@@ -111,7 +110,7 @@ def analyze_each(
 
     Args:
         sources: as `audio` of `classify`, or one `Live`.
-        checkpoint: the model.
+        checkpoint: as in `classify`.
         sampling_rate: as in `classify`.
         window: seconds that are scored together; None for the model's input. A longer window is heard in pieces of the
             model's input.
@@ -128,6 +127,7 @@ def analyze_each(
     """
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate: expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+    checkpoint = loaded(checkpoint)
     check_classifier(checkpoint)
     grid = window_grid(checkpoint.frontend, window, hop)
     batch_size = batch_size or default_batch_size()

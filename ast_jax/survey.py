@@ -218,7 +218,8 @@ def statistics_as_original(
     batches, skipped = [], []
     for start in range(0, len(chosen), ORIGINAL_BATCH):
         total = _Moments()
-        for found in in_order(measure, chosen[start : start + ORIGINAL_BATCH], num_threads):
+        some = chosen[start : start + ORIGINAL_BATCH]
+        for found in track(in_order(measure, some, num_threads), f"features from {start} on", len(some)):
             if isinstance(found, str):
                 skipped.append(found)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -29,14 +30,16 @@ def in_order(
     """
     threads = num_threads or os.cpu_count() or 1
     waiting: collections.deque[Future[_Result]] = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= (ahead or AHEAD * threads):
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, is_over = ThreadPoolExecutor(threads), sys.is_finalizing
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= (ahead or AHEAD * threads):
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        if not is_over():  # when Python ends it has waited for the threads already
+            pool.shutdown()

@@ -6,9 +6,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -215,3 +217,22 @@ def test_python_raises_what_the_command_prints(tmp_path):
         with pytest.raises(ast_jax.AudioError) as raised:
             ast_jax.classify(tmp_path / name)
         assert message in str(raised.value)
+
+
+@pytest.mark.slow
+def test_ctrl_c_whenever_it_comes(tmp_path):
+    """While JAX is imported and while XLA compiles, too: a line, and the status that shells know; no crash."""
+    sound = tmp_path / "long.wav"
+    soundfile.write(sound, np.random.default_rng(0).standard_normal(600 * 16000) / 8, 16000)
+    command = [sys.executable, "-m", "ast_jax.cli", "--no-program-cache", "classify", sound]
+    statuses = []
+    for delay in np.arange(0.6, 3, 0.2):
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": ""}
+        ) as process:
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            message = process.stderr.read().decode()
+        statuses.append(process.returncode)
+        assert message == "ast-jax: stopped\n" or process.returncode == -signal.SIGINT  # while Python itself starts
+    assert {130} <= set(statuses) <= {130, -signal.SIGINT}

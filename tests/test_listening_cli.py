@@ -96,9 +96,13 @@ def test_a_picture(meeting, tmp_path):
         (["a.wav", "b.wav", "--picture", "x.png"], "--picture: expected one file, got 2"),
         (["a.wav", "b.wav", "--timeline", "x.txt"], "--timeline .txt: expected one file, got 2"),
         (["a.wav", "--timeline", "x.xml"], "--timeline: expected a name that ends in .csv, .jsonl or .txt, got x.xml"),
+        (
+            ["a.wav", "-o", "x.csv", "--timeline", "../there/x.csv"],
+            "--output, --timeline, --picture: expected a file for each, got one for two of them",
+        ),
         (["a.wav", "--picture", "x.jpg"], "--picture: expected a name that ends in .png, got x.jpg"),
         (["a.wav", "--low", "0.7"], "--low: expected at most --threshold 0.5, got 0.7"),
-        (["-", "a.wav"], "-: expected the standard input alone, got 1 files beside it"),
+        (["-", "a.wav"], "-: expected the standard input alone, got - a.wav"),
         (["a.wav", "--raw", "s16le"], "--raw: expected -, the standard input, got a.wav"),
         (["-", "--rate", "8000"], "--rate and --channels: expected --raw beside them; a header says its own"),
         (["-", "--picture", "x.png"], "--picture: expected a file, got the standard input, which cannot be read twice"),
@@ -106,10 +110,12 @@ def test_a_picture(meeting, tmp_path):
     ids=" ".join,
 )
 def test_wrong_usage(arguments, message, tmp_path):
-    done = in_process("classify", *arguments, cwd=tmp_path)
+    here = tmp_path / "there"
+    here.mkdir()
+    done = in_process("classify", *arguments, cwd=here)
     assert done.returncode == 2
     assert done.stderr == f"ast-jax: {message}\n"
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 def test_windows_that_cannot_be(meeting):
@@ -281,10 +287,38 @@ def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
     assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("-,0.000,")
 
 
-def test_a_picture_that_cannot_be_drawn_is_known_before(meeting, tmp_path):
-    done = in_process("classify", meeting, "--picture", tmp_path / "none" / "x.png")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["classify", "--picture", "none/x.png"],
+        ["classify", "--timeline", "none/x.csv"],
+        ["classify", "-o", "none/x.csv"],
+        ["embed", "-o", "none/x.npz"],
+        ["explain", "-o", "none/x.png"],
+        ["explain", "-o", "x.png", "--arrays", "none/x.npz"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_written_is_known_before(arguments, meeting, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_listening, "_loaded", lambda model: pytest.fail("the work had begun"))
+    command, *options = arguments
+    done = in_process(command, meeting, *options, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"ast-jax: {tmp_path / 'none' / 'x.png'}: no such folder\n"
+    assert done.stderr == f"ast-jax: {options[-1]}: no such folder\n"
+
+
+def test_vectors_of_nothing_take_no_other_s_place(tmp_path):
+    (tmp_path / "bad.wav").write_text("no sound")
+    for ending in ("npz", "parquet"):
+        path = tmp_path / f"vectors.{ending}"
+        path.write_text("of yesterday")
+        done = in_process("embed", tmp_path / "bad.wav", "-o", path)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[1:] == [f"ast-jax: {path}: not written, as no sound could be heard"]
+        assert path.read_text() == "of yesterday"
+    done = in_process("embed", "-", "-o", path)
+    assert done.returncode == 2
+    assert done.stderr == "ast-jax: -: expected files, got the standard input, which only classify hears\n"
 
 
 def test_choices_are_the_library_s():

@@ -19,7 +19,7 @@ from ast_jax.cli import app
 RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
 LONG = ("using", "embeddings", "why")  # ten seconds and more, most of it compiling
 MEETING = ("speech", "music", "siren", "speech_over_music", "telephone", "speech")  # as in the pages' pictures
-NOT_RUN = ("converting",)  # pages whose commands are about files that cannot be had here
+NOT_RUN = ("converting",)  # pages whose commands test_shell.py runs, with stand-ins for files
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def desk(tmp_path, monkeypatch):
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in RUN_WHOLE]
 )
 def test_a_page_runs(name, desk):
-    """All of its commands, each in turn, and all of its Python, in one namespace; pipes into `-` are parsed only."""
+    """All of its commands, each in turn, and all of its Python, in one namespace; test_shell.py has pipes into `-`."""
     if name not in NOT_RUN:
         for arguments in [one for block in blocks(f"{name}.md", "sh") for one in commands(block)]:
             if "-" not in arguments:

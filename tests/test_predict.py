@@ -3,7 +3,10 @@
 import io
 import itertools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -314,3 +317,15 @@ def test_options_that_are_none(model):
     ):
         with pytest.raises(ValueError, match=message):
             ast_jax.classify(sound, model, sampling_rate=16000, **options)
+
+
+def test_one_who_leaves_early_hears_nothing_of_it():
+    """With the iterator still there when Python ends."""
+    code = (
+        "import ast_jax, sys\n"
+        "each = ast_jax.analyze_each(40 * sys.argv[1:], 'sounds-tiny')\n"
+        "print(next(each).best(1)[0][0])\n"
+    )
+    command = [sys.executable, "-c", code, SOUNDS / "siren.flac"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["Alarm"], "")
