@@ -131,25 +131,35 @@ def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) ->
         ValueError: see `build_app`.
         CheckpointError: see `build_app`.
     """
+    with _listening(host, port) as listening:
+        app = build_app(models, limits)
+        import uvicorn
+
+        class Server(uvicorn.Server):
+            async def startup(self, *arguments: Any, **options: Any) -> None:
+                await super().startup(*arguments, **options)
+                if self.started:
+                    name = f"[{host}]" if ":" in host else host
+                    tell(f"http://{name}:{listening.getsockname()[1]}")
+
+            async def shutdown(self, *arguments: Any, **options: Any) -> None:
+                await super().shutdown(*arguments, **options)
+                app.state.page.close()  # here, as a signal ends the process after it
+
+        Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything is loaded.
+
+    Raises:
+        OSError: something listens there already, or the host is none of this machine's.
+    """
     try:
-        listening = socket.create_server((host, port))
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"{host}:{port}: {reason}; --port takes another, 0 any that is free") from error
-    app = build_app(models, limits)
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, *arguments: Any, **options: Any) -> None:
-            await super().startup(*arguments, **options)
-            if self.started:
-                tell(f"http://{host}:{listening.getsockname()[1]}")
-
-        async def shutdown(self, *arguments: Any, **options: Any) -> None:
-            await super().shutdown(*arguments, **options)
-            app.state.page.close()  # here, as a signal ends the process after it
-
-    Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        raise OSError(f"{host}:{port}: {reason}; --port takes another port, 0 any that is free") from error
 
 
 class _Page:
