@@ -224,7 +224,7 @@ def test_ctrl_c_whenever_it_comes(tmp_path):
     """While JAX is imported and while XLA compiles, too: a line, and the status that shells know; no crash."""
     sound = tmp_path / "long.wav"
     soundfile.write(sound, np.random.default_rng(0).standard_normal(600 * 16000) / 8, 16000)
-    command = [sys.executable, "-m", "ast_jax.cli", "--no-program-cache", "classify", sound]
+    command = [sys.executable, "-m", "ast_jax.cli", "--no-program-cache", "classify", sound, "--hop", "0.02"]
     statuses = []
     for delay in np.arange(0.6, 3, 0.2):
         with subprocess.Popen(
