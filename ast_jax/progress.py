@@ -27,14 +27,18 @@ _Item = TypeVar("_Item")
 
 @dataclasses.dataclass(eq=False)
 class _Bar:
-    """A bar that is open; `drawn` once the thread has seen that it takes a while."""
+    """A bar that is open."""
 
     title: str
     total: Total
     stream: TextIO
     began: float = dataclasses.field(default_factory=time.monotonic)
     done: float = 0.0
-    drawn: bool = False
+
+    @property
+    def due(self) -> bool:
+        """Whether it takes a while."""
+        return time.monotonic() - self.began >= PATIENCE
 
     def advance(self, count: float) -> None:
         self.done += count
@@ -71,7 +75,7 @@ def progress(title: str, total: Total = None) -> Iterator[Callable[[float], None
     finally:
         with contextlib.suppress(ValueError):  # interrupted before it was there
             _open.remove(bar)
-        if bar.drawn:
+        if bar.due:  # and drawn, or just being so
             with aside():  # those that stay open are drawn anew
                 pass
 
@@ -136,7 +140,7 @@ def _draw() -> None:
         while True:
             _awake.wait()
             time.sleep(TICK)
-            due = [bar for bar in list(_open) if time.monotonic() - bar.began >= PATIENCE]
+            due = [bar for bar in list(_open) if bar.due]
             for bar in due:
                 _ask_for_total(bar)
             with _the_brush() as mine:
@@ -192,7 +196,6 @@ class _Screen:
             total = None if callable(bar.total) else bar.total
             steps = f"{bar.done:.0f}/{total:.0f}" if total is not None else f"{bar.done:.0f}" if bar.done else ""
             self.bars.update(self.tasks[bar], total=total, completed=bar.done, steps=steps)
-            bar.drawn = True
         if self.live is None:
             self.live = Live(
                 self.bars, console=self.console, transient=True, auto_refresh=False,
