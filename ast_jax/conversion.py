@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 from .convert import convert, fit
 from .files import write_text
 from .model import num_params
+from .progress import progress
 from .revert import check_destination, to_torch
 from .shapes import Hints
 from .sources import read_source
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 OURS = "ast-jax"
 
 
+@progress("conversion")
 def convert_to(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

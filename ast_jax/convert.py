@@ -90,7 +90,7 @@ def fit(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
     return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
 
 
-@progress("conversion")
+@progress("reading weights")
 def convert(
     found: Source,
     config: ASTConfig | None = None,

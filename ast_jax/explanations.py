@@ -66,6 +66,7 @@ class Explanation:
     frontend: FrontendConfig
 
 
+@progress("explanation")
 def explain(
     audio: Any,
     checkpoint: Checkpoint | str | os.PathLike[str] = predict.DEFAULT_MODEL,

@@ -308,10 +308,10 @@ def test_all_that_may_take_long_has_one(opened, tiny, tmp_path):
     assert found == ["reading the model"]
     assert titles(lambda: evaluation.average([model, model]))[0] == ["averaging"]
     assert titles(lambda: convert_to(tmp_path / "model", tmp_path / "hf", "huggingface"))[0] == [
-        "reading the model", "writing the model",
+        "conversion", "reading the model", "writing the model",
     ]  # fmt: skip
     assert titles(lambda: convert_to(tmp_path / "hf", tmp_path / "back", check=True))[0] == [
-        "conversion", "comparison", "writing the model", "reading the model",
+        "conversion", "reading weights", "comparison", "writing the model", "reading the model",
     ]  # fmt: skip
     assert titles(lambda: ast_jax.export(model, tmp_path / "out.stablehlo", platforms=["cpu"]))[0] == ["export"]
     source = folder / "a" / "1.wav"
@@ -320,6 +320,6 @@ def test_all_that_may_take_long_has_one(opened, tiny, tmp_path):
     assert found == heard
     assert titles(lambda: ast_jax.embed(source, model))[0] == heard
     found, _ = titles(lambda: ast_jax.explain(source, model, cells=(1, 16)))
-    assert found == [*heard, "scores", "rollout and saliency", "occlusion"]
+    assert found == ["explanation", *heard, "scores", "rollout and saliency", "occlusion"]
     found, _ = titles(lambda: pictures.timeline_picture(analysis, model.frontend, tmp_path / "when.png", 0.5))
     assert found == ["spectrogram"]
