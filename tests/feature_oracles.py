@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 import ast_jax
-from ast_jax.audio import read_audio
+from ast_jax.audio.io import read_audio
 
 RECORDINGS = sorted(
     path for path in (pathlib.Path(ast_jax.__file__).parent / "sounds").iterdir() if path.suffix in (".flac", ".ogg")

@@ -2,43 +2,20 @@
 
 import importlib
 import json
-import pathlib
 import re
-import shlex
 
 import pytest
 import soundfile
 import typer
+from pages import DOCS, WITH_README, blocks, commands, page
 from typer.testing import CliRunner
 
 import ast_jax
-from ast_jax import datasets
-from ast_jax.cli import app
-from ast_jax.recipes import RECIPES
+from ast_jax.cli.main import app
+from ast_jax.data import datasets
+from ast_jax.training.recipes import RECIPES
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-WITH_README = [*PAGES, DOCS.parent / "README.md"]
-SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 SHORTER = {"finetune": ["--epochs", "1", "--linear-probe", "--workers", "0"]}  # what a command is run with on top
-
-
-def page(name):
-    return (DOCS / name).read_text(encoding="utf-8")
-
-
-def blocks(name, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
-
-
-def commands(text):
-    """Return the `ast-jax` commands of a shell block as lists of arguments, with a number for each variable."""
-    lines = re.sub(r"\$\w+", "1", text.replace("\\\n", " ")).splitlines()
-    lines = [line.split(" | ")[-1].strip() for line in lines]  # of a pipe the end
-    found = [line for line in lines if line.startswith("ast-jax ")]
-    return [
-        shlex.split(re.split(r"\s[>&]", line)[0], comments=True)[1:] for line in found
-    ]  # what the shell does is cut
 
 
 @pytest.fixture(scope="module")

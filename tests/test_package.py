@@ -45,7 +45,7 @@ def test_classifying_needs_neither_torch_nor_the_training_extra():
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'grain', 'sklearn', 'librosa', 'matplotlib'): sys.modules[name] = None\n"
-        f"from ast_jax.cli import app\napp(['classify', {str(sound)!r}], standalone_mode=False)\n"
+        f"from ast_jax.cli.main import app\napp(['classify', {str(sound)!r}], standalone_mode=False)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

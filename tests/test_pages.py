@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import soundfile
 import transformers
-from test_docs import PAGES, SOUNDS, blocks, commands, page
+from pages import NOT_RUN, PAGES, RUN_WHOLE, SOUNDS, blocks, commands, page
 from typer.testing import CliRunner
 
 import ast_jax
-from ast_jax.audio import read_audio
-from ast_jax.cli import app
+from ast_jax.audio.io import read_audio
+from ast_jax.cli.main import app
 
-RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
 LONG = ("using", "embeddings", "why")  # ten seconds and more, most of it compiling
 MEETING = ("speech", "music", "siren", "speech_over_music", "telephone", "speech")  # as in the pages' pictures
-NOT_RUN = ("converting",)  # pages whose commands test_shell.py runs, with stand-ins for files
 
 
 @pytest.fixture

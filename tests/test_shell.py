@@ -18,8 +18,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from test_docs import DOCS, PAGES, SOUNDS, blocks, commands
-from test_pages import NOT_RUN, RUN_WHOLE
+from pages import DOCS, NOT_RUN, PAGES, RUN_WHOLE, SOUNDS, blocks, commands
 
 import ast_jax
 
@@ -114,7 +113,7 @@ def programs(tmp_path_factory):
     (folder / "wav").write_bytes(header + note + struct.pack("<4sI", b"data", endless) + raw)
     scripts = {
         "ast-jax": f'case "$*" in *--resume*) ;; finetune*) set -- "$@" {QUICKER};; esac\n'
-        f'exec {sys.executable} -m ast_jax.cli "$@"',
+        f'exec {sys.executable} -m ast_jax.cli.main "$@"',
         "arecord": f"exec cat {folder}/wav",
         "ffmpeg": f'case "$*" in *s16le*) exec cat {folder}/raw;; *) exec cat {folder}/wav;; esac',
     }
@@ -199,7 +198,7 @@ def test_commands_run(page, number, desk, programs):
 def test_the_page_is_served(command, desk):
     shutil.copytree("MODEL", "RUN/best")
     address = f"http://127.0.0.1:{(re.findall(r'--port (.*)', command) or ['7860'])[0]}"
-    arguments = [sys.executable, "-m", "ast_jax.cli", *command.split()]
+    arguments = [sys.executable, "-m", "ast_jax.cli.main", *command.split()]
     env = {**os.environ, "XLA_FLAGS": ""}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:

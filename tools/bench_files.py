@@ -46,7 +46,7 @@ def write_models(ours: pathlib.Path, theirs: pathlib.Path) -> None:
 
 def classify_command(*arguments: Any) -> list[str]:
     """Return the command that classifies."""
-    return [sys.executable, "-m", "ast_jax.cli", "classify", *map(str, arguments)]
+    return [sys.executable, "-m", "ast_jax.cli.main", "classify", *map(str, arguments)]
 
 
 def pipeline_command(model: pathlib.Path, sound: pathlib.Path) -> list[str]:
@@ -96,7 +96,8 @@ def measure_parts(folder: str, rounds: int) -> dict[str, Any]:
     import jax
 
     import ast_jax
-    from ast_jax import audio, predict
+    from ast_jax.audio import io as audio
+    from ast_jax.inference import predict
 
     paths = sorted(pathlib.Path(folder).iterdir())
     checkpoint = ast_jax.load("sounds-tiny")

@@ -69,7 +69,7 @@ def ast_jax_forward(folder: str, inputs: str, dtype: str = "float32") -> Work:
     import jax
 
     import ast_jax
-    from ast_jax import predict
+    from ast_jax.inference import predict
 
     checkpoint = ast_jax.load(folder)
     params, spec = jax.device_put((checkpoint.params, np.load(inputs)))
@@ -99,7 +99,7 @@ def ast_jax_waveforms(folder: str, inputs: str, dtype: str = "float32") -> Work:
     import jax
 
     import ast_jax
-    from ast_jax import predict
+    from ast_jax.inference import predict
 
     checkpoint = ast_jax.load(folder)
     batch, frames, _ = np.load(inputs, mmap_mode="r").shape
@@ -168,8 +168,8 @@ def ast_jax_train(folder: str, inputs: str, dtype: str = "float32") -> Work:
     import optax
 
     import ast_jax
-    from ast_jax.attention import fastest_implementation
-    from ast_jax.optimizers import make_optimizer
+    from ast_jax.model.attention import fastest_implementation
+    from ast_jax.training.optimizers import make_optimizer
 
     checkpoint = ast_jax.load(folder)
     config, spec = checkpoint.config, jnp.asarray(np.load(inputs))

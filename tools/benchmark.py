@@ -505,7 +505,7 @@ def measure(what: str, source: str, detail: str) -> None:
     import safetensors  # noqa: F401
 
     import ast_jax
-    from ast_jax import convert, model, revert  # noqa: F401
+    from ast_jax.model import functional as model  # noqa: F401
 
     seconds = 0.0
     if what == "make":

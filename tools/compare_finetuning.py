@@ -215,7 +215,7 @@ def run(name: str, settings: Settings, output: pathlib.Path) -> dict[str, Any]:
 
 def ast_jax(command: str) -> list[str]:
     """The words that start one of the package's commands."""
-    return [sys.executable, "-m", "ast_jax.cli", command]
+    return [sys.executable, "-m", "ast_jax.cli.main", command]
 
 
 def succeed(command: list[Any]) -> str:

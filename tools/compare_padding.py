@@ -18,8 +18,10 @@ import numpy as np
 from ship_sounds_tiny import read_rows
 
 import ast_jax
-from ast_jax import datasets, metrics, predict
-from ast_jax.audio import read_audio
+from ast_jax.audio.io import read_audio
+from ast_jax.data import datasets
+from ast_jax.inference import predict
+from ast_jax.training import metrics
 
 
 def clips(folder: pathlib.Path, model: ast_jax.Checkpoint, condition: str, longest: float):

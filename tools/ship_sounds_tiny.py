@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 import ast_jax
-from ast_jax import datasets, evaluation, metrics
+from ast_jax.data import datasets
+from ast_jax.training import evaluate, metrics
 
 OUTPUT = pathlib.Path(__file__).parent.parent / "ast_jax" / "models" / "sounds-tiny"
 CONDITIONS = ("clean", "noisy")
@@ -48,7 +49,7 @@ def measure(checkpoint: ast_jax.Checkpoint, folder: pathlib.Path) -> dict[str, d
     rows = read_rows(folder)
     examples = datasets.read_dataset(folder).reordered(checkpoint.config.labels).splits["test"]
     conditions = np.array([rows[example.path.relative_to(folder).as_posix()]["condition"] for example in examples])
-    logits, labels = evaluation.evaluate(checkpoint, examples, batch_size=32).measured()
+    logits, labels = evaluate.evaluate(checkpoint, examples, batch_size=32).measured()
     return {
         condition: figures(logits[conditions == condition], labels[conditions == condition], checkpoint.config.labels)
         for condition in CONDITIONS

@@ -23,10 +23,12 @@ import numpy as np
 import optax
 from jax import export
 
-from ast_jax import augment, data, datasets, metrics, survey, train
+from ast_jax.audio.features import normalize, padded_log_mel
 from ast_jax.config import FrontendConfig
-from ast_jax.features import normalize, padded_log_mel
-from ast_jax.settings import TrainConfig
+from ast_jax.data import audit, datasets
+from ast_jax.training import augment, input_pipeline, metrics
+from ast_jax.training import step as train
+from ast_jax.training.config import TrainConfig
 
 CHANNELS = (24, 48, 96, 128)
 AUGMENTATION = TrainConfig(batch_size=64, mixup=0.4, frequency_shift=4, time_shift=20)
@@ -76,7 +78,7 @@ def main() -> None:
     dataset = datasets.read_dataset(options.data, options.seed)
     examples, labels, size = dataset.splits["train"], dataset.labels, AUGMENTATION.batch_size
     frontend = FrontendConfig(max_length=256, padding_value=FLOOR)
-    found = survey.statistics(examples, frontend, limit=1000)
+    found = audit.statistics(examples, frontend, limit=1000)
     frontend = frontend.replace(mean=round(found.mean, 4), std=round(found.std, 4))
     network = Network(len(labels))
     root = jax.random.key(options.seed)
@@ -108,7 +110,7 @@ def main() -> None:
 
     evaluate = jax.jit(scores)
     training = dataclasses.replace(AUGMENTATION, batch_size=size, epochs=options.epochs, seed=options.seed)
-    batches = data.train_batches(examples, frontend, len(labels), training)
+    batches = input_pipeline.train_batches(examples, frontend, len(labels), training)
     for epoch in range(options.epochs):
         began, losses = time.monotonic(), []
         for number, batch in enumerate(itertools.islice(batches, steps)):
@@ -116,7 +118,9 @@ def main() -> None:
             losses.append(value)
         results = [
             (np.asarray(evaluate(params, batch["waveform"], batch["num_samples"]))[use], batch["labels"][use])
-            for batch in data.eval_batches(dataset.splits["validation"], frontend, len(labels), batch_size=size)
+            for batch in input_pipeline.eval_batches(
+                dataset.splits["validation"], frontend, len(labels), batch_size=size
+            )
             for use in (batch["usable"],)
         ]
         precisions = metrics.average_precisions(*map(np.concatenate, zip(*results, strict=True)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import FrontendConfig
+from ast_jax.config import FrontendConfig
 
 MEL_FLOOR = float(np.finfo(np.float32).eps)  # 1.1920929e-07: digital silence becomes log(floor) = -15.942385
 POVEY_EXPONENT = 0.85

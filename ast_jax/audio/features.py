@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import kaldi
-from .config import FrontendConfig
-from .files import write_text
+from ast_jax.audio import fbank as kaldi
+from ast_jax.config import FrontendConfig
+from ast_jax.runtime.files import write_text
 
 Array = Any
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -159,7 +159,7 @@ class ASTFeatureExtractor:
         Raises:
             CheckpointError: missing, not a JSON object, or a value of the wrong type or out of its range.
         """
-        from .checkpoint import read_config
+        from ast_jax.checkpoints.folder import read_config
 
         return cls(read_config(FrontendConfig, pathlib.Path(folder) / PREPROCESSOR_FILE))
 

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from .audio import AudioError, check_extent, describe, open_sound, read_blocks
+from ast_jax.audio.io import AudioError, check_extent, describe, open_sound, read_blocks
 
 BLOCK_SECONDS = 2.0
 LIVE_SECONDS = 0.05  # of a block that may still have to be played

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .config import FrontendConfig
+from ast_jax.config import FrontendConfig
 
 
 class Window(NamedTuple):

@@ -20,17 +20,17 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from .config import ASTConfig, FrontendConfig
-from .features import PREPROCESSOR_FILE
-from .files import whole_folder, write_text
-from .progress import progress
+from ast_jax.audio.features import PREPROCESSOR_FILE
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.runtime.files import whole_folder, write_text
+from ast_jax.runtime.progress import progress
 
 FORMAT = 1
 FORMAT_FILE = "ast_jax.json"
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
 LONGEST_LIST = 20  # of what does not fit: more would hide the beginning
-SHIPPED = pathlib.Path(__file__).parent / "models"
+SHIPPED = pathlib.Path(__file__).parents[1] / "models"
 
 
 _Config = TypeVar("_Config", ASTConfig, FrontendConfig)
@@ -132,11 +132,11 @@ def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
     """
     path = resolve(source)
     if is_own(path):
-        from .adapt import resize
+        from ast_jax.checkpoints.resize import resize
 
         return resize(_load(path), **changes)
-    from .convert import from_torch
-    from .sources import read_source
+    from ast_jax.checkpoints.pytorch.from_torch import from_torch
+    from ast_jax.checkpoints.pytorch.state_dicts import read_source
 
     return from_torch(read_source(path, os.fspath(source)), **changes)
 
@@ -176,7 +176,7 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
     if name in shipped_models():
         return SHIPPED / name
     if name.count("/") == 1 and not name.startswith(("/", "./", "../", "~")) and not path.exists():
-        from .hub import download
+        from ast_jax.checkpoints.hub import download
 
         return download(name)
     raise CheckpointError(
@@ -226,7 +226,7 @@ def check_params(params: Mapping[str, Any], config: ASTConfig, name: str) -> Non
     Raises:
         CheckpointError: with sorted lists of what is missing, unexpected and misshaped.
     """
-    from .model import param_shapes
+    from ast_jax.model.functional import param_shapes
 
     expected, got = flatten(param_shapes(config)), flatten(params)
     if not any(path.startswith("classifier/") for path in got):

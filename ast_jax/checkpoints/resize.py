@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import Checkpoint
-from .formats import VIT
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.pytorch.names import VIT
 
 Grid = tuple[int, int]
 
@@ -144,7 +144,7 @@ def _resize_axis(grid: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 def new_classifier(config: Any, seed: int, dtype: np.dtype) -> dict[str, Any]:
     """Draw a classifier as `init` draws it."""
-    from .modules import Head
+    from ast_jax.model.modules import Head
 
     pooled = np.zeros((1, config.hidden_size), np.float32)
     drawn = Head(config).init(jax.random.key(seed), pooled)["params"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from .progress import aside
+from ast_jax.runtime.progress import aside
 
 interrupted = False  # by Ctrl-C, in the middle of something
 EXIT_USAGE = 2

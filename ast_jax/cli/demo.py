@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from . import explanations, pictures, predict
-from .audio import AudioError
-from .checkpoint import Checkpoint, load, shipped_models
-from .streams import mono_blocks
+from ast_jax.audio.io import AudioError
+from ast_jax.audio.streams import mono_blocks
+from ast_jax.checkpoints.folder import Checkpoint, load, shipped_models
+from ast_jax.inference import explanations, pictures, predict
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "

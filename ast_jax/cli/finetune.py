@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_common import (
+from ast_jax.cli.common import (
     EXIT_INTERRUPTED,
     SIZE,
     FrequencyStride,
@@ -31,7 +31,7 @@ from .cli_common import (
     user_errors,
     wrong_usage,
 )  # fmt: skip
-from .settings import TrainConfig
+from ast_jax.training.config import TrainConfig
 
 SAVE_MINUTES = 10.0
 READING = ("validation", "test", "label_file", "fold")
@@ -191,7 +191,7 @@ def finetune(
     that the run was started with, and gives what it would have given. RUN/best is the checkpoint of the best epoch on
     the validation split.
     """
-    from .signals import EXIT_TERMINATED, Terminated
+    from ast_jax.runtime.signals import EXIT_TERMINATED, Terminated
 
     size = dict(zip(SIZE, (max_length, num_mel_bins, frequency_stride, time_stride), strict=True))
     reading = reading_of((validation, test, label_file, fold))
@@ -206,10 +206,10 @@ def finetune(
     with user_errors():
         need_train_extra("finetune")
         _join(distributed, coordinator, num_processes, process_id)
-        from . import crossval, runs
-        from . import finetune as tuning
-        from .checkpoint import load
-        from .loop import Machine
+        from ast_jax.checkpoints.folder import load
+        from ast_jax.training import crossval, run_folder
+        from ast_jax.training import finetune as tuning
+        from ast_jax.training.trainer import Machine
 
         chosen = _recipe(recipe)
         initial = load(init, **_sized(size, chosen)) if init and not resume else None
@@ -219,7 +219,7 @@ def finetune(
             machine = Machine(parallel.value, workers, save_minutes)
             if resume:
                 several = crossval.is_cross_validation(output)
-                begun = crossval.read_run(output) if several else runs.read_run(output)
+                begun = crossval.read_run(output) if several else run_folder.read_run(output)
                 asked = {
                     **settings, **_sized(size, chosen), "init": init, "architecture": architecture, "teacher": teacher,
                     "recipe": recipe, "mean": mean, "std": std, "keep_epochs": keep_epochs or None,
@@ -262,11 +262,11 @@ def finetune(
             same = [word for name, value in joined.items() if value is not None for word in (name, str(value))]
             same += ["--distributed"] if distributed else []
             command = shlex.join(["ast-jax", "finetune", "--output", str(output), "--resume", *same])
-            resumable = runs.can_resume(output) or crossval.is_cross_validation(output)
+            resumable = run_folder.can_resume(output) or crossval.is_cross_validation(output)
             complain(f"stopped; go on with: {command}" if resumable else "stopped")
             raise typer.Exit(EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED) from None
         if best is not None:  # only the first of several processes has it
-            print(f"the best: {runs.row_line(best.metadata['epoch'])}")
+            print(f"the best: {run_folder.row_line(best.metadata['epoch'])}")
             print(f"checkpoint: {output / 'best'}")
 
 
@@ -282,7 +282,7 @@ def _recipe(name: str | None) -> Any:
     """Return a recipe by its name."""
     if name is None:
         return None
-    from .recipes import RECIPES
+    from ast_jax.training.recipes import RECIPES
 
     if name not in RECIPES:
         wrong_usage(f"--recipe: expected {', '.join(RECIPES)}, got {name!r}")
@@ -310,7 +310,7 @@ def _training(recipe: Any, settings: dict[str, Any], initial: Any) -> TrainConfi
 
 def _has_heard(initial: Any) -> bool:
     """Whether a model to start from has learned from sounds, and not from pictures alone."""
-    from .adapt import started_from_pictures
+    from ast_jax.checkpoints.resize import started_from_pictures
 
     return initial is not None and not started_from_pictures(initial)
 
@@ -353,7 +353,7 @@ def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]
         same = _architecture(asked["architecture"], size).replace(**own) == run.config
         has["architecture"] = asked["architecture"] if same else None
     if asked["init"]:
-        from .checkpoint import load
+        from ast_jax.checkpoints.folder import load
 
         has["init"] = None
         with contextlib.suppress(ValueError):  # it does not even go to this size
@@ -379,8 +379,8 @@ def _option(name: str, *message: str) -> str:
 
 def _architecture(name: str, size: dict[str, int | None]) -> Any:
     """Return the `ASTConfig` of a preset or of a `config.json`, with the input that is asked for."""
-    from .checkpoint import read_config
-    from .config import PRESETS, ASTConfig
+    from ast_jax.checkpoints.folder import read_config
+    from ast_jax.config import PRESETS, ASTConfig
 
     if name in PRESETS:
         config = PRESETS[name]()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import MODEL_HELP, app, complain, one_line, user_errors, wrong_usage
-from .cli_results import results_writer, timeline_writer, window_printer
+from ast_jax.cli.common import MODEL_HELP, app, complain, one_line, user_errors, wrong_usage
+from ast_jax.cli.results import results_writer, timeline_writer, window_printer
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from ast_jax.checkpoints.folder import Checkpoint
 
 STDIN = "-"
 
@@ -144,12 +144,12 @@ def classify(
     with user_errors():
         _check_places(output, timeline)
         if picture:
-            from .pictures import check_place
+            from ast_jax.inference.pictures import check_place
 
             check_place(picture)
-        from .predict import analyze_each
-        from .progress import track
-        from .streams import Live
+        from ast_jax.audio.streams import Live
+        from ast_jax.inference.predict import analyze_each
+        from ast_jax.runtime.progress import track
 
         checkpoint = _loaded(model)
         live = files == [STDIN]
@@ -176,7 +176,7 @@ def classify(
                 write(found)
                 write_timeline(found)
         if picture and not failed:
-            from .pictures import timeline_picture
+            from ast_jax.inference.pictures import timeline_picture
 
             timeline_picture(found, checkpoint.frontend, picture, *cut)
     if failed:
@@ -206,7 +206,7 @@ def _check_ending(option: str, path: pathlib.Path | None, endings: tuple[str, ..
 
 def _check_places(*paths: pathlib.Path | None) -> None:
     """Refuse what could not be written in the end."""
-    from .files import check_folder_of
+    from ast_jax.runtime.files import check_folder_of
 
     for path in paths:
         if path:
@@ -215,7 +215,7 @@ def _check_places(*paths: pathlib.Path | None) -> None:
 
 def _loaded(model: str) -> Checkpoint:
     """Load a model, and tell what was assumed of weights that are not ours."""
-    from .checkpoint import is_own, load
+    from ast_jax.checkpoints.folder import is_own, load
 
     checkpoint = load(model)
     if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
@@ -244,7 +244,7 @@ def _sounds(name: str) -> list[str]:
     """
     if not pathlib.Path(name).is_dir():
         return [name]
-    from .rows import AUDIO_SUFFIXES, visible_files
+    from ast_jax.data.records import AUDIO_SUFFIXES, visible_files
 
     found = [str(path) for path in visible_files(pathlib.Path(name)) if path.suffix.lower() in AUDIO_SUFFIXES]
     if not found:
@@ -311,9 +311,9 @@ def embed(
     failed = False
     with user_errors():
         _check_places(output)
-        from .embeddings import embed_each
-        from .progress import track
-        from .vectors import vector_table
+        from ast_jax.inference.embeddings import embed_each
+        from ast_jax.inference.vectors import vector_table
+        from ast_jax.runtime.progress import track
 
         checkpoint = _loaded(model)
         names, failed = _all_sounds(files)
@@ -370,8 +370,8 @@ def explain(
     _check_ending("--arrays", arrays, (".npz",))
     with user_errors():
         _check_places(output, arrays)
-        from .explanations import explain as look_into
-        from .pictures import explanation_picture
+        from ast_jax.inference.explanations import explain as look_into
+        from ast_jax.inference.pictures import explanation_picture
 
         checkpoint = _loaded(model)
         found = look_into(
@@ -380,7 +380,7 @@ def explain(
         )  # fmt: skip
         explanation_picture(found, output)
         if arrays:
-            from .vectors import write_arrays
+            from ast_jax.inference.vectors import write_arrays
 
             write_arrays(arrays, found)
         print(f"{one_line(file)}: {found.duration:.2f} s from {found.start:.2f} s on, explained in {output}")
@@ -402,7 +402,7 @@ def demo(
 ) -> None:
     """Serve a page to try models on; needs the extra `demo`."""
     with user_errors():
-        from .demo import Limits, serve
+        from ast_jax.cli.demo import Limits, serve
 
         serve(
             list(model or []), Limits(max_megabytes, max_minutes), host, port,

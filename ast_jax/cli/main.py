@@ -10,8 +10,8 @@ import sys
 import threading
 from typing import Any
 
-from . import cli_common, cli_listening, cli_measuring, cli_models, cli_training  # noqa: F401 (which register commands)
-from .cli_common import app
+from ast_jax.cli import common, finetune, inference, measure, models  # noqa: F401 (which register commands)
+from ast_jax.cli.common import app
 
 
 def main() -> None:
@@ -23,11 +23,11 @@ def main() -> None:
     try:
         app()
     finally:
-        if cli_common.interrupted:  # XLA may still compile, and would crash in the ruins of an interpreter that ends
+        if common.interrupted:  # XLA may still compile, and would crash in the ruins of an interpreter that ends
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(AttributeError, OSError, ValueError):
                     stream.flush()
-            os._exit(cli_common.EXIT_INTERRUPTED)
+            os._exit(common.EXIT_INTERRUPTED)
 
 
 def _interrupt_again(ignored: Any) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import MODEL_HELP, app, json_line, one_line, user_errors, wrong_usage
-from .cli_training import (
+from ast_jax.cli.common import MODEL_HELP, app, json_line, one_line, user_errors, wrong_usage
+from ast_jax.cli.finetune import (
     DATA_HELP,
     Fold,
     LabelFile,
@@ -51,7 +51,7 @@ def evaluate(
     *models, source = models_and_data
     with user_errors():
         need_train_extra("evaluate")
-        from .measuring import measure
+        from ast_jax.training.measuring import measure
 
         reading = reading_of((validation, test, label_file, fold))
         measured = measure(
@@ -76,10 +76,10 @@ def average(
 ) -> None:
     """Average the weights of epochs or runs, as the paper does."""
     with user_errors():
-        from .checkpoint import check_destination, load, save
-        from .evaluation import average as mean_of
-        from .progress import track
-        from .runs import checkpoints_of
+        from ast_jax.checkpoints.folder import check_destination, load, save
+        from ast_jax.runtime.progress import track
+        from ast_jax.training.evaluate import average as mean_of
+        from ast_jax.training.run_folder import checkpoints_of
 
         check_destination(output)
         folders = [folder for model in models for folder in checkpoints_of(model, epochs)]
@@ -109,9 +109,9 @@ def check_data(
     status is 1 where something is wrong with it.
     """
     with user_errors():
-        from .config import FrontendConfig
-        from .datasets import read_dataset
-        from .survey import survey
+        from ast_jax.config import FrontendConfig
+        from ast_jax.data.audit import survey
+        from ast_jax.data.datasets import read_dataset
 
         dataset = read_dataset(data, **reading_of((validation, test, label_file, fold)))
         found = survey(dataset, FrontendConfig(max_length=max_length))
@@ -146,9 +146,9 @@ def stats(
     They are what finetune takes as --mean and --std, and measures itself where it is given neither.
     """
     with user_errors():
-        from .config import FrontendConfig
-        from .datasets import read_dataset
-        from .survey import statistics, statistics_as_original
+        from ast_jax.config import FrontendConfig
+        from ast_jax.data.audit import statistics, statistics_as_original
+        from ast_jax.data.datasets import read_dataset
 
         dataset = read_dataset(data, **reading_of((None, None, label_file, fold)))
         if split not in dataset.splits:

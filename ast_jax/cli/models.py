@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import (
+from ast_jax.cli.common import (
     MODEL_HELP,
     SIZE,
     FrequencyStride,
@@ -99,9 +99,9 @@ def convert(
     embeddings to it: cut from the middle or interpolated, as the original does.
     """
     with user_errors():
-        from .conversion import convert_to
-        from .labels import read_labels
-        from .shapes import Hints
+        from ast_jax.checkpoints.pytorch.infer_config import Hints
+        from ast_jax.checkpoints.pytorch.pipeline import convert_to
+        from ast_jax.labels import read_labels
 
         size = (max_length, num_mel_bins, frequency_stride, time_stride)
         changes: dict[str, object] = dict(zip(SIZE, size, strict=True))
@@ -121,9 +121,9 @@ def info(
 ) -> None:
     """Say what a model is: size, input, labels and origin."""
     with user_errors():
-        from .checkpoint import load
-        from .conversion import report
-        from .model import num_params
+        from ast_jax.checkpoints.folder import load
+        from ast_jax.checkpoints.pytorch.pipeline import report
+        from ast_jax.model.functional import num_params
 
         checkpoint = load(model)
         config, frontend = checkpoint.config, checkpoint.frontend
@@ -187,8 +187,8 @@ def export(
     if output.suffix.lower() != ".stablehlo":
         wrong_usage(f"OUT: expected a name that ends in .stablehlo, got {output}")
     with user_errors():
-        from .checkpoint import load
-        from .programs import export as write_program
+        from ast_jax.checkpoints.folder import load
+        from ast_jax.inference.export import export as write_program
 
         checkpoint = load(model)
         write_program(checkpoint, output, platforms=[name.strip() for name in platforms.split(",")])

@@ -9,12 +9,12 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import json_line, one_line
+from ast_jax.cli.common import json_line, one_line
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-    from .listening import Part
-    from .timeline import Analysis, Segment
+    from ast_jax.checkpoints.folder import Checkpoint
+    from ast_jax.inference.sliding_window import Part
+    from ast_jax.inference.timeline import Analysis, Segment
 
 SEGMENTS = 20  # of a timeline that are printed
 Cut = tuple[float, float | None]  # the thresholds of a timeline, high and low
@@ -68,7 +68,7 @@ def timeline_writer(path: pathlib.Path | None, cut: Cut) -> Iterator[Callable[[A
 @contextlib.contextmanager
 def _table(path: pathlib.Path) -> Iterator[tuple[Any, Callable[[list[Any]], Any]]]:
     """Yield a text file that is there when all is in it, and what writes a row of CSV to it."""
-    from .files import whole_file
+    from ast_jax.runtime.files import whole_file
 
     with whole_file(path) as name, name.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         yield file, csv.writer(file).writerow
@@ -76,7 +76,7 @@ def _table(path: pathlib.Path) -> Iterator[tuple[Any, Callable[[list[Any]], Any]
 
 def window_printer(checkpoint: Checkpoint, top_k: int, as_json: bool) -> Callable[[Part], None]:
     """Return what prints a window as soon as it is complete."""
-    from .timeline import ranked
+    from ast_jax.inference.timeline import ranked
 
     def tell(part: Part) -> None:
         best = ranked(part.output, checkpoint.config.labels, top_k)

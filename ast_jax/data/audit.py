@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import kaldi
-from .audio import AudioError, check_extent, header_seconds, open_sound, read_blocks, skip
-from .augment import MIXUP_ALPHA, mix_waveforms
-from .config import FrontendConfig
-from .datasets import DataSet, Example, load_example
-from .progress import track
-from .report import Durations, Survey, suggest_max_length
-from .rows import SPLITS, DataError
-from .threads import in_order
+from ast_jax.audio import fbank
+from ast_jax.audio.io import AudioError, check_extent, header_seconds, open_sound, read_blocks, skip
+from ast_jax.config import FrontendConfig
+from ast_jax.data.audit_report import Durations, Survey, suggest_max_length
+from ast_jax.data.datasets import DataSet, Example, load_example
+from ast_jax.data.records import SPLITS, DataError
+from ast_jax.runtime.progress import track
+from ast_jax.runtime.threads import in_order
+from ast_jax.training.augment import MIXUP_ALPHA, mix_waveforms
 
 UNUSABLE = (AudioError, OSError, DataError)  # what reading a sound can raise: its message says what is wrong
 SAME_THROUGHOUT = 1e-6  # float32 values of log-mel's size, up to 16, lie this far apart
@@ -150,10 +150,10 @@ def statistics(
             waveform = load_example(examples[index], frontend)
         except UNUSABLE as error:
             return str(error)
-        frames, noise = kaldi.num_frames(len(waveform), frontend), None
+        frames, noise = fbank.num_frames(len(waveform), frontend), None
         if frontend.dither:
             noise = np.random.default_rng([seed, index]).standard_normal((frames, frontend.window_samples), np.float32)
-        return _Moments.of(kaldi.log_mel(waveform, frontend, noise=noise)), frames
+        return _Moments.of(fbank.log_mel(waveform, frontend, noise=noise)), frames
 
     chosen = _drawn(examples, limit, seed)
     total, frames, skipped = _Moments(), 0, []
@@ -207,7 +207,7 @@ def statistics_as_original(
         except UNUSABLE as error:
             return str(error)
         spec = np.zeros((frontend.max_length, frontend.num_mel_bins), np.float32)
-        values = kaldi.log_mel(waveform, frontend)
+        values = fbank.log_mel(waveform, frontend)
         spec[: len(values)] = values
         for axis, most in ((1, ORIGINAL_MASKS[0]), (0, ORIGINAL_MASKS[1])):
             _mask(rng, spec, axis, most)
@@ -334,7 +334,7 @@ def survey(
     length, reason = None, ""
     if seconds:
         length, reason = suggest_max_length(
-            np.array([kaldi.num_frames(round(one * frontend.sampling_rate), frontend) for one in seconds])
+            np.array([fbank.num_frames(round(one * frontend.sampling_rate), frontend) for one in seconds])
         )
     return Survey(
         labels=dataset.labels,

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import hf_folder, layouts, manifests
-from .audio import AudioSource, decode
-from .config import FrontendConfig
-from .labels import audioset_ids, label_set, read_label_ids, read_labels
-from .progress import progress
-from .rows import SPLITS, DataError, Listing, Row
+from ast_jax.audio.io import AudioSource, decode
+from ast_jax.config import FrontendConfig
+from ast_jax.data import hf_folder, layouts, manifests
+from ast_jax.data.records import SPLITS, DataError, Listing, Row
+from ast_jax.labels import audioset_ids, label_set, read_label_ids, read_labels
+from ast_jax.runtime.progress import progress
 
 HELD_OUT = 10  # one example in so many of each label becomes validation where the data set names no split
 ID_MARK = "/"  # what AudioSet's ids begin with: /m/09x0r, /t/dd00003

@@ -11,7 +11,7 @@ import pathlib
 from types import ModuleType
 from typing import Any
 
-from .rows import DataError, Listing, Row, checked_split
+from ast_jax.data.records import DataError, Listing, Row, checked_split
 
 STATE_FILE = "state.json"  # of one split
 SPLITS_FILE = "dataset_dict.json"  # of a folder of splits

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
-from . import hf_folder
-from .manifests import find_manifests, read_manifest, read_table
-from .rows import AUDIO_SUFFIXES, SPLITS, DataError, Listing, Row, split_named, visible_files
+from ast_jax.data import hf_folder
+from ast_jax.data.manifests import find_manifests, read_manifest, read_table
+from ast_jax.data.records import AUDIO_SUFFIXES, SPLITS, DataError, Listing, Row, split_named, visible_files
 
 ESC50_TABLE = pathlib.PurePath("meta", "esc50.csv")
 ESC50_COLUMNS = ("filename", "fold", "target", "category", "src_file")

@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .audio import MIN_SECONDS
-from .rows import DataError, Listing, Row, checked_split, split_named
+from ast_jax.audio.io import MIN_SECONDS
+from ast_jax.data.records import DataError, Listing, Row, checked_split, split_named
 
 # In this order, where a folder holds several. `metadata` is the name in Hugging Face's audiofolder.
 MANIFESTS = ("manifest.csv", "manifest.tsv", "manifest.jsonl", "metadata.csv", "metadata.jsonl")

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import kaldi, model
-from .checkpoint import Checkpoint, loaded
-from .config import ASTConfig, FrontendConfig
-from .listening import Part, by_sound, listen, one_or_all
-from .modules import valid_tokens
-from .predict import DEFAULT_MODEL, Runner, default_batch_size
-from .windows import window_grid
+from ast_jax.audio import fbank
+from ast_jax.audio.windows import window_grid
+from ast_jax.checkpoints.folder import Checkpoint, loaded
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.inference.predict import DEFAULT_MODEL, Runner, default_batch_size
+from ast_jax.inference.sliding_window import Part, by_sound, listen, one_or_all
+from ast_jax.model import functional as model
+from ast_jax.model.modules import valid_tokens
 
 POOLS = ("pooled", "cls", "mean", "none")
 
@@ -151,7 +152,7 @@ def patch_extents(config: ASTConfig, frontend: FrontendConfig) -> tuple[np.ndarr
     starts = first * frontend.shift_samples
     ends = (first + patch_time - 1) * frontend.shift_samples + frontend.window_samples
     lowest = np.arange(rows) * config.frequency_stride  # mel bins
-    edges = kaldi.mel_edges(frontend)  # [F + 2] Hz
+    edges = fbank.mel_edges(frontend)  # [F + 2] Hz
     hertz = np.stack([edges[lowest], edges[lowest + patch_frequency + 1]], axis=1)
     return np.stack([starts, ends], axis=1) / frontend.sampling_rate, hertz
 

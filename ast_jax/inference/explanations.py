@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import kaldi, model, predict
-from .attention import fastest_implementation
-from .audio import MIN_SECONDS, AudioError, decode, describe
-from .checkpoint import Checkpoint, loaded
-from .config import ASTConfig, FrontendConfig
-from .embeddings import patch_extents
-from .features import ASTFeatureExtractor
-from .progress import progress, track
-from .streams import mono_blocks
+from ast_jax.audio import fbank
+from ast_jax.audio.features import ASTFeatureExtractor
+from ast_jax.audio.io import MIN_SECONDS, AudioError, decode, describe
+from ast_jax.audio.streams import mono_blocks
+from ast_jax.checkpoints.folder import Checkpoint, loaded
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.inference import predict
+from ast_jax.inference.embeddings import patch_extents
+from ast_jax.model import functional as model
+from ast_jax.model.attention import fastest_implementation
+from ast_jax.runtime.progress import progress, track
 
 KNOWN = 12  # labels that are named to one who asks for another
 CELLS = (8, 16)  # of the spectrogram that occlusion takes out, one at a time: frequency, time
@@ -135,7 +137,7 @@ def explain(
         scores=np.asarray(predict.as_scores(outputs[None], config))[0, wanted],
         start=start,
         duration=len(waveform) / frontend.sampling_rate,
-        spec=kaldi.log_mel(waveform, frontend),
+        spec=fbank.log_mel(waveform, frontend),
         rollout=np.asarray(rollout)[:, inside],
         saliency=np.asarray(saliency)[:, :frames],
         occlusion=occlusion,

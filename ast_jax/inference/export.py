@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from . import model
-from .checkpoint import Checkpoint
-from .config import ASTConfig, FrontendConfig
-from .features import normalize, padded_log_mel
-from .files import whole_file
-from .progress import progress
+from ast_jax.audio.features import normalize, padded_log_mel
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.model import functional as model
+from ast_jax.runtime.files import whole_file
+from ast_jax.runtime.progress import progress
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import kaldi
-from .audio import AudioSource
-from .config import FrontendConfig
-from .files import check_folder_of
-from .plots import GREY, drawing, new_figure, save_figure, short_name
-from .progress import track
-from .streams import BLOCK_SECONDS, mono_blocks
-from .timeline import Analysis, Segment
+from ast_jax.audio import fbank
+from ast_jax.audio.io import AudioSource
+from ast_jax.audio.streams import BLOCK_SECONDS, mono_blocks
+from ast_jax.config import FrontendConfig
+from ast_jax.inference.timeline import Analysis, Segment
+from ast_jax.runtime.files import check_folder_of
+from ast_jax.runtime.progress import track
+from ast_jax.training.plots import GREY, drawing, new_figure, save_figure, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .explanations import Explanation
+    from ast_jax.inference.explanations import Explanation
 
 COLUMNS = 1500  # of a spectrogram that is drawn
 ROWS = 15  # labels that are drawn
@@ -73,7 +73,7 @@ def overview(source: AudioSource, frontend: FrontendConfig, duration: float, col
         duration: seconds of the sound.
         columns: the most that T may be.
     """
-    frames = kaldi.num_frames(round(duration * frontend.sampling_rate), frontend)
+    frames = fbank.num_frames(round(duration * frontend.sampling_rate), frontend)
     share = -(-frames // columns)
     sums: list[np.ndarray] = []
     rest = np.zeros((0, frontend.num_mel_bins), np.float32)
@@ -97,10 +97,10 @@ def _log_mel_blocks(source: AudioSource, frontend: FrontendConfig) -> Iterator[n
         held = np.concatenate([held, block])
         if len(held) >= window:
             any_frame = True
-            yield kaldi.log_mel(held, settings)
-            held = held[kaldi.num_frames(len(held), settings) * shift :]
+            yield fbank.log_mel(held, settings)
+            held = held[fbank.num_frames(len(held), settings) * shift :]
     if not any_frame:
-        yield kaldi.log_mel(held, settings)
+        yield fbank.log_mel(held, settings)
 
 
 def timeline_figure(
@@ -155,8 +155,8 @@ def draw_spectrogram(axes: Axes, spec: np.ndarray, frontend: FrontendConfig, dur
 
 def mel_place(hertz: float, frontend: FrontendConfig) -> float:
     """Return where a frequency lies among the mel bins, 0 for the centre of the first."""
-    low, high = kaldi.hz_to_mel(frontend.low_freq), kaldi.hz_to_mel(frontend.top_frequency)
-    return float((kaldi.hz_to_mel(hertz) - low) / (high - low) * (frontend.num_mel_bins + 1) - 1)
+    low, high = fbank.hz_to_mel(frontend.low_freq), fbank.hz_to_mel(frontend.top_frequency)
+    return float((fbank.hz_to_mel(hertz) - low) / (high - low) * (frontend.num_mel_bins + 1) - 1)
 
 
 def _time_axis(axes: Axes, duration: float) -> None:

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import kaldi, model
-from .adapt import resize
-from .attention import fastest_implementation
-from .checkpoint import Checkpoint, loaded
-from .config import ASTConfig, FrontendConfig
-from .features import normalize, padded_log_mel
-from .listening import End, Part, by_sound, listen, one_or_all
-from .progress import aside, progress
-from .streams import Live
-from .timeline import AGGREGATES, Analysis
-from .windows import window_grid
+from ast_jax.audio import fbank
+from ast_jax.audio.features import normalize, padded_log_mel
+from ast_jax.audio.streams import Live
+from ast_jax.audio.windows import window_grid
+from ast_jax.checkpoints.folder import Checkpoint, loaded
+from ast_jax.checkpoints.resize import resize
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.inference.sliding_window import End, Part, by_sound, listen, one_or_all
+from ast_jax.inference.timeline import AGGREGATES, Analysis
+from ast_jax.model import functional as model
+from ast_jax.model.attention import fastest_implementation
+from ast_jax.runtime.progress import aside, progress
 
 logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "sounds-tiny"
@@ -215,7 +216,7 @@ class Runner:
         if self.padding != "own-length":
             return config.max_length
         patch, stride = config.patch_shape[1], config.time_stride
-        frames = min(kaldi.num_frames(samples, self.checkpoint.frontend), config.max_length)
+        frames = min(fbank.num_frames(samples, self.checkpoint.frontend), config.max_length)
         return patch + max(0, frames - patch) // stride * stride
 
     def _start(self, sounds: Sequence[np.ndarray], frames: int) -> jax.Array:
@@ -295,7 +296,7 @@ def _run(
             waveforms, num_samples = inputs
             spec = normalize(padded_log_mel(waveforms, num_samples, frontend), frontend)
             if masked:  # at least one patch is heard, or there would be nothing
-                lengths = jnp.clip(kaldi.num_frames(num_samples, frontend), config.patch_shape[1], config.max_length)
+                lengths = jnp.clip(fbank.num_frames(num_samples, frontend), config.patch_shape[1], config.max_length)
         return output(params, spec, config, lengths=lengths, dtype=dtype, attention_implementation=attention)
 
     if piece == len(inputs[0]):

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import AudioError, describe, header_seconds
-from .progress import progress
-from .streams import Live, mono_blocks
-from .threads import in_order
-from .windows import Grid, cut, piece_starts
+from ast_jax.audio.io import AudioError, describe, header_seconds
+from ast_jax.audio.streams import Live, mono_blocks
+from ast_jax.audio.windows import Grid, cut, piece_starts
+from ast_jax.runtime.progress import progress
+from ast_jax.runtime.threads import in_order
 
 AHEAD = 3  # batches that are read before the first of them is out
 FIRST = 4  # pieces of a sound that a thread reads

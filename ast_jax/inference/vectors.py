@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .embeddings import Embedding
-from .explanations import Explanation
-from .files import whole_file
+from ast_jax.inference.embeddings import Embedding
+from ast_jax.inference.explanations import Explanation
+from ast_jax.runtime.files import whole_file
 
 ROWS = 10_000  # of a group in Parquet
 

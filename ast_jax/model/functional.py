@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .attention import IMPLEMENTATIONS
-from .config import ASTConfig
-from .modules import ASTForAudioClassification, ASTModel, ASTOutput
-from .progress import progress
+from ast_jax.config import ASTConfig
+from ast_jax.model.attention import IMPLEMENTATIONS
+from ast_jax.model.modules import ASTForAudioClassification, ASTModel, ASTOutput
+from ast_jax.runtime.progress import progress
 
 Params = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def apply(
             default, which on TPU rounds to bfloat16 first, and on newer GPUs to TensorFloat-32: run under
             `jax.default_matmul_precision("highest")` for a reference's digits there.
         attention_implementation: "auto", "plain", "tiles", "heads" or "cudnn", see `dot_product_attention` in
-            `ast_jax.attention`; its `fastest_implementation` names the fastest for this process's devices.
+            `ast_jax.model.attention`; its `fastest_implementation` names the fastest for this process's devices.
         rematerialize: keep only each block's input for the backward pass, and compute the rest of it again there.
 
     Returns:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .config import ASTConfig
+from ast_jax.config import ASTConfig
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 

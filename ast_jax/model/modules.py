@@ -17,8 +17,8 @@ import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from .attention import dot_product_attention, full_precision
-from .config import ASTConfig
+from ast_jax.config import ASTConfig
+from ast_jax.model.attention import dot_product_attention, full_precision
 
 # What the backward pass finds of a block, beside its input; normalisation, activation and attention's scores, which are
 # cheap to compute but large, are computed again there. That takes half the memory, and on CPU less time as well.
@@ -177,7 +177,7 @@ class ASTModel(nn.Module):
     Attributes:
         config: the architecture.
         dtype: dtype of the computation; LayerNorm statistics and softmax are at least float32 all the same.
-        attention_implementation: see `ast_jax.attention.dot_product_attention`.
+        attention_implementation: see `ast_jax.model.attention.dot_product_attention`.
         rematerialize: keep only each block's input for the backward pass, and compute all of it again there.
     """
 

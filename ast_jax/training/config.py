@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .config import check_types
+from ast_jax.config import check_types
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "step", "cosine")

@@ -21,14 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import datasets, finetune, runs
-from .checkpoint import Checkpoint, is_own, load, save
-from .config import ASTConfig
-from .datasets import DataError
-from .files import sole_use, write_text
-from .finetune import PATHS, absolute, moved
-from .loop import Machine, is_over
-from .settings import TrainConfig
+from ast_jax.checkpoints.folder import Checkpoint, is_own, load, save
+from ast_jax.config import ASTConfig
+from ast_jax.data import datasets
+from ast_jax.data.datasets import DataError
+from ast_jax.runtime.files import sole_use, write_text
+from ast_jax.training import finetune, run_folder
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.finetune import PATHS, absolute, moved
+from ast_jax.training.trainer import Machine, is_over
 
 logger = logging.getLogger(__name__)
 ASKED_FILE = "cross_validation.json"
@@ -59,7 +60,7 @@ def start(
         architecture: likewise.
         reading: likewise.
         machine: likewise.
-        say: where progress is told; by default to the logger `ast_jax.crossval`.
+        say: where progress is told; by default to the logger `ast_jax.training.crossval`.
         **others: further arguments of `finetune.start` that JSON can hold: problem_type, statistics, teacher,
             keep_epochs, notes.
 
@@ -105,7 +106,7 @@ def _free(output: pathlib.Path) -> None:
     """Remove what a cross-validation leaves that ended before any fold had a state."""
     paths = {path.name: path for path in output.iterdir()}
     ours = {name for name in paths if name in (ASKED_FILE, INITIAL) or name.startswith("fold-")}
-    begun = any(runs.newest_state(path) for name, path in paths.items() if name.startswith("fold-"))
+    begun = any(run_folder.newest_state(path) for name, path in paths.items() if name.startswith("fold-"))
     whole = ASKED_FILE in paths or (set(paths) == {INITIAL} and is_own(output / INITIAL))
     if begun or not whole or ours != set(paths):
         return
@@ -132,7 +133,7 @@ def is_cross_validation(output: str | pathlib.Path) -> bool:
     return (pathlib.Path(output) / ASKED_FILE).is_file()
 
 
-def read_run(output: str | pathlib.Path) -> runs.Run | None:
+def read_run(output: str | pathlib.Path) -> run_folder.Run | None:
     """Return a description of what a cross-validation was started with: its first fold's; None before that began.
 
     Raises:
@@ -140,7 +141,7 @@ def read_run(output: str | pathlib.Path) -> runs.Run | None:
     """
     output = pathlib.Path(output)
     folder = output / f"fold-{_asked(output)['folds'][0]}"
-    return runs.read_run(folder) if runs.can_resume(folder) else None
+    return run_folder.read_run(folder) if run_folder.can_resume(folder) else None
 
 
 def _asked(output: pathlib.Path) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def resume(
         source: where the data set lies now, if it was moved.
         reading: as in `finetune.resume`.
         machine: as in `finetune.start`.
-        say: where progress is told; by default to the logger `ast_jax.crossval`.
+        say: where progress is told; by default to the logger `ast_jax.training.crossval`.
 
     Returns:
         A row for each fold, see `table`.
@@ -191,7 +192,7 @@ def resume(
         for number, fold in enumerate(asked["folds"], 1):
             folder = output / f"fold-{fold}"
             say(f"fold {fold} ({number} of {len(asked['folds'])})")
-            if runs.can_resume(folder):
+            if run_folder.can_resume(folder):
                 finetune.resume(folder, source, reading=paths, machine=machine, say=say)
             else:
                 finetune.start(
@@ -208,20 +209,20 @@ def _write_table(output: pathlib.Path, folds: Sequence[str]) -> list[dict[str, A
     """Write the results there are, and return them."""
     histories = {}
     for fold in folds:
-        state = runs.newest_state(output / f"fold-{fold}")
+        state = run_folder.newest_state(output / f"fold-{fold}")
         if state is not None:
-            record = runs.read_record(state)
+            record = run_folder.read_record(state)
             with contextlib.suppress(ValueError):
-                if is_over(record.history, runs.read_run(output / f"fold-{fold}").training):
+                if is_over(record.history, run_folder.read_run(output / f"fold-{fold}").training):
                     histories[fold] = record.history
     rows = table(histories)
     if rows:
-        write_text(output / "folds.csv", runs.csv_text(rows))
-        write_text(output / "folds.json", runs.json_text(rows))
+        write_text(output / "folds.csv", run_folder.csv_text(rows))
+        write_text(output / "folds.json", run_folder.json_text(rows))
     return rows
 
 
-def table(histories: dict[str, runs.History]) -> list[dict[str, Any]]:
+def table(histories: dict[str, run_folder.History]) -> list[dict[str, Any]]:
     """Return a row for each fold, and their mean: the metric of the last and of the best epoch, and which that was.
 
     Which epoch is best is chosen on the fold that is measured: the last epoch's is the honest figure, and the one
@@ -229,7 +230,7 @@ def table(histories: dict[str, runs.History]) -> list[dict[str, Any]]:
     """
     rows = []
     for fold, history in histories.items():
-        metric, best = runs.metric_of(history) or "train_loss", runs.best_row(history)
+        metric, best = run_folder.metric_of(history) or "train_loss", run_folder.best_row(history)
         rows.append({
             "fold": fold, "metric": metric, "last": history[-1][metric], "best": best[metric],
             "best_epoch": best["epoch"],

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import train
-from .checkpoint import Checkpoint, load
-from .config import ASTConfig, FrontendConfig
-from .programs import read_exported
+from ast_jax.checkpoints.folder import Checkpoint, load
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.inference.export import read_exported
+from ast_jax.training import step as train
 
 EXPORTED = ".stablehlo"
 

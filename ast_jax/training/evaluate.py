@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import data, train
-from .checkpoint import Checkpoint, flatten, unflatten
-from .config import ASTConfig, FrontendConfig
-from .datasets import DataError, Example
-from .parallel import DataParallel
-from .progress import progress, track
+from ast_jax.checkpoints.folder import Checkpoint, flatten, unflatten
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.data.datasets import DataError, Example
+from ast_jax.runtime.progress import progress, track
+from ast_jax.training import input_pipeline
+from ast_jax.training import step as train
+from ast_jax.training.parallel import DataParallel
 
 
 class Predictions(NamedTuple):
@@ -62,7 +63,7 @@ class Evaluator:
         self._num_batches = -(-self.count // batch_size)
         step = functools.partial(train.eval_step, config=config, frontend=frontend)
         self._run = parallel.wrap_eval(step)
-        self._batches = data.eval_batches(
+        self._batches = input_pipeline.eval_batches(
             examples, frontend, config.num_labels,
             batch_size=batch_size, passes=passes, rows=parallel.rows(batch_size), num_workers=num_workers,
         )  # fmt: skip

@@ -11,15 +11,18 @@ from typing import Any
 
 import jax
 
-from . import datasets, distill, model, runs, survey, train
-from .checkpoint import Checkpoint
-from .config import ASTConfig, FrontendConfig
-from .datasets import DataError, DataSet
-from .files import remove_scratch, sole_use
-from .loop import Loop, Machine, Say, is_over
-from .parallel import METHODS, all_raise, json_from_first
-from .runs import Record, Run
-from .settings import TrainConfig
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.data import audit, datasets
+from ast_jax.data.datasets import DataError, DataSet
+from ast_jax.model import functional as model
+from ast_jax.runtime.files import remove_scratch, sole_use
+from ast_jax.training import distill, run_folder
+from ast_jax.training import step as train
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.parallel import METHODS, all_raise, json_from_first
+from ast_jax.training.run_folder import Record, Run
+from ast_jax.training.trainer import Loop, Machine, Say, is_over
 
 logger = logging.getLogger(__name__)
 HEADERS = 2000  # files whose headers are read before training
@@ -57,7 +60,7 @@ def start(
         reading: further arguments of `datasets.read_dataset`: validation, test, label_file, fold.
         machine: devices and workers.
         notes: kept in the metadata.
-        say: where progress is told; by default to the logger `ast_jax.finetune`.
+        say: where progress is told; by default to the logger `ast_jax.training.finetune`.
 
     Returns:
         The best epoch's checkpoint, which also lies in `output/best`; None in all of several processes but the first.
@@ -89,10 +92,10 @@ def start(
         try:
             return Loop(run, dataset, params, output, None, machine, say).train()
         except Exception as error:
-            state = runs.newest_state(output)
+            state = run_folder.newest_state(output)
             full = isinstance(error, OSError)  # a disk: there is something to go on with, even if it is the start
             if state is None or (state.name == "0" and not full):  # else the folder stays free
-                runs.remove_states(output)
+                run_folder.remove_states(output)
             raise
 
 
@@ -177,7 +180,7 @@ def _frontend(
     frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
     frontend = initial.frontend if initial is not None and not conversion.get("statistics_assumed") else frontend
     used = dataset.splits["train"] + dataset.splits["validation"]
-    headers = survey.check_headers(used, frontend, limit=None if training.strict else HEADERS)
+    headers = audit.check_headers(used, frontend, limit=None if training.strict else HEADERS)
     if headers.bad:
         _, reason = headers.bad[0]
         if training.strict:
@@ -189,7 +192,7 @@ def _frontend(
     if statistics is not None:
         frontend = frontend.replace(mean=statistics[0], std=statistics[1])
     elif not known:
-        found = survey.statistics(dataset.splits["train"], frontend, limit=1000)
+        found = audit.statistics(dataset.splits["train"], frontend, limit=1000)
         frontend = frontend.replace(mean=round(found.mean, 4), std=round(found.std, 4))
         say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")
     for note in conversion.get("notes", ()):
@@ -209,13 +212,13 @@ def _refuse_what_is_there(output: pathlib.Path) -> None:
 
     To be called in sole use of the folder.
     """
-    if runs.can_resume(output):
+    if run_folder.can_resume(output):
         raise ValueError(f"{output}: already holds a run; go on with it (--resume) or choose another folder")
-    remove_scratch(output, runs.OURS)
-    if {path.name for path in output.iterdir()} <= {runs.RUN_FILE, runs.STATES, runs.TENSORBOARD}:
+    remove_scratch(output, run_folder.OURS)
+    if {path.name for path in output.iterdir()} <= {run_folder.RUN_FILE, run_folder.STATES, run_folder.TENSORBOARD}:
         with contextlib.suppress(ValueError):  # one that is no run's is somebody's own file
-            runs.read_run(output)
-            runs.remove_states(output)
+            run_folder.read_run(output)
+            run_folder.remove_states(output)
     if any(output.iterdir()):
         raise ValueError(f"{output}: expected a new or empty folder, got one with other things in it")
 
@@ -248,11 +251,11 @@ def _read_again(run: Run) -> DataSet:
 
 def _check_resumable(output: pathlib.Path) -> None:
     """Raise ValueError where a folder holds no run that can go on."""
-    runs.read_run(output)
-    state = runs.newest_state(output)
+    run_folder.read_run(output)
+    state = run_folder.newest_state(output)
     if state is None:
         raise ValueError(f"{output}: stopped before anything was saved; start it again in a new folder")
-    runs.read_record(state)
+    run_folder.read_record(state)
 
 
 def resume(
@@ -270,7 +273,7 @@ def resume(
         source: where the data set lies now, if it was moved; the run folder keeps it.
         reading: likewise for validation, test and label_file, as far as the run was started with them.
         machine: devices and workers, which may be others than before.
-        say: where progress is told; by default to the logger `ast_jax.finetune`.
+        say: where progress is told; by default to the logger `ast_jax.training.finetune`.
 
     Returns:
         The best epoch's checkpoint; None in all of several processes but the first.
@@ -283,17 +286,17 @@ def resume(
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
     all_raise(lambda: _check_resumable(output), first_only=True)
-    run = Run.from_json(json_from_first(runs.read_run(output).to_json() if first else None))
+    run = Run.from_json(json_from_first(run_folder.read_run(output).to_json() if first else None))
     with sole_use(output) if first else contextlib.nullcontext():
-        state = runs.newest_state(output) if first else None
-        record = Record(**json_from_first(dataclasses.asdict(runs.read_record(state)) if state else None))
+        state = run_folder.newest_state(output) if first else None
+        record = Record(**json_from_first(dataclasses.asdict(run_folder.read_record(state)) if state else None))
         run = dataclasses.replace(run, data=moved(run.data, source, reading))
         dataset = all_raise(lambda: _read_again(run))
         params = model.init(jax.random.key(run.training.seed), run.config)
         if first:
-            remove_scratch(output, runs.OURS)
-            if (output / runs.EPOCHS).is_dir():
-                remove_scratch(output / runs.EPOCHS, runs.OURS)
+            remove_scratch(output, run_folder.OURS)
+            if (output / run_folder.EPOCHS).is_dir():
+                remove_scratch(output / run_folder.EPOCHS, run_folder.OURS)
         done = len(record.history)
         whole = "; that is all of them, and `--init` starts a new run from its checkpoint"
         say(

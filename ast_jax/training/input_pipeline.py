@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from .audio import AudioError
-from .augment import MIXUP_ALPHA, mix_waveforms
-from .config import FrontendConfig
-from .datasets import DataError, Example, load_example
-from .sampling import balanced_weights, epoch_order
-from .settings import TrainConfig
+from ast_jax.audio.io import AudioError
+from ast_jax.config import FrontendConfig
+from ast_jax.data.datasets import DataError, Example, load_example
+from ast_jax.training.augment import MIXUP_ALPHA, mix_waveforms
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.sampling import balanced_weights, epoch_order
 
 MAX_SKIPPED = 8  # sounds in a row that cannot be read: more means that the data are not there
 THREADS = 4  # that decode ahead where there are no worker processes; each works on a batch of its own

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from . import datasets, plots
-from .checkpoint import load
-from .config import ASTConfig
-from .datasets import SPLITS, DataError, DataSet, Example
-from .evaluation import align, evaluate
-from .files import write_text
-from .metrics import Report, report, report_lines, scores
-from .runs import RUN_FILE, checkpoints_of, json_text, read_run
+from ast_jax.checkpoints.folder import load
+from ast_jax.config import ASTConfig
+from ast_jax.data import datasets
+from ast_jax.data.datasets import SPLITS, DataError, DataSet, Example
+from ast_jax.runtime.files import write_text
+from ast_jax.training import plots
+from ast_jax.training.evaluate import align, evaluate
+from ast_jax.training.metrics import Report, report, report_lines, scores
+from ast_jax.training.run_folder import RUN_FILE, checkpoints_of, json_text, read_run
 
 ENSEMBLE = "ensemble"
 

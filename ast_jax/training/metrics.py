@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.cells import set_cell_size
 
-from .config import ASTConfig
-from .progress import track
+from ast_jax.config import ASTConfig
+from ast_jax.runtime.progress import track
 
 Report = dict[str, Any]
 

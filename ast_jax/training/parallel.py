@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .train import TrainState
+from ast_jax.training.step import TrainState
 
 AXIS = "devices"
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .settings import TrainConfig
+from ast_jax.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,10 +34,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import FORMAT_FILE, Checkpoint, restore_numpy, save
-from .config import ASTConfig, FrontendConfig
-from .files import write_text
-from .settings import TrainConfig
+from ast_jax.checkpoints.folder import FORMAT_FILE, Checkpoint, restore_numpy, save
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.runtime.files import write_text
+from ast_jax.training.config import TrainConfig
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"

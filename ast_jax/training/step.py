@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from flax import struct
 
-from . import augment, model
-from .config import ASTConfig, FrontendConfig
-from .features import normalize, padded_log_mel
-from .losses import loss, smooth
-from .optimizers import fixed_parts
-from .settings import TrainConfig
+from ast_jax.audio.features import normalize, padded_log_mel
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.model import functional as model
+from ast_jax.model.losses import loss, smooth
+from ast_jax.training import augment
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.optimizers import fixed_parts
 
 
 @struct.dataclass
@@ -130,7 +131,7 @@ def train_step(
         optimizer: from `make_optimizer`.
         steps_per_epoch: for the ramp of the augmentation.
         axis: name of the axis to average gradients and loss over; None where the batch is whole.
-        attention_implementation: see `ast_jax.attention.dot_product_attention`.
+        attention_implementation: see `ast_jax.model.attention.dot_product_attention`.
 
     Returns:
         The state after the step, and the mean loss over the whole batch.

@@ -22,21 +22,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import data, datasets, distill, model, optimizers, plots, runs, train
-from .attention import fastest_implementation
-from .board import Board
-from .checkpoint import Checkpoint, load, save
-from .datasets import DataError, DataSet
-from .evaluation import Evaluator, Predictions
-from .files import write_text
-from .losses import loss
-from .metrics import evaluate_logits, report, report_lines, scores
-from .parallel import METHODS, DataParallel, from_first, json_from_all, json_from_first
-from .progress import progress
-from .runs import Record, Run, States
-from .settings import TrainConfig
-from .signals import HELD_BACK, held_back, stop
-from .train import TrainState
+from ast_jax.checkpoints.folder import Checkpoint, load, save
+from ast_jax.data import datasets
+from ast_jax.data.datasets import DataError, DataSet
+from ast_jax.model import functional as model
+from ast_jax.model.attention import fastest_implementation
+from ast_jax.model.losses import loss
+from ast_jax.runtime.files import write_text
+from ast_jax.runtime.progress import progress
+from ast_jax.runtime.signals import HELD_BACK, held_back, stop
+from ast_jax.training import distill, input_pipeline, optimizers, plots, run_folder
+from ast_jax.training import step as train
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.evaluate import Evaluator, Predictions
+from ast_jax.training.metrics import evaluate_logits, report, report_lines, scores
+from ast_jax.training.parallel import METHODS, DataParallel, from_first, json_from_all, json_from_first
+from ast_jax.training.run_folder import Record, Run, States
+from ast_jax.training.step import TrainState
+from ast_jax.training.tensorboard import Board
 
 LAG = 4  # steps whose losses are not looked at yet, so that the device need not wait for the host
 NAMED = 8  # files of a batch that a message names
@@ -69,7 +72,7 @@ class Machine:
     @property
     def workers(self) -> int:
         """How many processes decode."""
-        return data.default_workers() if self.num_workers is None else self.num_workers
+        return input_pipeline.default_workers() if self.num_workers is None else self.num_workers
 
 
 class Gathered(NamedTuple):
@@ -98,11 +101,11 @@ class Arrays(NamedTuple):
     gathered: Gathered
 
 
-def is_over(history: runs.History, training: TrainConfig) -> bool:
+def is_over(history: run_folder.History, training: TrainConfig) -> bool:
     """Whether a run has had its epochs, or as many without a better one as its patience allows."""
     if not history or len(history) >= training.epochs:
         return bool(history)
-    return bool(training.patience) and len(history) - runs.best_row(history)["epoch"] >= training.patience
+    return bool(training.patience) and len(history) - run_folder.best_row(history)["epoch"] >= training.patience
 
 
 class Loop:
@@ -157,7 +160,7 @@ class Loop:
                     "started with"
                 )
             arrays = Arrays(self.state, self.gathered)
-            arrays = arrays if folder_of_state is None else runs.restore_arrays(folder_of_state, arrays)
+            arrays = arrays if folder_of_state is None else run_folder.restore_arrays(folder_of_state, arrays)
             self.state, self.gathered = from_first(arrays)
         self.elsewhere: dict[str, str] = {}  # sounds that this process, one of several, could not read
         self.pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
@@ -169,14 +172,14 @@ class Loop:
             alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
             self.came = stack.enter_context(held_back(HELD_BACK if alone else (signal.SIGINT,)))
             if self.first:
-                write_text(self.folder / runs.RUN_FILE, self.run.to_json())
+                write_text(self.folder / run_folder.RUN_FILE, self.run.to_json())
             self.states = stack.enter_context(States(self.folder))
             if self.resumed and self.first:
                 self._catch_up()
             if not self.resumed:  # the start too, so that a kill in the first epoch can be resumed
                 self.states.save(record, jax.tree.map(np.array, Arrays(self.state, self.gathered)), wait=True)
-            with runs.writing(self.folder):
-                board = Board(self.folder / runs.TENSORBOARD, record.history, write=self.first)
+            with run_folder.writing(self.folder):
+                board = Board(self.folder / run_folder.TENSORBOARD, record.history, write=self.first)
             self.board = stack.enter_context(board)
             self.say(
                 f"{len(self.examples)} training examples, {len(self.validation)} for validation, "
@@ -205,7 +208,7 @@ class Loop:
     def _epochs(self) -> None:
         """Take the epochs that are left."""
         training, record = self.run.training, self.record
-        batches = data.train_batches(
+        batches = input_pipeline.train_batches(
             self.examples, self.run.frontend, self.run.config.num_labels, training,
             first_step=record.step, rows=self.parallel.rows(training.batch_size), num_workers=self.machine.workers,
         )  # fmt: skip
@@ -225,13 +228,13 @@ class Loop:
                 self._end_epoch(epoch, began)
                 self._stop_if_asked()
 
-    def _take(self, batch: data.Batch) -> None:
+    def _take(self, batch: input_pipeline.Batch) -> None:
         """Take one step."""
         skipped = batch.pop("skipped")
         self._note_skipped([self.examples[number] for number in np.unique(skipped[skipped >= 0])])
         if (skipped >= 0).all(-1).any():
             raise DataError(
-                f"{data.MAX_SKIPPED} sounds in a row cannot be read, the last is "
+                f"{input_pipeline.MAX_SKIPPED} sounds in a row cannot be read, the last is "
                 f"{self.examples[int(skipped.max())].name}; are they there?"
             )
         numbers = batch.pop("example")
@@ -268,7 +271,7 @@ class Loop:
             reason = "unreadable"
             try:
                 datasets.load_example(example, self.run.frontend)
-            except data.UNREADABLE as error:
+            except input_pipeline.UNREADABLE as error:
                 reason = str(error)
             if jax.process_count() > 1:
                 self.elsewhere[example.name] = reason
@@ -304,7 +307,9 @@ class Loop:
             measured = self._metrics(found)
             total, usable = total + scores(found.logits, self.run.config), usable & found.usable
             row |= measured | self._cumulative(total / epoch, usable, found.labels)
-            if epoch == 1 and not any(name in measured and not math.isnan(measured[name]) for name in runs.METRICS):
+            if epoch == 1 and not any(
+                name in measured and not math.isnan(measured[name]) for name in run_folder.METRICS
+            ):
                 self.say(
                     "no label has both positives and negatives among the validation examples: "
                     "the best epoch will be the one with the lowest training loss"
@@ -320,9 +325,9 @@ class Loop:
         self.states.save(record, Arrays(single, self.gathered), finished=True)
         self.saved_at = time.monotonic()
         self._publish(single.kept)
-        with runs.writing(self.folder):
+        with run_folder.writing(self.folder):
             self.board.add(row)
-        self.say(runs.row_line(row))
+        self.say(run_folder.row_line(row))
 
     def _metrics(self, found: Predictions) -> dict[str, float]:
         """Return loss and metrics of validation."""
@@ -339,22 +344,22 @@ class Loop:
     def _publish(self, params: Any) -> None:
         """Bring the run folder up to the last state."""
         if self.first:
-            runs.publish(self.run, self.folder, params, self.record)
+            run_folder.publish(self.run, self.folder, params, self.record)
 
     def _catch_up(self) -> None:
         """Do what a kill may have left undone after the last state was saved."""
         history = self.record.history
-        if history and not runs.best_is_there(self.run, self.folder, history):
-            row = runs.best_row(history)
-            state = runs.state_of_epoch(self.folder, row["epoch"], self.steps_per_epoch)
+        if history and not run_folder.best_is_there(self.run, self.folder, history):
+            row = run_folder.best_row(history)
+            state = run_folder.state_of_epoch(self.folder, row["epoch"], self.steps_per_epoch)
             like = Arrays(jax.tree.map(np.asarray, self.state), self.gathered)
-            kept = runs.restore_arrays(state, like).state.kept
-            metadata = json.dumps(runs.run_metadata(self.run, row))
-            with runs.writing(self.folder):
-                save(self.folder / runs.BEST, Checkpoint(kept, self.run.config, self.run.frontend, metadata))
+            kept = run_folder.restore_arrays(state, like).state.kept
+            metadata = json.dumps(run_folder.run_metadata(self.run, row))
+            with run_folder.writing(self.folder):
+                save(self.folder / run_folder.BEST, Checkpoint(kept, self.run.config, self.run.frontend, metadata))
         if history and self.record.step == len(history) * self.steps_per_epoch:
             self._publish(self.state.kept)
-        runs.write_tables(self.folder, self.record)
+        run_folder.write_tables(self.folder, self.record)
 
     def _save(self, wait: bool = False) -> None:
         """Save a state in the middle of an epoch."""
@@ -388,20 +393,20 @@ class Loop:
 
     def _finish(self) -> Checkpoint | None:
         """Measure and draw what the run gave, and return the best epoch's checkpoint; twice is as once."""
-        best = load((self.folder / runs.BEST).absolute()) if self.first else None
-        if json_from_first(self.first and runs.has_results(self.folder, self.record)):
+        best = load((self.folder / run_folder.BEST).absolute()) if self.first else None
+        if json_from_first(self.first and run_folder.has_results(self.folder, self.record)):
             return best
         models = {"best": from_first(best.params if best is not None else self.parallel.unreplicate(self.state).kept)}
         if self.gathered.mean is not None and len(self.record.history) >= self.run.training.average_from:
             models["average"] = self.gathered.mean
             if self.first:
                 span = [self.run.training.average_from, len(self.record.history)]
-                origin = json.dumps(runs.run_metadata(self.run, {"averaged_epochs": span}))
+                origin = json.dumps(run_folder.run_metadata(self.run, {"averaged_epochs": span}))
                 whole = Checkpoint(self.gathered.mean, self.run.config, self.run.frontend, origin)
-                with runs.writing(self.folder):
-                    save(self.folder / runs.AVERAGE, whole)
+                with run_folder.writing(self.folder):
+                    save(self.folder / run_folder.AVERAGE, whole)
         history = self.record.history
-        content: dict[str, Any] = {"epochs": len(history), "best": runs.best_row(history), "last": history[-1]}
+        content: dict[str, Any] = {"epochs": len(history), "best": run_folder.best_row(history), "last": history[-1]}
         for split, examples in (("validation", self.validation), ("test", self.test)):
             if not examples:
                 continue
@@ -413,10 +418,10 @@ class Loop:
         self._gather_skipped()
         if self.first:
             self._tell(content)
-            with runs.writing(self.folder):
+            with run_folder.writing(self.folder):
                 self._draw(content)
-                write_text(self.folder / runs.RESULTS_FILE, runs.json_text(content))
-            runs.write_tables(self.folder, self.record)
+                write_text(self.folder / run_folder.RESULTS_FILE, run_folder.json_text(content))
+            run_folder.write_tables(self.folder, self.record)
         self._stop_when_done()
         return best
 
@@ -446,7 +451,7 @@ class Loop:
             plots.ranked_classes(best, self.folder / "classes.png", title)
 
 
-def _softener(run: Run, parallel: DataParallel) -> Callable[[data.Batch], data.Batch]:
+def _softener(run: Run, parallel: DataParallel) -> Callable[[input_pipeline.Batch], input_pipeline.Batch]:
     """Return what a teacher, if there is one, makes of a batch's labels."""
     if run.teacher is None:
         return lambda batch: batch
@@ -454,7 +459,7 @@ def _softener(run: Run, parallel: DataParallel) -> Callable[[data.Batch], data.B
     teacher = distill.load_teacher(run.teacher, run.config, run.frontend, per_device)
     logits, params = parallel.wrap_eval(teacher.logits), parallel.replicate(teacher.params)
 
-    def soften(batch: data.Batch) -> data.Batch:
+    def soften(batch: input_pipeline.Batch) -> input_pipeline.Batch:
         heard = {name: batch[name] for name in ("waveform", "num_samples")}
         weight = run.training.teacher_weight
         return {**batch, "labels": distill.soften(batch["labels"], logits(params, heard), weight, run.config)}

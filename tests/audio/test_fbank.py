@@ -10,7 +10,8 @@ import pytest
 import torch
 from feature_oracles import RECORDINGS, recording, torchaudio_kaldi
 
-from ast_jax import fbank, kaldi
+from ast_jax import fbank
+from ast_jax.audio import fbank as kaldi
 from ast_jax.config import FrontendConfig
 
 CONFIG = FrontendConfig()

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from ast_jax import AudioError, read_audio
-from ast_jax.audio import decode, describe, header_seconds, to_mono
+from ast_jax.audio.io import decode, describe, header_seconds, to_mono
 
 RATE = 16000
 

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax.streams import BLOCK_SECONDS, ENCODINGS, Live, mono_blocks
+from ast_jax.audio.streams import BLOCK_SECONDS, ENCODINGS, Live, mono_blocks
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 

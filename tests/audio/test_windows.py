@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ast_jax.audio.windows import Grid, cut, piece_starts, window_grid
 from ast_jax.config import FrontendConfig
-from ast_jax.windows import Grid, cut, piece_starts, window_grid
 
 FRONTEND = FrontendConfig(max_length=100)  # 400 + 99 * 160 = 16,240 samples
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ast_jax
-from ast_jax.checkpoint import flatten, unflatten
+from ast_jax.checkpoints.folder import flatten, unflatten
 
 CONFIG = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3,

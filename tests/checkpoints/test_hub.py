@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Hub against their published logits, by `pytest -m network tests/test_network.py`."""
+"""Checkpoints of the Hugging Face Hub against their published logits: `pytest -m network tests/checkpoints`."""
 
 import json
 import urllib.request

@@ -11,9 +11,9 @@ import torch_models
 import torch_original
 
 import ast_jax
-from ast_jax.adapt import resize_positions
-from ast_jax.checkpoint import check_params, flatten
-from ast_jax.model import param_shapes
+from ast_jax.checkpoints.folder import check_params, flatten
+from ast_jax.checkpoints.resize import resize_positions
+from ast_jax.model.functional import param_shapes
 
 AUDIOSET, GRIDS = torch_original.AUDIOSET_GRID, (torch_original.AUDIOSET_GRID, (24, 24), (14, 14))
 # Positions lie in [0, 1), so a value is wrong by no more than the place between two cells is. float64: places up to

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from test_cli import SOUNDS, ast_cli
+from command_line import SOUNDS, ast_cli
 
 import ast_jax
 
@@ -159,7 +159,7 @@ def test_a_thousand_files_of_which_ten_are_bad(tmp_path):
 
 def limited(*arguments, stdout=subprocess.PIPE, wrapper=()):
     """Run the command line under limits."""
-    command = [*wrapper, sys.executable, "-m", "ast_jax.cli", *map(str, arguments)]
+    command = [*wrapper, sys.executable, "-m", "ast_jax.cli.main", *map(str, arguments)]
     env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=300)
 
@@ -202,7 +202,7 @@ def test_a_full_disk_behind_the_output():
 
 
 def test_a_closed_pipe():
-    command = [sys.executable, "-m", "ast_jax.cli", "classify", *[str(GOOD)] * 30]
+    command = [sys.executable, "-m", "ast_jax.cli.main", "classify", *[str(GOOD)] * 30]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()
@@ -224,7 +224,7 @@ def test_ctrl_c_whenever_it_comes(tmp_path):
     """While JAX is imported and while XLA compiles, too: a line, and the status that shells know; no crash."""
     sound = tmp_path / "long.wav"
     soundfile.write(sound, np.random.default_rng(0).standard_normal(600 * 16000) / 8, 16000)
-    command = [sys.executable, "-m", "ast_jax.cli", "--no-program-cache", "classify", sound, "--hop", "0.02"]
+    command = [sys.executable, "-m", "ast_jax.cli.main", "--no-program-cache", "classify", sound, "--hop", "0.02"]
     for delay in np.arange(0, 2.4, 0.2):
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": ""}

@@ -29,7 +29,7 @@ def address():
     command = [
         sys.executable,
         "-m",
-        "ast_jax.cli",
+        "ast_jax.cli.main",
         "demo",
         "--port",
         "0",

@@ -11,10 +11,12 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from test_cli import SOUNDS, in_process
+from command_line import SOUNDS, in_process
 
 import ast_jax
-from ast_jax import cli_listening, embeddings, listening, predict, streams, timeline
+from ast_jax.audio import streams
+from ast_jax.cli import inference
+from ast_jax.inference import embeddings, predict, sliding_window, timeline
 
 RATE = 16000
 ORDER = ("speech", "music", "telephone")
@@ -128,7 +130,18 @@ def test_windows_that_cannot_be(meeting):
 def test_a_pipe_is_heard_as_it_comes(meeting, as_json):
     """The first window is printed while the sender still has the rest; the end is what the file gives."""
     samples = (ast_jax.read_audio(meeting) * 32767).astype("<i2")
-    command = [sys.executable, "-m", "ast_jax.cli", "classify", "-", "--raw", "s16le", "-k", "2", *["--json"] * as_json]
+    command = [
+        sys.executable,
+        "-m",
+        "ast_jax.cli.main",
+        "classify",
+        "-",
+        "--raw",
+        "s16le",
+        "-k",
+        "2",
+        *["--json"] * as_json,
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(samples[: 3 * RATE].tobytes())
         process.stdin.flush()
@@ -149,7 +162,7 @@ def test_a_pipe_is_heard_as_it_comes(meeting, as_json):
 
 
 def test_a_file_on_the_standard_input(meeting):
-    command = [sys.executable, "-m", "ast_jax.cli", "classify", "-", "-k", "1"]
+    command = [sys.executable, "-m", "ast_jax.cli.main", "classify", "-", "-k", "1"]
     with meeting.open("rb") as file:
         done = subprocess.run(command, stdin=file, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -231,7 +244,7 @@ def test_export(tmp_path):
 
 MEMORY = """
 import resource, sys
-from ast_jax.cli import main
+from ast_jax.cli.main import main
 sys.argv = ["ast-jax", "classify", sys.argv[1], "--json", "-k", "1"]
 try:
     main()
@@ -269,12 +282,22 @@ def test_of_many_long_sounds_few_are_open(tmp_path):
         most = max(most, len(os.listdir("/proc/self/fd")) - before)
         assert analysis.times[-1, 1] == 16
         assert len(analysis.times) == 12
-    assert most <= listening.OPEN + 4
+    assert most <= sliding_window.OPEN + 4
 
 
 def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
     samples = (ast_jax.read_audio(meeting) * 32767).astype("<i2")
-    command = [sys.executable, "-m", "ast_jax.cli", "classify", "-", "--raw", "s16le", "--timeline", tmp_path / "t.csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "ast_jax.cli.main",
+        "classify",
+        "-",
+        "--raw",
+        "s16le",
+        "--timeline",
+        tmp_path / "t.csv",
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(samples[: 4 * RATE].tobytes())
         process.stdin.flush()
@@ -300,7 +323,7 @@ def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
     ids=" ".join,
 )
 def test_what_cannot_be_written_is_known_before(arguments, meeting, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_listening, "_loaded", lambda model: pytest.fail("the work had begun"))
+    monkeypatch.setattr(inference, "_loaded", lambda model: pytest.fail("the work had begun"))
     command, *options = arguments
     done = in_process(command, meeting, *options, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -322,7 +345,7 @@ def test_vectors_of_nothing_take_no_other_s_place(tmp_path):
 
 
 def test_choices_are_the_library_s():
-    assert [each.value for each in cli_listening.Padding] == list(predict.PADDING)
-    assert [each.value for each in cli_listening.Pool] == list(embeddings.POOLS)
-    assert [each.value for each in cli_listening.Encoding] == list(streams.ENCODINGS)
-    assert [each.value for each in cli_listening.Aggregate] == list(timeline.AGGREGATES)
+    assert [each.value for each in inference.Padding] == list(predict.PADDING)
+    assert [each.value for each in inference.Pool] == list(embeddings.POOLS)
+    assert [each.value for each in inference.Encoding] == list(streams.ENCODINGS)
+    assert [each.value for each in inference.Aggregate] == list(timeline.AGGREGATES)

@@ -1,6 +1,5 @@
 """The command line: what is printed where, and the exit status; in a process of its own where that can matter."""
 
-import contextlib
 import csv
 import dataclasses
 import importlib.metadata
@@ -18,29 +17,13 @@ import torch
 import torch_models
 import torch_original
 import typer.testing
+from command_line import SOUNDS, ast_cli, in_process
 
 import ast_jax
-from ast_jax import cli, cli_common, crossval, finetune, loop, recipes, runs
-from ast_jax.checkpoint import flatten
-from ast_jax.settings import TrainConfig
-
-SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
-
-
-def ast_cli(*arguments, cwd=None, encoding="utf-8", **environment):
-    """Run the command line in a fresh process."""
-    env = {**os.environ, "XLA_FLAGS": "", **environment}
-    command = [sys.executable, "-m", "ast_jax.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding=encoding, env=env, timeout=300, cwd=cwd)
-
-
-def in_process(*arguments, cwd="."):
-    """Run the command line in this process, which is seconds faster."""
-    with contextlib.chdir(cwd):
-        result = typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if not isinstance(result.exception, SystemExit | None):
-        raise result.exception
-    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+from ast_jax.checkpoints.folder import flatten
+from ast_jax.cli import common, main
+from ast_jax.training import crossval, finetune, recipes, run_folder, trainer
+from ast_jax.training.config import TrainConfig
 
 
 def imported(done):
@@ -51,10 +34,15 @@ def imported(done):
 def test_classify_imports_what_it_needs():
     done = ast_cli("classify", SOUNDS / "siren.flac", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
-    assert {"jax", "flax", "orbax.checkpoint", "soundfile", "ast_jax.predict"} <= imported(done)
+    assert {"jax", "flax", "orbax.checkpoint", "soundfile", "ast_jax.inference.predict"} <= imported(done)
     others = {"optax", "grain", "sklearn", "scipy", "matplotlib", "librosa", "torch", "transformers", "tensorboard"}
     assert not others & {name.split(".")[0] for name in imported(done)}
-    assert not {"ast_jax.train", "ast_jax.loop", "ast_jax.convert", "ast_jax.metrics"} & imported(done)
+    assert not {
+        "ast_jax.training.step",
+        "ast_jax.training.trainer",
+        "ast_jax.checkpoints.pytorch.from_torch",
+        "ast_jax.training.metrics",
+    } & imported(done)
 
 
 def test_classify_prints_scores_and_what_was_heard():
@@ -158,7 +146,7 @@ def test_wrong_usage_of_finetune_is_one_line(arguments, message, tmp_path):
 def test_resume_refuses_what_contradicts_the_run(tmp_path):
     config = ast_jax.PRESETS["tiny"](num_labels=2, id2label=("a", "b"), problem_type="single_label_classification")
     training = TrainConfig(epochs=3, learning_rate=1e-3, schedule="cosine")
-    run = runs.Run(
+    run = run_folder.Run(
         {"source": str(tmp_path / "gone")}, config, ast_jax.FrontendConfig(), training, {"trained_from": "scratch"}
     )
     (tmp_path / "run.json").write_text(run.to_json())
@@ -272,7 +260,7 @@ def test_finetune_hands_every_option_on(asked, tmp_path):
     command += ["--problem-type", "multi_label_classification", "--max-length", "128", "--mean", "-5", "--std", "4"]
     command += ["--validation-data", "v", "--test-data", "t", "--labels", "l.csv", "--fold", "3", "--keep-epochs"]
     command += ["--parallel", "jit", "--workers", "3", "--save-minutes", "2.5", *as_options(OTHERS)]
-    done = typer.testing.CliRunner().invoke(cli.app, command)
+    done = typer.testing.CliRunner().invoke(main.app, command)
     assert done.exit_code == 0, done.output
     assert asked["training"] == TrainConfig(**OTHERS)
     assert (str(asked["source"]), asked["output"]) == ("data", tmp_path / "run")
@@ -281,7 +269,7 @@ def test_finetune_hands_every_option_on(asked, tmp_path):
     assert asked["statistics"] == (-5, 4)
     assert asked["reading"] == {"validation": "v", "test": "t", "label_file": "l.csv", "fold": "3"}
     assert asked["keep_epochs"]
-    assert asked["machine"] == loop.Machine("jit", 3, 2.5)
+    assert asked["machine"] == trainer.Machine("jit", 3, 2.5)
     same = {name for name, value in OTHERS.items() if getattr(TrainConfig(), name) == value}
     assert same == {"linear_probe"}  # which excludes freeze_layers
     assert OTHERS.keys() == vars(TrainConfig()).keys()
@@ -289,7 +277,7 @@ def test_finetune_hands_every_option_on(asked, tmp_path):
 
 def test_a_linear_probe_is_asked_for(asked, tmp_path):
     done = typer.testing.CliRunner().invoke(
-        cli.app, ["finetune", "data", "-o", str(tmp_path / "run"), "--linear-probe"]
+        main.app, ["finetune", "data", "-o", str(tmp_path / "run"), "--linear-probe"]
     )
     assert done.exit_code == 0, done.output
     assert asked["training"] == TrainConfig(linear_probe=True)
@@ -307,7 +295,7 @@ def test_a_recipe_is_printed_and_can_be_overridden(asked, tmp_path):
         "3",
         "--no-noise",
     ]
-    done = typer.testing.CliRunner().invoke(cli.app, command)
+    done = typer.testing.CliRunner().invoke(main.app, command)
     assert done.exit_code == 0, done.output
     lines = {tuple(line.split(maxsplit=1)) for line in done.stdout.splitlines()}
     assert {("epochs", "3 (recipe: 30)"), ("noise", "False (recipe: True)"), ("learning_rate", "0.00025")} <= lines
@@ -330,13 +318,13 @@ def test_esc50_is_cross_validated_at_the_rate_for_its_start(init, rate, asked, t
         "esc50",
         *(["--init", init] if init else []),
     ]
-    done = typer.testing.CliRunner().invoke(cli.app, command)
+    done = typer.testing.CliRunner().invoke(main.app, command)
     assert done.exit_code == 0, done.output
     (source, output, training), others = asked["folds"]
     assert (str(source), output) == ("data", tmp_path / "run")
     assert training == recipes.RECIPES["esc50"].settings(learning_rate=rate)
     assert (others["initial"] is None) == (init is None)
-    done = typer.testing.CliRunner().invoke(cli.app, [*command, "--fold", "2"])
+    done = typer.testing.CliRunner().invoke(main.app, [*command, "--fold", "2"])
     assert done.exit_code == 0, done.output
     assert asked["reading"] == {"fold": "2"}  # one fold alone is a run of its own
 
@@ -346,7 +334,7 @@ def test_out_of_memory_is_one_line(monkeypatch, tmp_path):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
     monkeypatch.setattr(finetune, "start", start)
-    done = typer.testing.CliRunner().invoke(cli.app, ["finetune", "data", "-o", str(tmp_path / "run")])
+    done = typer.testing.CliRunner().invoke(main.app, ["finetune", "data", "-o", str(tmp_path / "run")])
     assert done.exit_code == 1
     assert done.stderr.splitlines() == [
         "ast-jax: the device is out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; "
@@ -355,12 +343,12 @@ def test_out_of_memory_is_one_line(monkeypatch, tmp_path):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    command = [sys.executable, "-m", "ast_jax.cli", "classify", *[str(SOUNDS / "speech.flac")] * 20]
+    command = [sys.executable, "-m", "ast_jax.cli.main", "classify", *[str(SOUNDS / "speech.flac")] * 20]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == cli_common.EXIT_PIPE
+    assert process.returncode == common.EXIT_PIPE
 
 
 def test_labels_print_as_one_line(tmp_path):
@@ -654,7 +642,7 @@ def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
 def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
     def run(home, *options):
         """Run in a new home; return the programs kept there."""
-        command = ["-m", "ast_jax.cli", *options, "classify", str(SOUNDS / "siren.flac"), "-k", "1"]
+        command = ["-m", "ast_jax.cli.main", *options, "classify", str(SOUNDS / "siren.flac"), "-k", "1"]
         assert "Alarm" in python(home, *command)
         return programs(home)
 
@@ -674,7 +662,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
     kept = run(tmp_path / "home")
     assert kept
     assert run(tmp_path / "home") == kept
-    code = "from ast_jax.cli_common import keep_programs; keep_programs(); import jax; jax.jit(lambda x: x + 1)(1.0)"
+    code = "from ast_jax.cli.common import keep_programs; keep_programs(); import jax; jax.jit(lambda x: x + 1)(1.0)"
     python(tmp_path / "home", "-c", code)
     assert len(programs(tmp_path / "home")) > len(kept)  # one that compiles in no time, too
     (tmp_path / "file").touch()

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from ast_jax import kaldi, survey, threads
-from ast_jax.audio import decode
+from ast_jax.audio import fbank
+from ast_jax.audio.io import decode
 from ast_jax.config import ASTConfig, FrontendConfig
-from ast_jax.datasets import DataSet, Example, load_example, read_dataset
-from ast_jax.report import suggest_max_length
-from ast_jax.rows import DataError
+from ast_jax.data import audit
+from ast_jax.data.audit_report import suggest_max_length
+from ast_jax.data.datasets import DataSet, Example, load_example, read_dataset
+from ast_jax.data.records import DataError
+from ast_jax.runtime import threads
 
 FRONTEND = FrontendConfig(max_length=24, num_mel_bins=16)  # 255 ms
 
@@ -45,12 +47,12 @@ def examples(tmp_path_factory):
 def all_values(examples, frontend):
     """Return every log-mel value in float64."""
     waveforms = [load_example(example, frontend) for example in examples]
-    return np.concatenate([kaldi.log_mel(one, frontend).astype(np.float64).ravel() for one in waveforms])
+    return np.concatenate([fbank.log_mel(one, frontend).astype(np.float64).ravel() for one in waveforms])
 
 
 def test_statistics_are_those_of_all_values_at_once(examples):
     values = all_values(examples, FRONTEND)
-    found = survey.statistics(examples, FRONTEND)
+    found = audit.statistics(examples, FRONTEND)
     # float64 sums of some thousand values in another order
     np.testing.assert_allclose([found.mean, found.std], [values.mean(), values.std()], rtol=1e-10)
     assert found.frames == len(values) / FRONTEND.num_mel_bins
@@ -60,7 +62,7 @@ def test_statistics_are_those_of_all_values_at_once(examples):
     assert found.frames < padded, "padding is left out"
 
 
-@pytest.mark.parametrize("measure", [survey.statistics, survey.statistics_as_original])
+@pytest.mark.parametrize("measure", [audit.statistics, audit.statistics_as_original])
 def test_statistics_do_not_depend_on_threads(measure, examples):
     once = measure(examples, FRONTEND, num_threads=1)
     assert [measure(examples, FRONTEND, num_threads=threads) for threads in (2, 7)] == [once, once]
@@ -70,26 +72,26 @@ def test_statistics_of_values_far_from_zero_lose_nothing():
     """Summing squares would: a deviation of 1e-3 around 1e6 is lost in float64 then."""
     rng = np.random.default_rng(0)
     parts = [1e6 + 1e-3 * rng.standard_normal(size) for size in (1000, 1, 500)]
-    total = survey._Moments()
+    total = audit._Moments()
     for part in parts:
-        total = total.merge(survey._Moments.of(part))
+        total = total.merge(audit._Moments.of(part))
     whole = np.concatenate(parts)
     np.testing.assert_allclose(np.sqrt(total.squares / total.size), whole.std(), rtol=1e-6)
     assert total.size == 1501
 
 
 def test_a_limit_draws_by_seed(examples):
-    one, again, other = (survey.statistics(examples, FRONTEND, limit=5, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (audit.statistics(examples, FRONTEND, limit=5, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
     assert one.clips == 5
-    assert survey.statistics(examples, FRONTEND, limit=100) == survey.statistics(examples, FRONTEND)
+    assert audit.statistics(examples, FRONTEND, limit=100) == audit.statistics(examples, FRONTEND)
 
 
 def test_statistics_hear_dither_drawn_by_seed(examples):
     loud = FRONTEND.replace(dither=0.1)
-    one, again, other = (survey.statistics(examples, loud, seed=seed, num_threads=3) for seed in (1, 1, 2))
+    one, again, other = (audit.statistics(examples, loud, seed=seed, num_threads=3) for seed in (1, 1, 2))
     assert one == again != other
-    assert one.mean > survey.statistics(examples, FRONTEND).mean
+    assert one.mean > audit.statistics(examples, FRONTEND).mean
 
 
 def test_statistics_pass_over_what_cannot_be_used(examples, tmp_path):
@@ -102,10 +104,10 @@ def test_statistics_pass_over_what_cannot_be_used(examples, tmp_path):
         Example(write(tmp_path / "nan.wav", spoiled, subtype="FLOAT"), ()),
     ]
     calls = []
-    found = survey.statistics([bad[0], *examples, *bad[1:]], FRONTEND, advance=lambda: calls.append(1))
-    assert found == survey.statistics(examples, FRONTEND)._replace(skipped=3)
+    found = audit.statistics([bad[0], *examples, *bad[1:]], FRONTEND, advance=lambda: calls.append(1))
+    assert found == audit.statistics(examples, FRONTEND)._replace(skipped=3)
     assert len(calls) == 15
-    for measure in (survey.statistics, survey.statistics_as_original):
+    for measure in (audit.statistics, audit.statistics_as_original):
         with pytest.raises(DataError, match=r"none of 3 can be used, the first: .*text\.wav: not a readable"):
             measure(bad, FRONTEND)
         with pytest.raises(DataError, match=r"none of 0 can be used$"):
@@ -115,20 +117,20 @@ def test_statistics_pass_over_what_cannot_be_used(examples, tmp_path):
 def test_silence_has_no_deviation(tmp_path):
     silent = [Example(write(tmp_path / f"{number}.wav", np.zeros(4000)), ()) for number in range(3)]
     with pytest.raises(DataError, match="all of 3 training sounds hold the same throughout, as silence does"):
-        survey.statistics(silent, FRONTEND)
+        audit.statistics(silent, FRONTEND)
 
 
 def test_statistics_as_original_without_masks_and_mixup_are_those_of_padded_batches(examples, monkeypatch):
-    monkeypatch.setattr(survey, "ORIGINAL_MASKS", (0, 0))
-    monkeypatch.setattr(survey, "ORIGINAL_MIXUP", 0.0)
-    monkeypatch.setattr(survey, "ORIGINAL_BATCH", 5)
+    monkeypatch.setattr(audit, "ORIGINAL_MASKS", (0, 0))
+    monkeypatch.setattr(audit, "ORIGINAL_MIXUP", 0.0)
+    monkeypatch.setattr(audit, "ORIGINAL_BATCH", 5)
     padded = np.zeros((12, FRONTEND.max_length, FRONTEND.num_mel_bins))
     for spec, example in zip(padded, examples, strict=True):
         waveform = load_example(example, FRONTEND)
-        values = kaldi.log_mel(waveform - waveform.mean(), FRONTEND)
+        values = fbank.log_mel(waveform - waveform.mean(), FRONTEND)
         spec[: len(values)] = values
     batches = [padded[:5], padded[5:10], padded[10:]]
-    found = survey.statistics_as_original(examples, FRONTEND)
+    found = audit.statistics_as_original(examples, FRONTEND)
     want = [np.mean([one.mean() for one in batches]), np.mean([one.std(ddof=1) for one in batches])]
     np.testing.assert_allclose([found.mean, found.std], want, rtol=1e-10)
     assert found.frames == 12 * FRONTEND.max_length
@@ -138,25 +140,25 @@ def test_statistics_as_original_count_masks_and_mixed_sounds(tmp_path, monkeypat
     """On sounds that fill the input, so that nothing is padding."""
     frontend = FrontendConfig(max_length=24, num_mel_bins=48)
     full = [Example(write(tmp_path / f"{number}.wav", noise(0.3, number, level=1e-3)), ()) for number in range(80)]
-    exact = survey.statistics(full, frontend)
-    masked = survey.statistics_as_original(full, frontend)
+    exact = audit.statistics(full, frontend)
+    masked = audit.statistics_as_original(full, frontend)
     # widths are uniform up to 24 of 48 bins and 24 of 24 frames: (1 - 11.5/48) (1 - 11.5/24) = 0.40 of the values stay;
     # of 80 sounds the mean of that has a standard error of 0.03
     assert 0.3 < masked.mean / exact.mean < 0.5
     assert masked.std > 1.2 * exact.std
-    monkeypatch.setattr(survey, "ORIGINAL_MASKS", (0, 0))
-    unmasked = survey.statistics_as_original(full, frontend)
+    monkeypatch.setattr(audit, "ORIGINAL_MASKS", (0, 0))
+    unmasked = audit.statistics_as_original(full, frontend)
     # half are mixtures of two sounds as loud: lambda² + (1 - lambda)² of the power, about 0.5, in half of them
     np.testing.assert_allclose(unmasked.mean, exact.mean + 0.5 * np.log(0.52), atol=0.1)
-    monkeypatch.setattr(survey, "ORIGINAL_MIXUP", 0.0)
-    np.testing.assert_allclose(survey.statistics_as_original(full, frontend).mean, exact.mean, atol=0.01)
+    monkeypatch.setattr(audit, "ORIGINAL_MIXUP", 0.0)
+    np.testing.assert_allclose(audit.statistics_as_original(full, frontend).mean, exact.mean, atol=0.01)
 
 
 def test_masks_are_bands_of_less_than_their_width():
     covered = np.zeros(20)
     for seed in range(300):
         spec = np.ones((20, 4), np.float32)
-        survey._mask(np.random.default_rng(seed), spec, 0, 6)
+        audit._mask(np.random.default_rng(seed), spec, 0, 6)
         zero = np.flatnonzero((spec == 0).all(1))
         assert len(zero) == (spec == 0).any(1).sum() <= 5
         assert np.all(np.diff(zero) == 1)
@@ -196,7 +198,7 @@ def test_an_error_of_ours_is_not_swallowed():
 
 
 def test_headers(examples, tmp_path):
-    assert survey.check_headers(examples, FRONTEND) == survey.Headers(12, 5, [])  # 0.05 s + 0.03 s n > 0.255 s: 7 to 11
+    assert audit.check_headers(examples, FRONTEND) == audit.Headers(12, 5, [])  # 0.05 s + 0.03 s n > 0.255 s: 7 to 11
     (tmp_path / "text.wav").write_text("no sound")
     short = Example(write(tmp_path / "short.wav", np.zeros(100)), ())
     bad = [
@@ -205,7 +207,7 @@ def test_headers(examples, tmp_path):
         dataclasses.replace(examples[0], start=0.05),
         Example(tmp_path / "none.wav", ()),
     ]
-    found = survey.check_headers([*bad, *examples], FRONTEND, num_threads=2)
+    found = audit.check_headers([*bad, *examples], FRONTEND, num_threads=2)
     assert found[:2] == (16, 5)
     assert [example for example, _ in found.bad] == bad
     expected = [
@@ -218,10 +220,10 @@ def test_headers(examples, tmp_path):
         assert reason.startswith(str(example.path))
         assert part in reason
     parts = [dataclasses.replace(examples[11], end=0.2), dataclasses.replace(examples[11], start=0.2)]
-    assert survey.check_headers(parts, FRONTEND).longer == 0
-    limited = survey.check_headers([*bad, *examples], FRONTEND, limit=6, seed=3)
+    assert audit.check_headers(parts, FRONTEND).longer == 0
+    limited = audit.check_headers([*bad, *examples], FRONTEND, limit=6, seed=3)
     assert limited.checked == 6
-    assert limited == survey.check_headers([*bad, *examples], FRONTEND, limit=6, seed=3)
+    assert limited == audit.check_headers([*bad, *examples], FRONTEND, limit=6, seed=3)
 
 
 def test_headers_of_rows_are_read_from_their_bytes(tmp_path):
@@ -235,7 +237,7 @@ def test_headers_of_rows_are_read_from_their_bytes(tmp_path):
     dataset = hf.Dataset.from_dict({"audio": sounds, "label": ["a", "b"]}).cast_column("audio", hf.Audio())
     dataset.save_to_disk(tmp_path / "saved")
     rows = [Example(tmp_path / "saved", (0,), row=row) for row in range(2)]
-    found = survey.check_headers(rows, FRONTEND)
+    found = audit.check_headers(rows, FRONTEND)
     assert (found.checked, found.longer) == (2, 1)
     ((example, reason),) = found.bad
     assert example == rows[1]
@@ -253,7 +255,7 @@ def healthy(tmp_path):
 
 def test_a_healthy_data_set_has_no_problems(healthy):
     dataset = read_dataset(healthy)
-    found = survey.survey(dataset, FRONTEND)
+    found = audit.survey(dataset, FRONTEND)
     assert found.problems == 0
     assert found.examples == {"train": 24, "validation": 8, "test": 8}
     assert found.counts == {"train": [12, 12], "validation": [4, 4], "test": [4, 4]}
@@ -301,7 +303,7 @@ def plant(folder, what):
 @pytest.mark.parametrize("what", ["unreadable", "too short", "cut", "silent", "NaN", "leak", "unlearned"])
 def test_a_planted_fault_is_found_and_nothing_else(what, healthy):
     name, count, part = plant(healthy, what)
-    found = survey.survey(read_dataset(healthy), FRONTEND)
+    found = audit.survey(read_dataset(healthy), FRONTEND)
     assert len(getattr(found, name)) == count
     assert part in str(getattr(found, name))
     assert found.problems == 1
@@ -322,7 +324,7 @@ def test_what_is_worth_a_look_is_no_problem(healthy):
     write(train / "loud.wav", loud)
     for number in range(2):
         write(healthy / "train" / "rare" / f"{number}.wav", noise(0.3, 80 + number))
-    found = survey.survey(read_dataset(healthy), FRONTEND)
+    found = audit.survey(read_dataset(healthy), FRONTEND)
     assert found.problems == 0
     assert found.duplicates == [[("train", str(train / "0.wav")), ("train", str(train / "again.wav"))]]
     assert found.clipped == [str(train / "loud.wav")]
@@ -342,7 +344,7 @@ def test_groups_and_files_in_several_splits_are_leaks(tmp_path):
     lines += ["0.wav,a,train,,,anna", "1.wav,b,train,,,ben", "2.wav,a,test,,,anna", "3.wav,b,test,,,carl"]
     lines += ["4.wav,a,train,0,0.1,", "4.wav,a,validation,0.1,0.2,", "5.wav,a,train,,,", "5.wav,b,train,0.1,0.2,"]
     (tmp_path / "manifest.csv").write_text("\n".join(lines))
-    found = survey.survey(read_dataset(tmp_path), FRONTEND)
+    found = audit.survey(read_dataset(tmp_path), FRONTEND)
     assert found.shared == ["anna: train, test", f"{tmp_path / '4.wav'}: train, validation"]
     assert found.problems == 2
     assert found.duplicates == [], "parts that differ are other sounds"
@@ -351,7 +353,7 @@ def test_groups_and_files_in_several_splits_are_leaks(tmp_path):
 def test_parts_are_measured_not_their_files(tmp_path):
     path = write(tmp_path / "1.wav", np.r_[np.zeros(16000), noise(1.0)])
     parts = [Example(path, (0,), 0.0, 0.5), Example(path, (1,), 1.0, 1.5), Example(path, (0,), 3.0)]
-    found = survey.survey(DataSet(("a", "b"), {"train": parts, "validation": [], "test": []}), FRONTEND)
+    found = audit.survey(DataSet(("a", "b"), {"train": parts, "validation": [], "test": []}), FRONTEND)
     assert found.silent == [parts[0].name]
     assert found.bad == [f"{parts[2].name}: expected a sound from 3 s on, but it ends at 2.00 s"]
     np.testing.assert_allclose(found.durations[:4], 0.5, rtol=1e-12)
@@ -363,7 +365,7 @@ def test_rates_and_channels_are_counted(tmp_path):
         write(tmp_path / "a" / f"{number}.wav", noise(0.1, number, 44100), 44100)
     write(tmp_path / "b" / "x.wav", noise(0.2, 9).reshape(-1, 2))
     write(tmp_path / "b" / "y.wav", noise(0.1, 10))
-    found = survey.survey(read_dataset(tmp_path), FRONTEND)
+    found = audit.survey(read_dataset(tmp_path), FRONTEND)
     assert (found.rates, found.channels) == ({44100: 3, 16000: 2}, {1: 4, 2: 1})
     lines = found.lines()
     assert "rates       44100 Hz (3), 16000 Hz (2)" in lines
@@ -375,7 +377,7 @@ def test_a_data_set_of_which_nothing_can_be_decoded(tmp_path):
         (tmp_path / name).mkdir()
         for number in range(4):
             (tmp_path / name / f"{number}.wav").write_text("no sound")
-    found = survey.survey(read_dataset(tmp_path), FRONTEND)
+    found = audit.survey(read_dataset(tmp_path), FRONTEND)
     assert found.problems == 8
     assert found.max_length is found.durations is None
     assert found.lines()[-1] == "problems: 8"
@@ -386,15 +388,15 @@ def test_a_data_set_of_which_nothing_can_be_decoded(tmp_path):
 def test_the_survey_does_not_depend_on_threads_and_tells_its_progress(healthy):
     plant(healthy, "leak")
     dataset, calls = read_dataset(healthy), []
-    one = survey.survey(dataset, FRONTEND, num_threads=1, advance=lambda: calls.append(1))
-    assert one == survey.survey(dataset, FRONTEND, num_threads=5)
+    one = audit.survey(dataset, FRONTEND, num_threads=1, advance=lambda: calls.append(1))
+    assert one == audit.survey(dataset, FRONTEND, num_threads=5)
     assert len(calls) == 41
 
 
 def test_a_table_of_many_classes_shows_the_rarest():
     labels = tuple(f"class {number}" for number in range(80))
     train = [Example(pathlib.Path("none"), (number,)) for number in range(80) for _ in range(80 - number)]
-    found = survey.survey(DataSet(labels, {"train": train[:-1], "validation": [], "test": []}), FRONTEND)
+    found = audit.survey(DataSet(labels, {"train": train[:-1], "validation": [], "test": []}), FRONTEND)
     table = [line for line in found.lines() if line.startswith(("class ", "the 50"))]
     assert table[0].split() == ["the", "50", "rarest", "classes", "train", "validation", "test"]
     assert table[1].split() == ["class", "79", "0", "0", "0"]
@@ -422,8 +424,8 @@ def test_suggested_lengths(frames, length, reason):
 def test_a_suggested_length_holds_its_sounds(examples):
     """What `load_example` cuts at the suggested length is the whole sound."""
     dataset = DataSet(("a", "b"), {"train": examples, "validation": [], "test": []})
-    found = survey.survey(dataset, FRONTEND)
+    found = audit.survey(dataset, FRONTEND)
     frontend = FRONTEND.replace(max_length=found.max_length)
     for example in examples[6:]:
-        frames = kaldi.num_frames(len(decode(example.path).samples), frontend)
-        assert kaldi.num_frames(len(load_example(example, frontend)), frontend) == frames
+        frames = fbank.num_frames(len(decode(example.path).samples), frontend)
+        assert fbank.num_frames(len(load_example(example, frontend)), frontend) == frames

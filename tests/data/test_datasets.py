@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from ast_jax.audio import decode
+from ast_jax.audio.io import decode
 from ast_jax.config import FrontendConfig
-from ast_jax.datasets import DataError, Example, _hold_out, load_example, read_dataset
+from ast_jax.data.datasets import DataError, Example, _hold_out, load_example, read_dataset
 from ast_jax.labels import audioset_ids, label_set, read_label_ids
 
 FRONTEND = FrontendConfig(max_length=8)  # 95 ms

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from ast_jax import hf_folder
-from ast_jax.audio import AudioError, decode
+from ast_jax.audio.io import AudioError, decode
 from ast_jax.config import FrontendConfig
-from ast_jax.datasets import DataError, Example, load_example, read_dataset
+from ast_jax.data import hf_folder
+from ast_jax.data.datasets import DataError, Example, load_example, read_dataset
 
 FRONTEND = FrontendConfig(max_length=8)  # 95 ms
 hf.disable_progress_bars()
@@ -68,7 +68,7 @@ def test_a_saved_dataset_dict(saved_dict):
 def test_a_row_is_read_in_another_process_from_its_example_alone(saved_dict):
     example = read_dataset(saved_dict).splits["train"][2]
     program = (
-        "import pickle, sys; from ast_jax.datasets import load_example; from ast_jax.config import FrontendConfig;"
+        "import pickle, sys; from ast_jax.data.datasets import load_example; from ast_jax.config import FrontendConfig;"
         "example = pickle.load(sys.stdin.buffer);"
         "sys.stdout.buffer.write(load_example(example, FrontendConfig(max_length=8)).tobytes())"
     )

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from ast_jax import datasets
+from ast_jax.data import datasets
 
 
 def hold_out(*targets, seed=0):

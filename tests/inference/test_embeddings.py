@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 import ast_jax
-from ast_jax import kaldi
-from ast_jax.embeddings import Embedding, embed_each, patch_extents
-from ast_jax.vectors import rows, vector_table
+from ast_jax.audio import fbank
+from ast_jax.inference.embeddings import Embedding, embed_each, patch_extents
+from ast_jax.inference.vectors import rows, vector_table
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 RATE = 16000
@@ -63,7 +63,7 @@ def test_what_patches_hear(model):
     assert times[0].tolist() == [0, (7 * 160 + 400) / RATE]
     assert times[1, 0] == 6 * 160 / RATE
     assert times[-1, 1] <= frontend.max_seconds
-    fine = kaldi.mel_bank(64, 2**16, RATE, frontend.low_freq, frontend.top_frequency)
+    fine = fbank.mel_bank(64, 2**16, RATE, frontend.low_freq, frontend.top_frequency)
     frequencies = np.arange(len(fine)) * RATE / 2**16
     for row, (low, high) in enumerate(hertz):
         heard = frequencies[fine[:, 12 * row : 12 * row + 16].any(1)]

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import ast_jax
-from ast_jax import explanations, pictures
+from ast_jax.inference import explanations, pictures
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 RATE = 16000

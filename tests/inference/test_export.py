@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ast_jax
-from ast_jax import distill
+from ast_jax.training import distill
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 

@@ -5,8 +5,9 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax import kaldi, pictures
-from ast_jax.timeline import Analysis
+from ast_jax.audio import fbank
+from ast_jax.inference import pictures
+from ast_jax.inference.timeline import Analysis
 
 FRONTEND = ast_jax.FrontendConfig(max_length=256)
 
@@ -25,7 +26,7 @@ def test_the_spectrogram_of_a_long_sound(tmp_path, columns):
     """Frame for frame that of the whole, or means of as many frames as fit a column."""
     samples = 0.1 * np.random.default_rng(0).standard_normal(7 * 16000).astype(np.float32)
     soundfile.write(tmp_path / "noise.wav", samples, 16000, subtype="FLOAT")
-    whole = kaldi.log_mel(samples, FRONTEND)  # [698, F]
+    whole = fbank.log_mel(samples, FRONTEND)  # [698, F]
     share = -(-len(whole) // columns)
     got = pictures.overview(tmp_path / "noise.wav", FRONTEND, 7.0, columns)
     want = [whole[start : start + share].mean(0) for start in range(0, len(whole), share)]
@@ -65,6 +66,6 @@ def test_hours_are_written_as_a_clock():
 
 def test_where_a_frequency_lies():
     """The centre of every mel filter lies at its number."""
-    edges = kaldi.mel_edges(FRONTEND)
+    edges = fbank.mel_edges(FRONTEND)
     places = [pictures.mel_place(hertz, FRONTEND) for hertz in edges]
     np.testing.assert_allclose(places, np.arange(-1, 129), atol=1e-9)

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax import listening, predict
-from ast_jax.checkpoint import shipped_models
+from ast_jax.checkpoints.folder import shipped_models
+from ast_jax.inference import predict, sliding_window
 
 PACKAGE = pathlib.Path(ast_jax.__file__).parent
 SOUNDS = PACKAGE / "sounds"
@@ -173,7 +173,7 @@ def test_results_come_as_they_are_ready(model):
 
     results = predict.analyze_each(sources(), model, sampling_rate=16000, batch_size=4)
     next(results)
-    assert 4 <= len(read) <= (listening.AHEAD + 2) * 4
+    assert 4 <= len(read) <= (sliding_window.AHEAD + 2) * 4
     assert len(list(results)) == 98
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ast_jax.timeline import Analysis, Segment
+from ast_jax.inference.timeline import Analysis, Segment
 
 
 def analysis(scores, window=2.0, hop=1.0, aggregate="mean"):

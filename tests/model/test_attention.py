@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ast_jax import attention
-from ast_jax.attention import dot_product_attention
+from ast_jax.model import attention
+from ast_jax.model.attention import dot_product_attention
 
 WAYS = ("auto", "plain", "tiles", "heads", "cudnn")  # the last steps aside in float32
 
@@ -114,7 +114,7 @@ def test_waveforms_to_logits_lower_for_cuda_as_one_program(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     import ast_jax
-    from ast_jax import predict
+    from ast_jax.inference import predict
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     config, frontend = ast_jax.PRESETS["base"](), ast_jax.FrontendConfig()

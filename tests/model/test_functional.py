@@ -10,9 +10,10 @@ import pytest
 
 import ast_jax
 from ast_jax import config as presets
-from ast_jax import model, modules
-from ast_jax.checkpoint import flatten
+from ast_jax.checkpoints.folder import flatten
 from ast_jax.config import HIDDEN_ACTS
+from ast_jax.model import functional as model
+from ast_jax.model import modules
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

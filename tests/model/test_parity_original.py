@@ -13,7 +13,7 @@ import torch_original
 from torch_original import OriginalAST
 
 import ast_jax
-from ast_jax.model import param_shapes
+from ast_jax.model.functional import param_shapes
 
 # Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: as many of 1e-16,
 # and 1e-9 has room to spare while the least of the mistakes below, an eps of the body, moves the logits by 3e-7.

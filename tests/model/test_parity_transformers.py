@@ -9,7 +9,7 @@ import torch_models
 import transformers
 
 import ast_jax
-from ast_jax.checkpoint import flatten, unflatten
+from ast_jax.checkpoints.folder import flatten, unflatten
 
 # Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: those of 1e-16,
 # and eps 1e-12, leave 1e-9 with room to spare.

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from ast_jax.files import remove_scratch, whole_folder, write_text
+from ast_jax.runtime.files import remove_scratch, whole_folder, write_text
 
 
 class Interrupted(BaseException):

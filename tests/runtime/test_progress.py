@@ -17,16 +17,19 @@ import numpy as np
 import pyte
 import pytest
 import soundfile
-from test_docs import SOUNDS
+from pages import SOUNDS
 
 import ast_jax
-from ast_jax import datasets, evaluation, listening, pictures, progress
-from ast_jax.conversion import convert_to
-from ast_jax.listening import End, Part
-from ast_jax.streams import Live
+from ast_jax.audio.streams import Live
+from ast_jax.checkpoints.pytorch.pipeline import convert_to
+from ast_jax.data import datasets
+from ast_jax.inference import pictures, sliding_window
+from ast_jax.inference.sliding_window import End, Part
+from ast_jax.runtime import progress
+from ast_jax.training import evaluate
 
 AT_ONCE = "import rich.live, rich.progress; from ast_jax import progress; progress.PATIENCE, progress.TICK = 0, 0.01\n"
-CLI = AT_ONCE + "import sys; from ast_jax.cli import app; app(sys.argv[1:])\n"
+CLI = AT_ONCE + "import sys; from ast_jax.cli.main import app; app(sys.argv[1:])\n"
 
 
 class Terminal:
@@ -264,7 +267,7 @@ def test_a_sound_says_how_far_it_is_heard(opened):
             counts.append((bar.done, bar.total()))
             yield event
 
-    for _ in listening.by_sound(events()):
+    for _ in sliding_window.by_sound(events()):
         assert progress._open == []  # what is printed now has the terminal for itself
     whole = soundfile.info(speech).duration
     assert counts == [(0, None), (1, whole), (2, whole), (3, whole), (0, None), (2, None)]
@@ -284,7 +287,7 @@ def test_a_pipe_that_is_heard_has_none(opened, tiny):
 
 def test_the_length_of_a_named_pipe_is_not_asked_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert listening._seconds(Part(0.0, 1.0, np.zeros(2), tmp_path / "pipe")) is None
+    assert sliding_window._seconds(Part(0.0, 1.0, np.zeros(2), tmp_path / "pipe")) is None
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -306,7 +309,7 @@ def test_all_that_may_take_long_has_one(opened, tiny, tmp_path):
     assert titles(lambda: ast_jax.save(tmp_path / "model", tiny))[0] == ["writing the model"]
     found, model = titles(lambda: ast_jax.load(tmp_path / "model"))
     assert found == ["reading the model"]
-    assert titles(lambda: evaluation.average([model, model]))[0] == ["averaging"]
+    assert titles(lambda: evaluate.average([model, model]))[0] == ["averaging"]
     assert titles(lambda: convert_to(tmp_path / "model", tmp_path / "hf", "huggingface"))[0] == [
         "conversion", "reading the model", "writing the model",
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-TOOLS = pathlib.Path(__file__).parent.parent / "tools"
+TOOLS = pathlib.Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import sys
 import numpy as np
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "tools"))  # where the tools find each other
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # where the tools find each other
 
 import compare_finetuning
 import instruments_data as tool
 import sounds_cut
 
-from ast_jax.optimizers import learning_rate_schedule
-from ast_jax.settings import TrainConfig
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.optimizers import learning_rate_schedule
 
 SOURCE = tool.Source("package", "font.sf2", "train", "MIT", clips=8)
 ALL_PROGRAMS = {program for programs in tool.INSTRUMENTS.values() for program in programs}

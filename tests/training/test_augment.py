@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ast_jax import augment
+from ast_jax.training import augment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

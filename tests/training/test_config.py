@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from ast_jax.settings import TrainConfig
+from ast_jax.training.config import TrainConfig
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 BAD = {

@@ -8,11 +8,11 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax import crossval, finetune, plots, runs
-from ast_jax.cli import app
-from ast_jax.datasets import DataError
-from ast_jax.parallel import DataParallel
-from ast_jax.settings import TrainConfig
+from ast_jax.cli.main import app
+from ast_jax.data.datasets import DataError
+from ast_jax.training import crossval, finetune, plots, run_folder
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.parallel import DataParallel
 
 TINY = ast_jax.ASTConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=32, num_mel_bins=32,
@@ -55,9 +55,9 @@ def test_every_fold_is_validated_on_once_and_the_table_is_theirs(folded, tmp_pat
     assert rows[3]["last"] == pytest.approx(2.8 / 3)
     assert {row["metric"] for row in rows} == {"accuracy"}
     for fold in "123":
-        record = runs.read_record(runs.newest_state(tmp_path / "run" / f"fold-{fold}"))
+        record = run_folder.read_record(run_folder.newest_state(tmp_path / "run" / f"fold-{fold}"))
         assert record.sizes == [20, 10]
-        assert runs.read_run(tmp_path / "run" / f"fold-{fold}").data["fold"] == fold
+        assert run_folder.read_run(tmp_path / "run" / f"fold-{fold}").data["fold"] == fold
     assert json.loads((tmp_path / "run" / "folds.json").read_text()) == rows
     with (tmp_path / "run" / "folds.csv").open() as file:
         assert [float(row["last"]) for row in csv.DictReader(file)] == [row["last"] for row in rows]
@@ -68,7 +68,7 @@ def test_every_fold_is_validated_on_once_and_the_table_is_theirs(folded, tmp_pat
 
 @pytest.mark.slow
 def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch):
-    publish, calls = runs.publish, []
+    publish, calls = run_folder.publish, []
 
     def stop_in_fold_2(run, folder, params, record):
         calls.append(folder.name)
@@ -77,7 +77,7 @@ def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch
         publish(run, folder, params, record)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "publish", stop_in_fold_2)
+        patched.setattr(run_folder, "publish", stop_in_fold_2)
         with pytest.raises(KeyboardInterrupt):
             crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     assert crossval.is_cross_validation(tmp_path / "run")
@@ -87,7 +87,7 @@ def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch
     rows = crossval.resume(tmp_path / "run", say=said.append)
     assert [row["last"] for row in rows[:3]] == [1.0, 0.8, 1.0]
     assert "going on after epoch 1 of 2, step 2" in said
-    assert runs.read_run(tmp_path / "run" / "fold-3").config.hidden_size == TINY.hidden_size
+    assert run_folder.read_run(tmp_path / "run" / "fold-3").config.hidden_size == TINY.hidden_size
     assert crossval.resume(tmp_path / "run", say=lambda _: None) == rows  # all done: nothing but the table
 
 

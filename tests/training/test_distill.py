@@ -10,11 +10,13 @@ import soundfile
 from jax import export
 
 import ast_jax
-from ast_jax import datasets, distill, evaluation, finetune, losses
-from ast_jax.checkpoint import Checkpoint, save
+from ast_jax.checkpoints.folder import Checkpoint, save
 from ast_jax.config import FrontendConfig
-from ast_jax.parallel import DataParallel
-from ast_jax.settings import TrainConfig
+from ast_jax.data import datasets
+from ast_jax.model import losses
+from ast_jax.training import distill, evaluate, finetune
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.parallel import DataParallel
 
 LABELS = ("a", "b", "c")
 STUDENT = ast_jax.ASTConfig(
@@ -122,7 +124,7 @@ def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, best.params, whole.params)
     assert best.metadata["teacher"] == "t.stablehlo"
-    last = evaluation.evaluate(best, datasets.read_dataset(sounds).splits["train"][:16], 16).logits
+    last = evaluate.evaluate(best, datasets.read_dataset(sounds).splits["train"][:16], 16).logits
     assert (last.argmax(1) == 2).all()
     program.unlink()
     with pytest.raises(FileNotFoundError):

@@ -10,10 +10,12 @@ import soundfile
 import typer.testing
 
 import ast_jax
-from ast_jax import cli, datasets, evaluation, measuring, metrics, runs
-from ast_jax.checkpoint import Checkpoint, save
+from ast_jax.checkpoints.folder import Checkpoint, save
+from ast_jax.cli import main
 from ast_jax.config import FrontendConfig
-from ast_jax.settings import TrainConfig
+from ast_jax.data import datasets
+from ast_jax.training import evaluate, measuring, metrics, run_folder
+from ast_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LABELS = ("a", "b", "c")
@@ -66,21 +68,21 @@ def logits_one_by_one(model, examples):
 def test_a_split_on_eight_devices_is_each_sound_alone(models, data, batch_size):
     model = ast_jax.load(models[0])
     examples = datasets.read_dataset(data).splits["test"]
-    found = evaluation.evaluate(model, examples, batch_size)
+    found = evaluate.evaluate(model, examples, batch_size)
     assert found.usable.tolist() == [index != 12 for index in range(20)]
     readable = [example for example in examples if example.path.name != "13.wav"]
     logits, labels = found.measured()
     np.testing.assert_allclose(logits, logits_one_by_one(model, readable), atol=2e-4)  # features on device and host
     for row, example in zip(labels, readable, strict=True):
         assert tuple(np.flatnonzero(row)) == example.targets
-    again = evaluation.evaluate(model, examples, batch_size, num_workers=1)
+    again = evaluate.evaluate(model, examples, batch_size, num_workers=1)
     np.testing.assert_array_equal(again.logits, found.logits)
 
 
 def test_nothing_readable_is_an_error(models, data):
     bad = [example for example in datasets.read_dataset(data).splits["test"] if example.path.name == "13.wav"]
     with pytest.raises(datasets.DataError, match="none of the 1 sounds to evaluate on can be read"):
-        evaluation.evaluate(ast_jax.load(models[0]), bad, 8).measured()
+        evaluate.evaluate(ast_jax.load(models[0]), bad, 8).measured()
 
 
 def test_an_ensemble_is_the_mean_of_the_scores(models, data):
@@ -115,9 +117,9 @@ def test_a_run_is_measured_on_what_it_held_out(models, tmp_path):
     for name, source, seed, fold in (("a", "plain", 3, None), ("b", "plain", 4, None), ("c", "folds", 0, "1")):
         one = checkpoint(0)
         reading = {"source": str(tmp_path / f"{source}.csv")} | ({"fold": fold} if fold else {})
-        run = runs.Run(reading, one.config, one.frontend, TrainConfig(seed=seed), {})
+        run = run_folder.Run(reading, one.config, one.frontend, TrainConfig(seed=seed), {})
         (tmp_path / name).mkdir()
-        (tmp_path / name / runs.RUN_FILE).write_text(run.to_json())
+        (tmp_path / name / run_folder.RUN_FILE).write_text(run.to_json())
         save(tmp_path / name / "best", one)
     for names, source, fold in (("a", "plain", None), ("c", "folds", "1")):
         heard = measuring._heard_by([str(tmp_path / name) for name in names], tmp_path / f"{source}.csv", {}, None)
@@ -142,19 +144,19 @@ def test_scores_and_logits_of_an_ensemble_say_the_same():
 
 def test_an_average_is_the_mean_of_the_params():
     ones = [checkpoint(seed) for seed in range(3)]
-    mean = evaluation.average(ones)
+    mean = evaluate.average(ones)
     kernels = [one.params["layers"]["mlp"]["fc1"]["kernel"] for one in ones]
     np.testing.assert_allclose(mean.params["layers"]["mlp"]["fc1"]["kernel"], np.mean(kernels, axis=0), atol=1e-7)
     assert mean.params["layernorm"]["scale"].dtype == np.float32
     assert len(mean.metadata["averaged"]) == 3
     with pytest.raises(ValueError, match="expected one checkpoint or more"):
-        evaluation.average([])
+        evaluate.average([])
     with pytest.raises(ValueError, match="checkpoint 2 has another config than the first"):
-        evaluation.average([ones[0], checkpoint(0, time_stride=8)])
+        evaluate.average([ones[0], checkpoint(0, time_stride=8)])
 
 
 def invoke(*arguments):
-    return typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return typer.testing.CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 def test_evaluate_on_the_command_line(models, data, tmp_path):
@@ -202,7 +204,7 @@ def test_average_on_the_command_line(tmp_path):
     for number in (1, 2):
         run = tmp_path / f"run{number}"
         run.mkdir()
-        (run / runs.RUN_FILE).touch()
+        (run / run_folder.RUN_FILE).touch()
         save(run / "best", checkpoint(number))
         for epoch in (3, 4):
             save(run / "epochs" / f"{epoch:04d}", checkpoint(10 * number + epoch))

@@ -18,13 +18,14 @@ import torch
 import torch_original
 
 import ast_jax
-from ast_jax import data, datasets, evaluation, finetune, loop, metrics, plots, runs, survey
-from ast_jax.checkpoint import flatten
+from ast_jax.checkpoints.folder import flatten
 from ast_jax.config import FrontendConfig
-from ast_jax.files import sole_use
-from ast_jax.parallel import DataParallel
-from ast_jax.settings import TrainConfig
-from ast_jax.signals import Terminated, held_back
+from ast_jax.data import audit, datasets
+from ast_jax.runtime.files import sole_use
+from ast_jax.runtime.signals import Terminated, held_back
+from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, trainer
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.parallel import DataParallel
 
 TINY = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_length=48, num_mel_bins=32,
@@ -143,7 +144,7 @@ def test_checkpoint_classifies(run, sounds):
     for prediction in predictions:
         assert abs(sum(score for _, score in prediction) - 1) < 1e-5
     validation = datasets.read_dataset(sounds).splits["validation"]
-    logits, labels = evaluation.evaluate(best, validation, batch_size=8).measured()
+    logits, labels = evaluate.evaluate(best, validation, batch_size=8).measured()
     assert logits.shape == labels.shape == (9, 3)
     # Device and host paths compute the same: evaluate's features come from jit, classify's from NumPy.
     example = datasets.read_dataset(sounds).splits["validation"][4]
@@ -172,14 +173,14 @@ def test_averages_over_epochs(sounds, tmp_path):
         np.testing.assert_allclose(leaf, want, atol=1e-6, err_msg=name)  # float32, in another order
     assert average.metadata["epoch"] == {"averaged_epochs": [2, 3]}
     examples = datasets.read_dataset(sounds).splits["validation"]
-    found = [evaluation.evaluate(one, examples, 16) for one in epochs]
+    found = [evaluate.evaluate(one, examples, 16) for one in epochs]
     for number, row in enumerate(read_metrics(folder), 1):
         scores = np.mean([metrics.scores(one.logits, TINY.replace(
             num_labels=3, problem_type="single_label_classification")) for one in found[:number]], axis=0)  # fmt: skip
         accuracy = (scores.argmax(1) == found[0].labels.argmax(1)).mean()
         assert float(row["cumulative_accuracy"]) == pytest.approx(accuracy)
     results = json.loads((folder / "results.json").read_text())
-    whole = evaluation.evaluate(average, examples, 16)
+    whole = evaluate.evaluate(average, examples, 16)
     assert results["validation"]["average"]["metrics"]["accuracy"] == pytest.approx(
         (whole.logits.argmax(1) == whole.labels.argmax(1)).mean()
     )
@@ -211,7 +212,7 @@ def killed_once(sounds, tmp_path_factory):
     """A run killed after the state of its first epoch was saved, before anything else, with scratch beside it."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runs, "save", raise_killed)
+        patched.setattr(run_folder, "save", raise_killed)
         with pytest.raises(Killed):
             finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
     assert states_of(folder) == [6]
@@ -238,7 +239,7 @@ def no_compiling(monkeypatch):
 
 def assert_same_state(folder, other):
     """Bit for bit, whatever way led there."""
-    ours, theirs = (runs.restore_numpy(runs.newest_state(one) / "arrays") for one in (folder, other))
+    ours, theirs = (run_folder.restore_numpy(run_folder.newest_state(one) / "arrays") for one in (folder, other))
     assert ours.keys() == theirs.keys()
     for key, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[key])
@@ -272,7 +273,7 @@ def test_resume_gives_the_uninterrupted_run(run, killed):
 
 def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeypatch):
     """The state's parameters are of the epoch under way then, and not the best epoch's."""
-    take = loop.Loop._take
+    take = trainer.Loop._take
 
     def interrupt_at_step_8(self, batch):
         if self.record.step == 8:
@@ -284,7 +285,7 @@ def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeyp
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Loop, "_take", interrupt_at_step_8)
+        patched.setattr(trainer.Loop, "_take", interrupt_at_step_8)
         with pytest.raises(KeyboardInterrupt):
             finetune.start(sounds, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     before = ast_jax.load(tmp_path / "run" / "best")
@@ -301,8 +302,8 @@ def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeyp
 def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, method):
     """Saved and loaded as NumPy; sums over devices are in another order, so that the figures agree and not the bits."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop.jax, "devices", lambda: jax.local_devices()[:devices])
-        best = finetune.resume(killed, machine=loop.Machine(parallel=method), say=lambda _: None)
+        patched.setattr(trainer.jax, "devices", lambda: jax.local_devices()[:devices])
+        best = finetune.resume(killed, machine=trainer.Machine(parallel=method), say=lambda _: None)
     assert len(read_metrics(killed)) == 3
     losses = [[float(row["train_loss"]) for row in read_metrics(one)] for one in (killed, run[0])]
     np.testing.assert_allclose(*losses, rtol=1e-3)  # ten steps of Adam from float32 roundings
@@ -319,8 +320,9 @@ def test_signals_are_held_back_to_where_stopping_is_safe(
 ):
     """Whatever is under way when one comes is finished, a state is saved, and the run goes on from there."""
     module, name = {
-        "step": (loop.Loop, "_take"), "validation": (data, "eval_batches"), "saving": (runs.States, "save"),
-        "best": (runs, "save"),
+        "step": (trainer.Loop, "_take"), "validation": (input_pipeline, "eval_batches"),
+        "saving": (run_folder.States, "save"),
+        "best": (run_folder, "save"),
     }[where]  # fmt: skip
     original, calls = getattr(module, name), []
 
@@ -336,7 +338,7 @@ def test_signals_are_held_back_to_where_stopping_is_safe(
         patched.setattr(module, name, interrupt_and_go_on)
         with pytest.raises(error):
             finetune.start(sounds, tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
-    record = runs.read_record(runs.newest_state(tmp_path / "run"))
+    record = run_folder.read_record(run_folder.newest_state(tmp_path / "run"))
     stopped = {"step": (2, 0), "validation": (0, 0), "saving": (2, 1), "best": (2, 1)}[where]
     assert (record.step, len(record.history)) == stopped
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
@@ -372,7 +374,7 @@ def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="fold: expected where something lies"):
         finetune.resume(killed, reading={"fold": "1"})
     monkeypatch.chdir(sounds.parent)
-    monkeypatch.setattr(runs, "publish", raise_killed)
+    monkeypatch.setattr(run_folder, "publish", raise_killed)
     with pytest.raises(Killed):
         finetune.resume(killed, sounds.name)
     assert json.loads((killed / "run.json").read_text()) == settings
@@ -384,7 +386,7 @@ def test_resume_where_the_test_data_were_moved(killed, sounds, tmp_path, monkeyp
     (killed / "run.json").write_text(json.dumps(settings))
     with pytest.raises(FileNotFoundError, match="gone: no such file or folder"):
         finetune.resume(killed)
-    monkeypatch.setattr(runs, "publish", raise_killed)
+    monkeypatch.setattr(run_folder, "publish", raise_killed)
     with pytest.raises(Killed):
         finetune.resume(killed, reading={"test": sounds})
     kept = json.loads((killed / "run.json").read_text())["data"]
@@ -438,10 +440,10 @@ def test_without_validation_it_says_what_chooses_the_best(sounds, tmp_path, no_c
 
 def test_the_kept_parameters_are_the_moving_average(run):
     folder, best, _ = run
-    leaves = runs.restore_numpy(runs.newest_state(folder) / "arrays")
+    leaves = run_folder.restore_numpy(run_folder.newest_state(folder) / "arrays")
     last = len(read_metrics(folder)) == best.metadata["epoch"]["epoch"]
     state = folder / "states" / str(6 * best.metadata["epoch"]["epoch"])
-    leaves = leaves if last else runs.restore_numpy(state / "arrays")
+    leaves = leaves if last else run_folder.restore_numpy(state / "arrays")
     shape = best.params["classifier"]["dense"]["kernel"].shape
     kernels = [leaf for leaf in leaves.values() if leaf.shape == shape]
     assert len(kernels) == 4  # parameters, two moments, and their moving average
@@ -466,8 +468,8 @@ def test_a_validation_split_that_measures_nothing_says_what_chooses_the_best(sou
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
     assert best.metadata["epoch"]["train_loss"] == min(losses)
     falling = [{"epoch": n, "train_loss": 1 / n, "mAP": math.nan, "mAUC": math.nan} for n in (1, 2)]
-    assert runs.is_best(falling)
-    assert not runs.is_best(falling[::-1])
+    assert run_folder.is_best(falling)
+    assert not run_folder.is_best(falling[::-1])
 
 
 def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
@@ -625,7 +627,7 @@ def test_bad_sounds_of_other_splits_and_parts_of_files_are_listed_one_by_one(sou
     (tmp_path / "m.csv").write_text("\n".join(lines))
     settings = dataclasses.replace(settings, strict=True)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(survey, "check_headers", lambda *_, **__: survey.Headers(0, 0, []))
+        patched.setattr(audit, "check_headers", lambda *_, **__: audit.Headers(0, 0, []))
         with pytest.raises(datasets.DataError, match=r"bad\.wav: not a readable sound file"):
             finetune.start(tmp_path / "m.csv", tmp_path / "strict", settings, architecture=TINY, say=lambda _: None)
 
@@ -633,10 +635,10 @@ def test_bad_sounds_of_other_splits_and_parts_of_files_are_listed_one_by_one(sou
 def test_metrics_that_come_and_go_do_not_spoil_a_run(tmp_path):
     history = [{"epoch": 1, "train_loss": 2.0, "mAP": 0.5}, {"epoch": 2, "train_loss": 1.0, "mAP": math.nan},
                {"epoch": 3, "train_loss": 0.5, "accuracy": 0.7, "mAP": 0.4}]  # fmt: skip
-    assert runs.best_row(history) is history[2]  # by the last row's metric, which the others do not have
-    assert not runs.is_best(history[:2]) or runs.metric_of(history[:2]) is None
-    assert runs.csv_text(history).splitlines()[0] == "epoch,train_loss,mAP,accuracy"
-    runs.Record.from_json_dict(dataclasses.asdict(runs.Record(history=history)))
+    assert run_folder.best_row(history) is history[2]  # by the last row's metric, which the others do not have
+    assert not run_folder.is_best(history[:2]) or run_folder.metric_of(history[:2]) is None
+    assert run_folder.csv_text(history).splitlines()[0] == "epoch,train_loss,mAP,accuracy"
+    run_folder.Record.from_json_dict(dataclasses.asdict(run_folder.Record(history=history)))
 
 
 def test_best_is_mended_from_the_best_state(run, tmp_path):
@@ -655,7 +657,7 @@ def test_a_full_disk_in_the_first_epoch_leaves_something_to_go_on_with(sounds, t
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "save", full)
+        patched.setattr(run_folder, "save", full)
         with pytest.raises(OSError, match=r"run: cannot be written \(No space left on device\); .* make room and"):
             finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=2), architecture=TINY, say=lambda _: None)
     finetune.resume(tmp_path / "run", say=lambda _: None)
@@ -664,14 +666,14 @@ def test_a_full_disk_in_the_first_epoch_leaves_something_to_go_on_with(sounds, t
 
 def test_a_signal_after_the_last_epoch_stops_too(sounds, tmp_path, no_compiling, monkeypatch):
     """Of a cross-validation the next fold must not begin."""
-    finish = loop.Loop._finish
+    finish = trainer.Loop._finish
 
     def interrupt(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return finish(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Loop, "_finish", interrupt)
+        patched.setattr(trainer.Loop, "_finish", interrupt)
         with pytest.raises(Terminated):
             finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
     finetune.resume(tmp_path / "run", say=lambda _: None)
@@ -696,7 +698,9 @@ def test_strict_stops_at_bad_files(with_bad, tmp_path, no_compiling):
 
 def test_data_that_are_gone_are_told_from_a_few_bad_files(sounds, tmp_path, no_compiling, monkeypatch):
     copy = shutil.copytree(sounds, tmp_path / "sounds")
-    monkeypatch.setattr(loop.Loop, "_epochs", lambda self, real=loop.Loop._epochs: (shutil.rmtree(copy), real(self)))
+    monkeypatch.setattr(
+        trainer.Loop, "_epochs", lambda self, real=trainer.Loop._epochs: (shutil.rmtree(copy), real(self))
+    )
     with pytest.raises(datasets.DataError, match=r"8 sounds in a row cannot be read, the last is .*; are they there\?"):
         finetune.start(copy, tmp_path / "run", TrainConfig(batch_size=8), architecture=TINY, say=lambda _: None)
 
@@ -735,16 +739,16 @@ def test_somebody_s_own_file_of_that_name_stays(run, sounds, tmp_path):
 
 def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    real = survey.statistics
+    real = audit.statistics
 
     def slow(*arguments, **settings):
         shutil.copytree(run[0], folder)
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(survey, "statistics", slow)
+    monkeypatch.setattr(audit, "statistics", slow)
     with pytest.raises(ValueError, match="already holds a run"):
         finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
-    assert runs.read_run(folder) == runs.read_run(run[0])
+    assert run_folder.read_run(folder) == run_folder.read_run(run[0])
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in run[0].iterdir())
 
 
@@ -764,7 +768,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_files(sounds, tmp_path
         finetune.start(sounds, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     dataset = datasets.read_dataset(sounds)
     frontend = FrontendConfig(max_length=48, num_mel_bins=32)
-    batch = list(data.train_batches(dataset.splits["train"], frontend, 3, SETTINGS))[7]
+    batch = list(input_pipeline.train_batches(dataset.splits["train"], frontend, 3, SETTINGS))[7]
     named = [str(dataset.splits["train"][number].path) for number in batch["example"]]
     assert f"whose batch is {', '.join(named[:8])} and 8 more; " in str(found.value)
     assert states_of(tmp_path / "run") == [6]  # of epoch 1: the good one
@@ -791,14 +795,14 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
     best = finetune.start(sounds, tmp_path / "run", settings, initial=initial, say=lambda _: None)
     assert best.config.grid == (2, 4)
     assert best.config.labels == ("high", "hiss", "low")
-    measured = survey.statistics(datasets.read_dataset(sounds).splits["train"], FrontendConfig(**size))[:2]
+    measured = audit.statistics(datasets.read_dataset(sounds).splits["train"], FrontendConfig(**size))[:2]
     np.testing.assert_allclose((best.frontend.mean, best.frontend.std), measured, atol=1e-4)  # four decimals are kept
     moved = flatten(best.params)["embeddings/projection/kernel"] - initial.params["embeddings"]["projection"]["kernel"]
     assert 0 < np.abs(moved).max() < 0.02  # five steps of Adam at 0.001 from there
     # Statistics that were said are kept, which shows before the first step.
     told = ast_jax.from_torch(tmp_path / "deit.pth", mean=-7.0, std=3.0, **size)
     said = []
-    monkeypatch.setattr(loop.Loop, "train", lambda self: self.run)
+    monkeypatch.setattr(trainer.Loop, "train", lambda self: self.run)
     again = finetune.start(sounds, tmp_path / "told", settings, initial=told, say=said.append)
     assert (again.frontend.mean, again.frontend.std) == (-7.0, 3.0)
     assert "the model to start from: features are normalised with mean -7 and std 3: as said" in said

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from ast_jax import data
 from ast_jax.config import FrontendConfig
-from ast_jax.datasets import Example
-from ast_jax.settings import TrainConfig
+from ast_jax.data.datasets import Example
+from ast_jax.training import input_pipeline
+from ast_jax.training.config import TrainConfig
 
 FRONTEND = FrontendConfig(max_length=20, num_mel_bins=32)
 SETTINGS = TrainConfig(batch_size=4, epochs=3, mixup=0.5, ramp_epochs=1.0, seed=5)
@@ -34,7 +34,7 @@ def examples(tmp_path_factory):
 
 
 def batches(examples, training=SETTINGS, **options):
-    return list(data.train_batches(examples, FRONTEND, 3, training, **options))
+    return list(input_pipeline.train_batches(examples, FRONTEND, 3, training, **options))
 
 
 def assert_equal(got, want):
@@ -57,7 +57,7 @@ def test_every_epoch_draws_each_sound_at_most_once_in_another_order(whole):
     assert not all((epochs[0] == epoch).all() for epoch in epochs)
     assert {key: array.shape for key, array in whole[0].items()} == {
         "waveform": (4, FRONTEND.max_samples), "num_samples": (4,), "labels": (4, 3), "example": (4,),
-        "skipped": (4, data.MAX_SKIPPED),
+        "skipped": (4, input_pipeline.MAX_SKIPPED),
     }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_nothing_readable_is_seen_in_the_batch(with_bad):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_evaluation_has_every_sound_once_in_order(with_bad, num_workers):
-    found = list(data.eval_batches(with_bad, FRONTEND, 3, batch_size=4, passes=2, num_workers=num_workers))
+    found = list(input_pipeline.eval_batches(with_bad, FRONTEND, 3, batch_size=4, passes=2, num_workers=num_workers))
     assert len(found) == 2 * 4
     for one in (found[:4], found[4:]):
         usable = np.concatenate([batch["usable"] for batch in one])
@@ -153,7 +153,7 @@ def test_packed_examples_are_the_examples():
         Example(pathlib.Path("/c"), (), row=7),
         Example(pathlib.Path("d.wav"), (0,)),
     ]
-    packed = data.PackedExamples(examples)
+    packed = input_pipeline.PackedExamples(examples)
     assert list(packed) == examples
     assert packed.targets() == [(3, 5), (), (0,)]
 
@@ -166,7 +166,9 @@ def test_memory_is_bounded_however_many_batches_wait(num_workers, tmp_path):
     soundfile.write(path, np.full(160_000, 0.1), 16000)
     examples = [Example(path, (0,))] * 16
     before = _memory()
-    stream = data.train_batches(examples, frontend, 1, TrainConfig(batch_size=16, epochs=300), num_workers=num_workers)
+    stream = input_pipeline.train_batches(
+        examples, frontend, 1, TrainConfig(batch_size=16, epochs=300), num_workers=num_workers
+    )
     next(stream)
     waiting = _settled_memory()
     # Threads keep 8 batches and work on 4 more; two processes keep 6 each and work on 2. A process itself takes up to
@@ -210,8 +212,8 @@ def test_workers_end_with_a_parent_that_was_killed(examples, tmp_path):
         "import sys, pathlib\n"
         "from ast_jax import data\n"
         "from ast_jax.config import FrontendConfig\n"
-        "from ast_jax.datasets import Example\n"
-        "from ast_jax.settings import TrainConfig\n"
+        "from ast_jax.data.datasets import Example\n"
+        "from ast_jax.training.config import TrainConfig\n"
         "if __name__ == '__main__':\n"
         f"    examples = [Example(pathlib.Path({str(examples[0].path)!r}), (0,))] * 4\n"
         "    stream = data.train_batches(examples, FrontendConfig(max_length=20, num_mel_bins=32), 3,\n"

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax import runs
+from ast_jax.training import run_folder
 
 ARCHITECTURE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 32,
@@ -46,7 +46,7 @@ def sounds(tmp_path_factory):
 def command(sounds, output, *options):
     """Return a command whose every step is followed by a save, so that a kill often falls into one."""
     return [
-        sys.executable, "-m", "ast_jax.cli", "finetune", str(sounds), "--output", str(output), "--workers", "0",
+        sys.executable, "-m", "ast_jax.cli.main", "finetune", str(sounds), "--output", str(output), "--workers", "0",
         "--save-minutes", "1e-6", *options,
     ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def wait_for(condition, process):
 
 
 def saved(folder):
-    return runs.newest_state(folder) is not None
+    return run_folder.newest_state(folder) is not None
 
 
 def is_saving(folder):
@@ -97,7 +97,7 @@ def is_saving(folder):
 
 def assert_same_run(folder, other):
     """Every array bit for bit, and every figure but the seconds."""
-    arrays = [runs.restore_numpy(runs.newest_state(one) / "arrays") for one in (folder, other)]
+    arrays = [run_folder.restore_numpy(run_folder.newest_state(one) / "arrays") for one in (folder, other)]
     assert arrays[0].keys() == arrays[1].keys()
     for name, leaf in arrays[0].items():
         np.testing.assert_array_equal(leaf, arrays[1][name])
@@ -119,15 +119,15 @@ def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_
     for number in range(kills):
         resumed = saved(folder)
         process = start(command(sounds, folder, *(["--resume"] if resumed else fresh(sounds))))
-        before = runs.newest_state(folder)
-        wait_for(lambda: runs.newest_state(folder) != before or (folder / "results.json").exists(), process)  # noqa: B023
+        before = run_folder.newest_state(folder)
+        wait_for(lambda: run_folder.newest_state(folder) != before or (folder / "results.json").exists(), process)  # noqa: B023
         if number % 2:
             wait_for(lambda: is_saving(folder), process)
         else:
             time.sleep(chance.uniform(0, 0.3))
         process.kill()
         process.communicate()
-        moments.append((int(runs.newest_state(folder).name), is_saving(folder)))
+        moments.append((int(run_folder.newest_state(folder).name), is_saving(folder)))
     assert process.returncode == -signal.SIGKILL
     assert moments == sorted(moments, key=lambda moment: moment[0])  # no kill took the run back
     assert moments[0][0] < moments[-1][0] < 4 * EPOCHS + EPOCHS
@@ -144,7 +144,7 @@ def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_
 def test_signals_save_and_say_how_to_go_on(number, status, undisturbed, sounds, tmp_path):
     folder = tmp_path / "stopped here"
     process = start(command(sounds, folder, *fresh(sounds)))
-    wait_for(lambda: saved(folder) and runs.newest_state(folder).name != "0", process)
+    wait_for(lambda: saved(folder) and run_folder.newest_state(folder).name != "0", process)
     process.send_signal(number)
     code, _, stderr = finish(process)
     assert code == status
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_last_state_whole(undisturbed, sounds, tmp_path):
     """No file may grow beyond a few bytes from some moment on, which is what a full disk does to a writer."""
     folder = tmp_path / "run"
     process = start(command(sounds, folder, *fresh(sounds)))
-    wait_for(lambda: saved(folder) and runs.newest_state(folder).name != "0", process)
+    wait_for(lambda: saved(folder) and run_folder.newest_state(folder).name != "0", process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     code, _, stderr = finish(process)
     assert code == 1
@@ -215,13 +215,13 @@ def test_two_processes_stop_together_and_go_on(undisturbed, sounds, tmp_path):
     """SIGTERM to one of them: both save at the same step, and the two, later, end where one alone ends."""
     folder = tmp_path / "run"
     pair = start_two(command(sounds, folder, *fresh(sounds)), tmp_path)
-    wait_for(lambda: saved(folder) and runs.newest_state(folder).name != "0", pair[0])
+    wait_for(lambda: saved(folder) and run_folder.newest_state(folder).name != "0", pair[0])
     pair[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in pair] == [143, 143]
     for number in (0, 1):
         told = (tmp_path / f"{number}.err").read_text()
         assert f"ast-jax finetune --output {folder} --resume --workers 0 --save-minutes 1e-06 --coordinator" in told
-    assert runs.read_record(runs.newest_state(folder)).step > 0
+    assert run_folder.read_record(run_folder.newest_state(folder)).step > 0
     pair = start_two(command(sounds, folder, "--resume"), tmp_path)
     assert [process.wait(timeout=300) for process in pair] == [0, 0], (tmp_path / "0.err").read_text()
     assert "going on after epoch" in (tmp_path / "0.out").read_text()

@@ -11,8 +11,8 @@ import pytest
 import sklearn.metrics
 from rich.cells import cell_len
 
-from ast_jax import metrics
 from ast_jax.config import ASTConfig
+from ast_jax.training import metrics
 
 MULTI, SINGLE, REGRESSION = "multi_label_classification", "single_label_classification", "regression"
 # The same sums in another order: a few units in the last place of numbers around one.
@@ -384,7 +384,7 @@ def test_refusals_of_scores_thresholds_and_limits():
 
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
-        "import sys, ast_jax.metrics, ast_jax.plots; "
+        "import sys, ast_jax.training.metrics, ast_jax.training.plots; "
         "print([name for name in ('jax', 'scipy', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

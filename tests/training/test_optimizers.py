@@ -9,8 +9,8 @@ import optax
 import pytest
 import torch
 
-from ast_jax import optimizers
-from ast_jax.settings import TrainConfig
+from ast_jax.training import optimizers
+from ast_jax.training.config import TrainConfig
 
 LAYERS = 3
 SCHEDULES = {

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import ast_jax
-from ast_jax import optimizers, train
 from ast_jax.config import FrontendConfig
-from ast_jax.parallel import DataParallel, ShardedJit
-from ast_jax.settings import TrainConfig
+from ast_jax.training import optimizers
+from ast_jax.training import step as train
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.parallel import DataParallel, ShardedJit
 
 CONFIG = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=4,
@@ -156,7 +157,7 @@ if count > 1:
     jax.distributed.initialize(address, count, number)
 jax.config.update("jax_enable_x64", True)
 import numpy as np
-from ast_jax import parallel
+from ast_jax.training import parallel
 import test_parallel
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 4 // count
 everything = test_parallel.batches

@@ -13,9 +13,9 @@ import torch
 import torch_models
 
 import ast_jax
-from ast_jax import optimizers
-from ast_jax.checkpoint import flatten
-from ast_jax.settings import TrainConfig
+from ast_jax.checkpoints.folder import flatten
+from ast_jax.training import optimizers
+from ast_jax.training.config import TrainConfig
 
 PROBLEMS = {  # problem type, outputs, query, key and value with a bias
     "single": ("single_label_classification", 7, True), "multi": ("multi_label_classification", 7, True),

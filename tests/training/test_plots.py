@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from ast_jax import metrics, plots
 from ast_jax.config import ASTConfig
 from ast_jax.labels import label_set
+from ast_jax.training import metrics, plots
 
 MULTI = "multi_label_classification"
 LONG = (

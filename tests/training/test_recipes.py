@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ast_jax.config import PROBLEM_TYPES, FrontendConfig
-from ast_jax.optimizers import epoch_rates
-from ast_jax.recipes import RECIPES
-from ast_jax.settings import TrainConfig
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.optimizers import epoch_rates
+from ast_jax.training.recipes import RECIPES
 
 STEPS_PER_EPOCH = {"audioset-full": 162_757, "audioset-balanced": 1_733, "esc50": 34, "speechcommands": 663}
 # The published logs' {epoch: rate}, epochs from 1; esc50's has five digits.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ast_jax.sampling import balanced_weights, epoch_order
+from ast_jax.training.sampling import balanced_weights, epoch_order
 
 
 def test_balanced_weights_are_the_originals():

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import ast_jax
-from ast_jax import losses, optimizers, train
 from ast_jax.config import FrontendConfig
-from ast_jax.parallel import METHODS
-from ast_jax.settings import TrainConfig
+from ast_jax.model import losses
+from ast_jax.training import optimizers
+from ast_jax.training import step as train
+from ast_jax.training.config import TrainConfig
+from ast_jax.training.parallel import METHODS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

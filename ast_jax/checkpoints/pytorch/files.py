@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import CheckpointError
-from .torch_pickle import (
+from ast_jax.checkpoints.folder import CheckpointError
+from ast_jax.checkpoints.pytorch.safe_pickle import (
     RESAVE,
     STORAGES,
     DamagedError,

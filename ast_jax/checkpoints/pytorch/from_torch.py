@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .adapt import resize, started_from_pictures
-from .checkpoint import (
+from ast_jax.audio.features import PREPROCESSOR_FILE
+from ast_jax.checkpoints.folder import (
     CONFIG_FILE,
     Checkpoint,
     CheckpointError,
@@ -25,13 +25,13 @@ from .checkpoint import (
     unflatten,
     widen,
 )
-from .config import ASTConfig, FrontendConfig
-from .features import PREPROCESSOR_FILE
-from .formats import ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
-from .labels import label_set_of_size
-from .progress import progress
-from .shapes import Hints, config_from_shapes
-from .sources import BFLOAT16, Source, read_source
+from ast_jax.checkpoints.pytorch.infer_config import Hints, config_from_shapes
+from ast_jax.checkpoints.pytorch.names import ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
+from ast_jax.checkpoints.pytorch.state_dicts import BFLOAT16, Source, read_source
+from ast_jax.checkpoints.resize import resize, started_from_pictures
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.labels import label_set_of_size
+from ast_jax.runtime.progress import progress
 
 FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
 # Mean and standard deviation of the log-mel features of the original's data sets, by the number of its labels.
@@ -146,7 +146,7 @@ def _fill(
     Raises:
         CheckpointError: with sorted lists of the tensors that are missing, unexpected or misshaped.
     """
-    from .model import param_shapes
+    from ast_jax.model.functional import param_shapes
 
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
     places = form.places(config, has_head)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import CheckpointError, raise_differences
-from .config import ASTConfig
-from .formats import ORIGINAL, VIT, Format
+from ast_jax.checkpoints.folder import CheckpointError, raise_differences
+from ast_jax.checkpoints.pytorch.names import ORIGINAL, VIT, Format
+from ast_jax.config import ASTConfig
 
 # What the original repository has published: equal strides on both axes, and these input lengths.
 PUBLISHED_STRIDES = (10, 12, 14, 16)

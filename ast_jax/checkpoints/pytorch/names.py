@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import ASTConfig
+from ast_jax.config import ASTConfig
 
 Array = np.ndarray
 

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import CONFIG_FILE, Checkpoint, CheckpointError, flatten, load, widen
-from .convert import unwrapped
-from .features import PREPROCESSOR_FILE
-from .formats import ORIGINAL, VIT, Format, detect
-from .labels import label_set_of_size
-from .model import apply, encode
-from .progress import progress
-from .revert import state_dict, with_qkv_bias
-from .sources import Source, read_source
+from ast_jax.audio.features import PREPROCESSOR_FILE
+from ast_jax.checkpoints.folder import CONFIG_FILE, Checkpoint, CheckpointError, flatten, load, widen
+from ast_jax.checkpoints.pytorch.from_torch import unwrapped
+from ast_jax.checkpoints.pytorch.names import ORIGINAL, VIT, Format, detect
+from ast_jax.checkpoints.pytorch.state_dicts import Source, read_source
+from ast_jax.checkpoints.pytorch.to_torch import state_dict, with_qkv_bias
+from ast_jax.labels import label_set_of_size
+from ast_jax.model.functional import apply, encode
+from ast_jax.runtime.progress import progress
 
 # Of the largest value of a stage. Rounding in float32 came to 2e-6 of it over twelve layers; tanh instead of erf in
 # GELU, the smallest of the mistakes that people make, moves two layers by 1e-4.

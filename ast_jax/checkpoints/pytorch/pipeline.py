@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import checkpoint as checkpoints
-from .adapt import resize
-from .checkpoint import Checkpoint
-from .convert import convert, fit
-from .files import write_text
-from .model import num_params
-from .progress import progress
-from .revert import check_destination, to_torch
-from .shapes import Hints
-from .sources import read_source
-from .verify import VERIFICATION_FILE, Verification, read_back, verify, verify_written
+from ast_jax.checkpoints import folder
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.pytorch.from_torch import convert, fit
+from ast_jax.checkpoints.pytorch.infer_config import Hints
+from ast_jax.checkpoints.pytorch.parity import VERIFICATION_FILE, Verification, read_back, verify, verify_written
+from ast_jax.checkpoints.pytorch.state_dicts import read_source
+from ast_jax.checkpoints.pytorch.to_torch import check_destination, to_torch
+from ast_jax.checkpoints.resize import resize
+from ast_jax.model.functional import num_params
+from ast_jax.runtime.files import write_text
+from ast_jax.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 OURS = "ast-jax"
@@ -62,14 +62,14 @@ def convert_to(
     """
     destination, changes = pathlib.Path(destination), dict(changes or {})
     if target == OURS:
-        checkpoints.check_destination(destination)
+        folder.check_destination(destination)
     else:
         check_destination(destination, target)
-    path, proof = checkpoints.resolve(source), None
-    if checkpoints.is_own(path):
+    path, proof = folder.resolve(source), None
+    if folder.is_own(path):
         if hints:
             raise ValueError(f"{source}: is a checkpoint of ast_jax, which tells its strides, length and heads itself")
-        before = checkpoints.load(path)
+        before = folder.load(path)
         checkpoint = _with_statistics(resize(before, **changes), mean, std)
         told = len(report(before.metadata))
     else:
@@ -84,7 +84,7 @@ def convert_to(
     notes: tuple[str, ...] = ()
     if target == OURS:
         checkpoint = _with_problem_type(checkpoint)
-        checkpoints.save(destination, checkpoint)
+        folder.save(destination, checkpoint)
     else:
         notes = to_torch(checkpoint, destination, format=target)
     labels = f"{checkpoint.config.num_labels} labels" if "classifier" in checkpoint.params else "no classifier"

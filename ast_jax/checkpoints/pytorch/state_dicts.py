@@ -16,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .checkpoint import CONFIG_FILE, CheckpointError, read_json, resolve
-from .torch_file import read_torch_file
+from ast_jax.checkpoints.folder import CONFIG_FILE, CheckpointError, read_json, resolve
+from ast_jax.checkpoints.pytorch.files import read_torch_file
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"

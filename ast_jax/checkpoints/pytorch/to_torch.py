@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import CONFIG_FILE, Checkpoint, check_params, flatten
-from .config import ASTConfig, FrontendConfig
-from .convert import FLOATS
-from .features import PREPROCESSOR_FILE
-from .files import whole_file, whole_folder, write_text
-from .formats import HF_PREFIX, HUGGING_FACE, IMAGENET_HEADS, ORIGINAL, Format
-from .progress import progress
-from .sources import SAFETENSORS
-from .torch_file import write_torch_file
+from ast_jax.audio.features import PREPROCESSOR_FILE
+from ast_jax.checkpoints.folder import CONFIG_FILE, Checkpoint, check_params, flatten
+from ast_jax.checkpoints.pytorch.files import write_torch_file
+from ast_jax.checkpoints.pytorch.from_torch import FLOATS
+from ast_jax.checkpoints.pytorch.names import HF_PREFIX, HUGGING_FACE, IMAGENET_HEADS, ORIGINAL, Format
+from ast_jax.checkpoints.pytorch.state_dicts import SAFETENSORS
+from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.runtime.files import whole_file, whole_folder, write_text
+from ast_jax.runtime.progress import progress
 
 TARGETS = ("huggingface", "original")
 # Width and heads of the sizes that the original's class knows; all have 12 layers and an MLP of four times the width.

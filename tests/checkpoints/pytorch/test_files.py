@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from ast_jax import torch_file
-from ast_jax.checkpoint import CheckpointError
-from ast_jax.torch_file import read_torch_file, write_torch_file
+from ast_jax.checkpoints.folder import CheckpointError
+from ast_jax.checkpoints.pytorch import files
+from ast_jax.checkpoints.pytorch.files import read_torch_file, write_torch_file
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool]  # fmt: skip
@@ -108,7 +108,7 @@ def zipped(path, data, storages=(FLOATS,), change=lambda archive: None, root="ar
 
 
 def old(path, data, storages=(FLOATS,), keys=None):
-    head = pickled(torch_file.LEGACY_MAGIC) + pickled(1001) + pickled({"little_endian": True})
+    head = pickled(files.LEGACY_MAGIC) + pickled(1001) + pickled({"little_endian": True})
     keys = keys or pickled([str(key) for key in range(len(storages))])
     path.write_bytes(head + data + keys + b"".join(struct.pack("<q", len(each) // 4) + each for each in storages))
     return path
@@ -122,8 +122,8 @@ GOOD = pickled({"w": Tensor()})
 READ = """
 import json, os, resource, sys
 sys.modules["torch"] = None  # so that importing it fails
-from ast_jax.checkpoint import CheckpointError
-from ast_jax.torch_file import read_torch_file
+from ast_jax.checkpoints.folder import CheckpointError
+from ast_jax.checkpoints.pytorch.files import read_torch_file
 def private():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 os.chdir(sys.argv[1])
@@ -156,7 +156,7 @@ print(json.dumps(outcomes))
 
 def read_apart(folder, seconds, megabytes):
     """Return {file: what came of it}; whatever it was, nothing may crash, take long, or be said in many lines."""
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(torch_file.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(files.__file__).parents[3])}
     command = [sys.executable, "-W", "ignore", "-c", READ, folder]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
@@ -427,7 +427,7 @@ def directory(path, entries):
 
 
 def test_hungry_files(tmp_path):
-    room = torch_file.LARGEST_PICKLE - 300
+    room = files.LARGEST_PICKLE - 300
     equal = [k * (2**61 - 1) for k in range(room // 27)]  # hash values
     big = b"\x8b" + struct.pack("<i", room - 99) + b"\1" * (room - 99)
     names = [b"\x8c\5%05x" % k for k in range(room // 9)]

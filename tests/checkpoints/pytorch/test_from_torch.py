@@ -15,8 +15,9 @@ import typer.testing
 from torch_original import OriginalAST
 
 import ast_jax
-from ast_jax import CheckpointError, cli
-from ast_jax.checkpoint import flatten
+from ast_jax import CheckpointError
+from ast_jax.checkpoints.folder import flatten
+from ast_jax.cli import main
 from ast_jax.labels import label_set_of_size
 
 HF = "audio_spectrogram_transformer."
@@ -345,7 +346,7 @@ BAD_FILES = {  # name of the file: what writes it
 def test_a_bad_file_is_one_line_and_leaves_nothing(name, target, tmp_path):
     BAD_FILES[name](tmp_path / name)
     arguments = ["convert", str(tmp_path / name), str(tmp_path / "new" / "out.pth"), "--to", target]
-    done = typer.testing.CliRunner().invoke(cli.app, arguments)
+    done = typer.testing.CliRunner().invoke(main.app, arguments)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"ast-jax: {tmp_path / name}: ")
     assert done.stderr.count("\n") == 1
@@ -355,7 +356,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, target, tmp_path):
 def test_the_report_says_what_was_found(tmp_path):
     torch.save(with_module(original(label_dim=527, depth=1).state_dict()), tmp_path / "mine_10_10_0.4.pth")
     arguments = ["convert", str(tmp_path / "mine_10_10_0.4.pth"), str(tmp_path / "out")]
-    done = typer.testing.CliRunner().invoke(cli.app, arguments)
+    done = typer.testing.CliRunner().invoke(main.app, arguments)
     assert done.exit_code == 0, done.stderr
     for line in (
         "mine_10_10_0.4.pth: original repository, float32",

@@ -13,8 +13,8 @@ from torch_original import OriginalAST
 
 import ast_jax
 from ast_jax import CheckpointError
-from ast_jax.formats import HF_PREFIX, LIVE, ORIGINAL, VIT
-from ast_jax.shapes import Hints, config_from_shapes
+from ast_jax.checkpoints.pytorch.infer_config import Hints, config_from_shapes
+from ast_jax.checkpoints.pytorch.names import HF_PREFIX, LIVE, ORIGINAL, VIT
 
 FITTING = {  # patches of the published models, and of shorter inputs: strides and frames
     1212: (10, 1024), 850: (12, 1024), 657: (14, 1024), 512: (16, 1024), 600: (10, 512), 144: (10, 128),

@@ -11,8 +11,8 @@ import transformers
 
 import ast_jax
 from ast_jax import ASTConfig, CheckpointError
-from ast_jax.checkpoint import flatten
-from ast_jax.formats import (
+from ast_jax.checkpoints.folder import flatten
+from ast_jax.checkpoints.pytorch.names import (
     DENSE,
     HEAD_BIAS,
     HEAD_KERNEL,
@@ -30,7 +30,7 @@ from ast_jax.formats import (
     VIT,
     detect,
 )
-from ast_jax.model import param_shapes
+from ast_jax.model.functional import param_shapes
 
 CONFIG = ASTConfig(192, 2, 3, 768, max_length=128, num_labels=7)
 HEADLESS = {"disk": HUGGING_FACE.with_prefix(""), "live": LIVE.with_prefix(""), "timm": VIT}

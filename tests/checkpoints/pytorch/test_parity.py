@@ -18,11 +18,12 @@ import transformers
 import typer.testing
 
 import ast_jax
-from ast_jax import cli, convert, verify
-from ast_jax.checkpoint import flatten, unflatten
-from ast_jax.sources import read_source
+from ast_jax.checkpoints.folder import flatten, unflatten
+from ast_jax.checkpoints.pytorch import from_torch, parity
+from ast_jax.checkpoints.pytorch.state_dicts import read_source
+from ast_jax.cli import main
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ LAYERS = {"hf": 2, "headless": 1, "lone/live.pth": 2, "lone/own_10_10_0.5.pth": 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_stage_agrees_with_pytorch(name, files):
     found = read_source(files / name)
-    proof = verify.verify(found, convert.convert(found))
+    proof = parity.verify(found, from_torch.convert(found))
     assert proof.passed
     assert proof.different == ()
     assert proof.summed == (("patch_embed.proj.weight",) if "deit" in name else ())
@@ -78,7 +79,7 @@ MISTAKES = {
 def test_mistakes_are_seen_twice(mistake, name, files):
     """In the tensors that come back, and in the stages."""
     found = read_source(files / name)
-    proof = verify.verify(found, MISTAKES[mistake](convert.convert(found)))
+    proof = parity.verify(found, MISTAKES[mistake](from_torch.convert(found)))
     assert proof.different
     assert not all(stage.passed for stage in proof.stages)
     assert not proof.passed
@@ -93,8 +94,8 @@ def test_mistakes_are_seen_twice(mistake, name, files):
 def test_another_architecture_is_seen_in_the_stages_alone(mistake, name, files):
     """Down to tanh instead of erf in GELU."""
     found = read_source(files / name)
-    checkpoint = convert.convert(found)
-    proof = verify.verify(found, checkpoint.replace(config=checkpoint.config.replace(**mistake)))
+    checkpoint = from_torch.convert(found)
+    proof = parity.verify(found, checkpoint.replace(config=checkpoint.config.replace(**mistake)))
     assert proof.different == ()
     assert proof.stages[0].passed
     assert not proof.passed
@@ -110,13 +111,13 @@ def test_without_pytorch_every_tensor_is_compared(missing, name, files, monkeypa
         return real(module, *rest, **more)
 
     found = read_source(files / name)
-    checkpoint = convert.convert(found)
+    checkpoint = from_torch.convert(found)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    proof = verify.verify(found, checkpoint)
+    proof = parity.verify(found, checkpoint)
     assert proof.passed
     assert proof.stages == ()
     assert proof.reference == f"none: {missing} is not installed or cannot be imported here"
-    wrong = verify.verify(found, changed(checkpoint, "layernorm/bias", lambda x: x + 1))
+    wrong = parity.verify(found, changed(checkpoint, "layernorm/bias", lambda x: x + 1))
     assert wrong.different == ("v.norm.bias" if "own" in name else "audio_spectrogram_transformer.layernorm.bias",)
     assert not wrong.passed
 
@@ -130,7 +131,7 @@ def test_a_library_beside_transformers_that_does_not_fit(files, monkeypatch):
 
     found = read_source(files / "hf")
     monkeypatch.setitem(sys.modules, "transformers", Transformers())
-    proof = verify.verify(found, convert.convert(found))
+    proof = parity.verify(found, from_torch.convert(found))
     assert proof.passed
     assert proof.reference == (
         "none: transformers (Could not load this library: torchaudio.so) is not installed or cannot be imported here"
@@ -138,7 +139,7 @@ def test_a_library_beside_transformers_that_does_not_fit(files, monkeypatch):
 
 
 def run(*arguments):
-    return typer.testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return typer.testing.CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -158,7 +159,7 @@ def test_convert_verify_prints_and_keeps_the_table(name, files, tmp_path):
 
 
 def test_convert_verify_writes_nothing_where_the_numbers_differ(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "TOLERANCE", 0.0)  # rounding alone is too much
+    monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # rounding alone is too much
     done = run("convert", files / "hf", tmp_path / "out", "--verify")
     assert done.exit_code == 1
     assert "DIFFERS" in done.stdout
@@ -182,15 +183,15 @@ def test_verify_reads_back_what_goes_to_pytorch(target, name, files, tmp_path, m
     assert content["passed"] is True
     assert content["of"] == name
     assert content["stages"][-1]["name"] == "logits"
-    checkpoint = convert.convert(read_source(tmp_path / "own_10_10_0.5.pth"))
-    proof = verify.verify_written(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
+    checkpoint = from_torch.convert(read_source(tmp_path / "own_10_10_0.5.pth"))
+    proof = parity.verify_written(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
     assert len(proof.different) == 1
     assert [stage.name for stage in proof.stages if not stage.passed] == ["norm", "pooled", "logits"]
 
 
 def test_what_was_written_wrongly_is_removed(files, tmp_path, monkeypatch):
     ast_jax.save(tmp_path / "ours", ast_jax.load(files / "hf"))
-    monkeypatch.setattr(verify, "TOLERANCE", 0.0)  # rounding alone is too much
+    monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # rounding alone is too much
     done = run("convert", tmp_path / "ours", tmp_path / "hf", "--to", "huggingface", "--verify")
     assert done.exit_code == 1
     assert done.stderr.endswith(": does not give the same numbers; it was removed\n")
@@ -214,16 +215,16 @@ def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
 def test_what_is_read_back_is_compared(files, tmp_path):
     checkpoint = ast_jax.load(files / "hf")
     ast_jax.save(tmp_path / "ours", checkpoint)
-    assert verify.read_back(tmp_path / "ours", checkpoint) == 23
+    assert parity.read_back(tmp_path / "ours", checkpoint) == 23
     other = changed(checkpoint, "layernorm/scale", lambda x: x * 2)
     other = other.replace(frontend=other.frontend.replace(mean=-1.0))
     with pytest.raises(ast_jax.CheckpointError, match=r"read others back: layernorm/scale, frontend$"):
-        verify.read_back(tmp_path / "ours", other)
+        parity.read_back(tmp_path / "ours", other)
 
 
 def test_json_has_every_field(files):
     found = read_source(files / "hf")
-    proof = verify.verify(found, convert.convert(found))
+    proof = parity.verify(found, from_torch.convert(found))
     content = json.loads(json.dumps(proof.to_json_dict()))
     assert content.keys() == {field.name for field in dataclasses.fields(proof)} | {"tolerance", "passed"}
     assert len(content["stages"]) == len(proof.stages)

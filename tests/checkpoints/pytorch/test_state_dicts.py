@@ -15,9 +15,10 @@ import torch_models
 from huggingface_hub import errors
 
 import ast_jax
-from ast_jax import CheckpointError, hub
-from ast_jax.checkpoint import flatten
-from ast_jax.sources import WEIGHTS, read_safetensors, read_source
+from ast_jax import CheckpointError
+from ast_jax.checkpoints import hub
+from ast_jax.checkpoints.folder import flatten
+from ast_jax.checkpoints.pytorch.state_dicts import WEIGHTS, read_safetensors, read_source
 
 INDEX = "model.safetensors.index.json"
 

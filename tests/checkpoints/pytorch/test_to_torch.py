@@ -13,8 +13,8 @@ import torch_original
 import transformers
 
 import ast_jax
-from ast_jax import revert
-from ast_jax.checkpoint import flatten
+from ast_jax.checkpoints.folder import flatten
+from ast_jax.checkpoints.pytorch import to_torch
 
 
 def hf_logits(folder, spec, cls=transformers.ASTForAudioClassification):
@@ -307,7 +307,7 @@ def test_a_failure_leaves_nothing(format, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     checkpoint = ast_jax.load(saved_original(tmp_path / "a_10_10_0.5.pth", original_model()))
-    monkeypatch.setattr(revert, "write_text" if format == "huggingface" else "write_torch_file", fail)
+    monkeypatch.setattr(to_torch, "write_text" if format == "huggingface" else "write_torch_file", fail)
     with pytest.raises(OSError, match="No space left"):
         ast_jax.to_torch(checkpoint, tmp_path / "out.pth", format=format)
     assert [path.name for path in tmp_path.iterdir()] == ["a_10_10_0.5.pth"]

@@ -1,0 +1,1 @@
+"""The command line `ast-jax`: parsing and messages only."""

@@ -1,0 +1,1 @@
+"""Sounds to labels, timelines, embeddings, explanations, pictures, and exported programs."""

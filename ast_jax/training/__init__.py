@@ -1,0 +1,1 @@
+"""Examples to checkpoints: configuration, input pipeline, the training step, the trainer, metrics, evaluation."""

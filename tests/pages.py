@@ -1,0 +1,32 @@
+"""The pages of docs/ and the README as tests read them: their code blocks and commands, and which of them run whole."""
+
+import pathlib
+import re
+import shlex
+
+import ast_jax
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+WITH_README = [*PAGES, DOCS.parent / "README.md"]
+SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
+RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
+NOT_RUN = ("converting",)  # pages whose commands test_shell.py runs, with stand-ins for files
+
+
+def page(name):
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def blocks(name, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """Return the `ast-jax` commands of a shell block as lists of arguments, with a number for each variable."""
+    lines = re.sub(r"\$\w+", "1", text.replace("\\\n", " ")).splitlines()
+    lines = [line.split(" | ")[-1].strip() for line in lines]  # of a pipe the end
+    found = [line for line in lines if line.startswith("ast-jax ")]
+    return [
+        shlex.split(re.split(r"\s[>&]", line)[0], comments=True)[1:] for line in found
+    ]  # what the shell does is cut
