@@ -11,12 +11,15 @@ import dataclasses
 import json
 import math
 import numbers
+import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "quick_gelu")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 WINDOW_TYPES = ("hanning", "hamming", "povey", "rectangular", "blackman")
@@ -359,6 +362,7 @@ _FRONTEND_BOUNDS = {
 }  # fmt: skip
 
 _Config = TypeVar("_Config", bound=ASTConfig | FrontendConfig)
+_Read = TypeVar("_Read", ASTConfig, FrontendConfig)
 
 
 def _from_known(cls: type[_Config], values: dict[str, Any]) -> _Config:
@@ -373,6 +377,34 @@ def _known(config: ASTConfig | FrontendConfig) -> dict[str, Any]:
     """Return fields and unknown keys as one JSON object."""
     values = dataclasses.asdict(config)
     return {**json.loads(values.pop("unknown_keys")), **values}
+
+
+def read_config(kind: type[_Read], path: pathlib.Path) -> _Read:
+    """Read `config.json` or `preprocessor_config.json`.
+
+    Raises:
+        ValueError: missing, not a JSON object, or a value of the wrong type or out of its range.
+    """
+    content = read_json(path)
+    try:
+        return kind.from_json_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: missing, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _preset(hidden_size: int, num_attention_heads: int, **changes: Any) -> ASTConfig:

@@ -17,11 +17,10 @@ from typing import Any, Self
 import numpy as np
 
 from ast_jax.audio import fbank as kaldi
-from ast_jax.config import FrontendConfig
+from ast_jax.config import PREPROCESSOR_FILE, FrontendConfig, read_config
 from ast_jax.runtime.files import write_text
 
 Array = Any
-PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def _namespace(array: Any) -> ModuleType:
@@ -157,10 +156,8 @@ class ASTFeatureExtractor:
         """Read `preprocessor_config.json` from a folder.
 
         Raises:
-            CheckpointError: missing, not a JSON object, or a value of the wrong type or out of its range.
+            ValueError: missing, not a JSON object, or a value of the wrong type or out of its range.
         """
-        from ast_jax.checkpoints.folder import read_config
-
         return cls(read_config(FrontendConfig, pathlib.Path(folder) / PREPROCESSOR_FILE))
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:

@@ -19,7 +19,9 @@ from typing import Any
 
 from ast_jax.audio.io import AudioError
 from ast_jax.audio.streams import mono_blocks
-from ast_jax.checkpoints.folder import Checkpoint, load, shipped_models
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.load import load
+from ast_jax.checkpoints.locate import shipped_models
 from ast_jax.inference import explanations, pictures, predict
 
 POLICY = (

@@ -206,7 +206,7 @@ def finetune(
     with user_errors():
         need_train_extra("finetune")
         _join(distributed, coordinator, num_processes, process_id)
-        from ast_jax.checkpoints.folder import load
+        from ast_jax.checkpoints.load import load
         from ast_jax.training import crossval, run_folder
         from ast_jax.training import finetune as tuning
         from ast_jax.training.trainer import Machine
@@ -353,7 +353,7 @@ def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]
         same = _architecture(asked["architecture"], size).replace(**own) == run.config
         has["architecture"] = asked["architecture"] if same else None
     if asked["init"]:
-        from ast_jax.checkpoints.folder import load
+        from ast_jax.checkpoints.load import load
 
         has["init"] = None
         with contextlib.suppress(ValueError):  # it does not even go to this size
@@ -379,8 +379,7 @@ def _option(name: str, *message: str) -> str:
 
 def _architecture(name: str, size: dict[str, int | None]) -> Any:
     """Return the `ASTConfig` of a preset or of a `config.json`, with the input that is asked for."""
-    from ast_jax.checkpoints.folder import read_config
-    from ast_jax.config import PRESETS, ASTConfig
+    from ast_jax.config import PRESETS, ASTConfig, read_config
 
     if name in PRESETS:
         config = PRESETS[name]()

@@ -215,7 +215,8 @@ def _check_places(*paths: pathlib.Path | None) -> None:
 
 def _loaded(model: str) -> Checkpoint:
     """Load a model, and tell what was assumed of weights that are not ours."""
-    from ast_jax.checkpoints.folder import is_own, load
+    from ast_jax.checkpoints.load import load
+    from ast_jax.checkpoints.locate import is_own
 
     checkpoint = load(model)
     if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):

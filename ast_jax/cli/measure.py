@@ -76,7 +76,8 @@ def average(
 ) -> None:
     """Average the weights of epochs or runs, as the paper does."""
     with user_errors():
-        from ast_jax.checkpoints.folder import check_destination, load, save
+        from ast_jax.checkpoints.folder import check_destination, save
+        from ast_jax.checkpoints.load import load
         from ast_jax.runtime.progress import track
         from ast_jax.training.evaluate import average as mean_of
         from ast_jax.training.run_folder import checkpoints_of

@@ -121,7 +121,7 @@ def info(
 ) -> None:
     """Say what a model is: size, input, labels and origin."""
     with user_errors():
-        from ast_jax.checkpoints.folder import load
+        from ast_jax.checkpoints.load import load
         from ast_jax.checkpoints.pytorch.pipeline import report
         from ast_jax.model.functional import num_params
 
@@ -187,7 +187,7 @@ def export(
     if output.suffix.lower() != ".stablehlo":
         wrong_usage(f"OUT: expected a name that ends in .stablehlo, got {output}")
     with user_errors():
-        from ast_jax.checkpoints.folder import load
+        from ast_jax.checkpoints.load import load
         from ast_jax.inference.export import export as write_program
 
         checkpoint = load(model)

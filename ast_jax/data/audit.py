@@ -16,10 +16,10 @@ from ast_jax.audio.io import AudioError, check_extent, header_seconds, open_soun
 from ast_jax.config import FrontendConfig
 from ast_jax.data.audit_report import Durations, Survey, suggest_max_length
 from ast_jax.data.datasets import DataSet, Example, load_example
+from ast_jax.data.mixup import MIXUP_ALPHA, mix_waveforms
 from ast_jax.data.records import SPLITS, DataError
 from ast_jax.runtime.progress import track
 from ast_jax.runtime.threads import in_order
-from ast_jax.training.augment import MIXUP_ALPHA, mix_waveforms
 
 UNUSABLE = (AudioError, OSError, DataError)  # what reading a sound can raise: its message says what is wrong
 SAME_THROUGHOUT = 1e-6  # float32 values of log-mel's size, up to 16, lie this far apart

@@ -14,7 +14,8 @@ import numpy as np
 
 from ast_jax.audio import fbank
 from ast_jax.audio.windows import window_grid
-from ast_jax.checkpoints.folder import Checkpoint, loaded
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.load import loaded
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.inference.predict import DEFAULT_MODEL, Runner, default_batch_size
 from ast_jax.inference.sliding_window import Part, by_sound, listen, one_or_all

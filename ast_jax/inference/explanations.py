@@ -17,7 +17,8 @@ from ast_jax.audio import fbank
 from ast_jax.audio.features import ASTFeatureExtractor
 from ast_jax.audio.io import MIN_SECONDS, AudioError, decode, describe
 from ast_jax.audio.streams import mono_blocks
-from ast_jax.checkpoints.folder import Checkpoint, loaded
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.load import loaded
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.inference import predict
 from ast_jax.inference.embeddings import patch_extents

@@ -14,9 +14,9 @@ from ast_jax.audio.io import AudioSource
 from ast_jax.audio.streams import BLOCK_SECONDS, mono_blocks
 from ast_jax.config import FrontendConfig
 from ast_jax.inference.timeline import Analysis, Segment
+from ast_jax.runtime.figures import GREY, drawing, new_figure, save_figure, short_name
 from ast_jax.runtime.files import check_folder_of
 from ast_jax.runtime.progress import track
-from ast_jax.training.plots import GREY, drawing, new_figure, save_figure, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,8 @@ from ast_jax.audio import fbank
 from ast_jax.audio.features import normalize, padded_log_mel
 from ast_jax.audio.streams import Live
 from ast_jax.audio.windows import window_grid
-from ast_jax.checkpoints.folder import Checkpoint, loaded
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.load import loaded
 from ast_jax.checkpoints.resize import resize
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.inference.sliding_window import End, Part, by_sound, listen, one_or_all

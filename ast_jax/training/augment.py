@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-MIXUP_ALPHA = 10.0  # the paper's Beta(10, 10)
 MAX_ROLL = 10  # frames, either way
 
 
@@ -94,14 +92,3 @@ def patchout_tokens(key: jax.Array, grid: tuple[int, int], frequency: int, time:
     columns = jax.random.permutation(column_key, grid[1])[time:]
     patches = (rows[:, None] * grid[1] + columns).ravel()
     return jnp.sort(jax.random.permutation(patch_key, patches)[:kept])
-
-
-def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """Return weight * first + (1 - weight) * second, each and the sum freed of its mean (on the host).
-
-    The second waveform is cut or zero-padded to the first's length, as in the original.
-    """
-    second = second[: len(first)] - second.mean()
-    mixed = weight * (first - first.mean())
-    mixed[: len(second)] += (1 - weight) * second
-    return mixed - mixed.mean()

@@ -21,7 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ast_jax.checkpoints.folder import Checkpoint, is_own, load, save
+from ast_jax.checkpoints.folder import Checkpoint, save
+from ast_jax.checkpoints.load import load
+from ast_jax.checkpoints.locate import is_own
 from ast_jax.config import ASTConfig
 from ast_jax.data import datasets
 from ast_jax.data.datasets import DataError

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ast_jax.checkpoints.folder import Checkpoint, load
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.load import load
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.inference.export import read_exported
 from ast_jax.training import step as train

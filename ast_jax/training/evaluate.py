@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ast_jax.checkpoints.folder import Checkpoint, flatten, unflatten
+from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.data.datasets import DataError, Example
 from ast_jax.runtime.progress import progress, track
@@ -121,7 +122,7 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     if not checkpoints:
         raise ValueError("expected one checkpoint or more to average, got none")
     first = checkpoints[0]
-    flats = [flatten(one.params) for one in checkpoints]
+    flats = [flatten_dict(one.params, sep="/") for one in checkpoints]
     for number, one in enumerate(checkpoints[1:], 2):
         for name in ("config", "frontend"):
             if getattr(one, name) != getattr(first, name):
@@ -134,7 +135,7 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         for path, leaf in flats[0].items()
     }
     metadata = {"averaged": [one.metadata for one in checkpoints]}
-    return Checkpoint(unflatten(mean), first.config, first.frontend, json.dumps(metadata))
+    return Checkpoint(unflatten_dict(mean, sep="/"), first.config, first.frontend, json.dumps(metadata))
 
 
 def align(checkpoint: Checkpoint, labels: Sequence[str]) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from ast_jax.audio.io import AudioError
 from ast_jax.config import FrontendConfig
 from ast_jax.data.datasets import DataError, Example, load_example
-from ast_jax.training.augment import MIXUP_ALPHA, mix_waveforms
+from ast_jax.data.mixup import MIXUP_ALPHA, mix_waveforms
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.sampling import balanced_weights, epoch_order
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ast_jax.checkpoints.folder import load
+from ast_jax.checkpoints.load import load
 from ast_jax.config import ASTConfig
 from ast_jax.data import datasets
 from ast_jax.data.datasets import SPLITS, DataError, DataSet, Example

@@ -1,23 +1,21 @@
-"""Pictures of a run and of a report, as PNG; matplotlib without pyplot, so that nothing needs a display or is kept.
+"""Figures of a run and of a report: curves, confusion matrix, average precision by class.
 
-Each picture has a function that returns the figure and one that writes it. Colours are those of Okabe and Ito, which
+Each has a function that returns the figure and one that writes it as a PNG. Colours are those of Okabe and Ito, which
 are told apart without colour vision too, and a map that grows darker throughout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import pathlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.cells import cell_len
 
-from ast_jax.runtime.files import whole_file
+from ast_jax.runtime.figures import GREY, drawing, new_figure, save_figure, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,19 +24,11 @@ if TYPE_CHECKING:
     from ast_jax.training.metrics import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#666666"
-DPI = 120
 METRICS = ("accuracy", "mAP", "mAUC", "d_prime", "negative_mse")  # what has a panel beside losses and learning rate
 MANY_EPOCHS = 40  # up to which every epoch has a dot
 MANY_CLASSES = 100  # up to which a confusion matrix has names at its sides
 MANY_COUNTS = 20  # classes up to which it has counts in its cells
 END_CLASSES = 20  # of the best, and of the worst, where there are more than both
-NAME_LENGTH = 40  # characters of a class name, beyond which its middle is cut out
-# Tried after matplotlib's own font, where they are installed, for scripts that it lacks.
-OTHER_FONTS = (
-    "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
-    "Noto Sans Devanagari", "Nirmala UI", "Noto Sans Thai", "Leelawadee UI",
-)  # fmt: skip
 
 
 def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path) -> None:
@@ -242,43 +232,3 @@ def _title(beginning: str, end: str) -> str:
 def _words(name: str) -> str:
     """Return a column's name as text."""
     return name.replace("_", " ")
-
-
-def short_name(label: str) -> str:
-    """Return a class name as one line that is not too long: beginning and end, as either may tell it from others."""
-    label = " ".join(label.split())
-    return label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return a new figure of this size in inches, whose parts make room for each other."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-
-
-@contextlib.contextmanager
-def drawing() -> Iterator[None]:
-    """Draw with matplotlib's own settings and ours, whatever the user's are (dark pages, text by LaTeX).
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
-    try:
-        import matplotlib.style
-        from matplotlib import font_manager
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib; install it with: pip install 'ast-jax[plots]'") from error
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
-    ours = {"font.family": fonts, "font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "legend.frameon": False}
-    ours |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    with matplotlib.style.context(["default", ours]):
-        yield
-
-
-def save_figure(figure: Figure, path: str | pathlib.Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
-    with drawing(), warnings.catch_warnings(), whole_file(path) as name:
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
-        figure.savefig(name, format="png")

@@ -1,7 +1,7 @@
 """The paper's recipes by name: what each data set was fine-tuned with, and what came of it.
 
 Values are those of the original's scripts (`egs/*/run*.sh`) and logs. Mixup is from Beta(10, 10) in all of them
-(`augment.MIXUP_ALPHA`).
+(`data.mixup.MIXUP_ALPHA`).
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ast_jax.checkpoints.folder import FORMAT_FILE, Checkpoint, restore_numpy, save
+from ast_jax.checkpoints.folder import Checkpoint, restore_numpy, save
+from ast_jax.checkpoints.locate import FORMAT_FILE
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.runtime.files import write_text
 from ast_jax.training.config import TrainConfig

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ast_jax.checkpoints.folder import Checkpoint, load, save
+from ast_jax.checkpoints.folder import Checkpoint, save
+from ast_jax.checkpoints.load import load
 from ast_jax.data import datasets
 from ast_jax.data.datasets import DataError, DataSet
 from ast_jax.model import functional as model

@@ -11,7 +11,8 @@ import torch
 from feature_oracles import RECORDINGS, recording, transformers_ast
 
 from ast_jax import ASTFeatureExtractor, FrontendConfig, fbank
-from ast_jax.audio.features import PREPROCESSOR_FILE, normalize, padded_log_mel
+from ast_jax.audio.features import normalize, padded_log_mel
+from ast_jax.config import PREPROCESSOR_FILE
 
 RATE = 16000
 # Data sets' mean and deviation, the value of padding, and the value of digital silence (REFERENCE numbers of the

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten, unflatten
 
 CONFIG = ast_jax.ASTConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3,
@@ -40,7 +40,7 @@ def assert_same(got, want):
     assert got.config == want.config
     assert got.frontend == want.frontend
     assert got.metadata == want.metadata
-    got_leaves, want_leaves = flatten(got.params), flatten(want.params)
+    got_leaves, want_leaves = flatten_dict(got.params, sep="/"), flatten_dict(want.params, sep="/")
     assert got_leaves.keys() == want_leaves.keys()
     for path, leaf in got_leaves.items():
         assert isinstance(leaf, np.ndarray)
@@ -138,8 +138,8 @@ print(float(checkpoint.params["layers"]["mlp"]["fc1"]["kernel"].sum()))
 def test_half_precision_on_disk_is_float32_when_loaded(dtype, checkpoint, tmp_path):
     half = jax.tree.map(lambda leaf: leaf.astype(dtype), checkpoint.params)
     ast_jax.save(tmp_path / "half", checkpoint.replace(params=half))
-    loaded = flatten(ast_jax.load(tmp_path / "half").params)
-    for path, leaf in flatten(half).items():
+    loaded = flatten_dict(ast_jax.load(tmp_path / "half").params, sep="/")
+    for path, leaf in flatten_dict(half, sep="/").items():
         assert loaded[path].dtype == np.float32
         np.testing.assert_array_equal(loaded[path], leaf.astype(np.float32))
 
@@ -151,12 +151,12 @@ def test_headless_params_are_a_checkpoint(checkpoint, tmp_path):
 
 
 def test_misfits_are_listed_and_nothing_is_written(checkpoint, tmp_path):
-    flat = flatten(checkpoint.params)
+    flat = flatten_dict(checkpoint.params, sep="/")
     del flat["layernorm/scale"]
     flat["layernorm/gamma"] = np.ones(32)
     flat["classifier/dense/bias"] = np.ones(4)
     with pytest.raises(ast_jax.CheckpointError) as caught:
-        ast_jax.save(tmp_path / "bad", checkpoint.replace(params=unflatten(flat)))
+        ast_jax.save(tmp_path / "bad", checkpoint.replace(params=unflatten_dict(flat, sep="/")))
     message = str(caught.value)
     assert "missing: layernorm/scale" in message
     assert "unexpected: layernorm/gamma" in message

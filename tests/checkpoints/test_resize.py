@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch_models
 import torch_original
+from flax.traverse_util import flatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import check_params, flatten
+from ast_jax.checkpoints.folder import check_params
 from ast_jax.checkpoints.resize import resize_positions
 from ast_jax.model.functional import param_shapes
 
@@ -46,7 +47,7 @@ def positions_of(grid, dtype=np.float64, width=3):
 
 def assert_same_params(got, want, but="nothing"):
     """Compare bit by bit all but the leaves under a path, which must differ."""
-    got, want = flatten(got), flatten(want)
+    got, want = flatten_dict(got, sep="/"), flatten_dict(want, sep="/")
     assert got.keys() == want.keys()
     for path, leaf in got.items():
         assert leaf.dtype == want[path].dtype

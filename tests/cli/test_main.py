@@ -18,9 +18,9 @@ import torch_models
 import torch_original
 import typer.testing
 from command_line import SOUNDS, ast_cli, in_process
+from flax.traverse_util import flatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.cli import common, main
 from ast_jax.training import crossval, finetune, recipes, run_folder, trainer
 from ast_jax.training.config import TrainConfig
@@ -432,8 +432,8 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
     assert done.stdout.splitlines()[1:] == told  # and what was told before is not told again
     later = ast_jax.load(tmp_path / "later")
     assert (later.config, later.frontend) == (config, frontend)
-    for path, leaf in flatten(later.params).items():
-        np.testing.assert_array_equal(leaf, flatten(checkpoint.params)[path])
+    for path, leaf in flatten_dict(later.params, sep="/").items():
+        np.testing.assert_array_equal(leaf, flatten_dict(checkpoint.params, sep="/")[path])
 
 
 def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax.checkpoints.folder import shipped_models
+from ast_jax.checkpoints.locate import shipped_models
 from ast_jax.inference import predict, sliding_window
 
 PACKAGE = pathlib.Path(ast_jax.__file__).parent

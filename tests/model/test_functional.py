@@ -7,10 +7,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import ast_jax
 from ast_jax import config as presets
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.config import HIDDEN_ACTS
 from ast_jax.model import functional as model
 from ast_jax.model import modules
@@ -75,7 +75,7 @@ def test_original_logs_count_two_unused_heads_more():
 
 
 def test_parameter_tree_is_format_1():
-    shapes = {path: leaf.shape for path, leaf in flatten(model.param_shapes(SMALL)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(model.param_shapes(SMALL), sep="/").items()}
     d, layers, h, m, c, n = 48, 3, 4, 96, 5, SMALL.num_tokens
     assert shapes == {
         "embeddings/cls_token": (d,), "embeddings/distillation_token": (d,),
@@ -91,7 +91,7 @@ def test_parameter_tree_is_format_1():
         "classifier/layernorm/scale": (d,), "classifier/layernorm/bias": (d,),
         "classifier/dense/kernel": (d, c), "classifier/dense/bias": (c,),
     }  # fmt: skip
-    assert "layers/attention/qkv/bias" not in flatten(model.param_shapes(SMALL.replace(qkv_bias=False)))
+    assert "layers/attention/qkv/bias" not in flatten_dict(model.param_shapes(SMALL.replace(qkv_bias=False)), sep="/")
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])

@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 import torch_models
 import transformers
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten, unflatten
 
 # Relative to the largest value. float32: a few hundred roundings of 6e-8 through the layers; float64: those of 1e-16,
 # and eps 1e-12, leave 1e-9 with room to spare.
@@ -87,12 +87,12 @@ def test_float64_outputs_equal_transformers(name, tmp_path, x64, monkeypatch):
 
 def swap(params, path_parts, first, second, axis):
     """Return params with two slices along an axis of one leaf exchanged."""
-    flat = dict(flatten(params))
+    flat = dict(flatten_dict(params, sep="/"))
     leaf = flat[path_parts].copy()
     index = np.arange(leaf.shape[axis])
     index[[first, second]] = index[[second, first]]
     flat[path_parts] = leaf.take(index, axis)
-    return unflatten(flat)
+    return unflatten_dict(flat, sep="/")
 
 
 def transposed_grid(params, config):
@@ -169,7 +169,7 @@ def test_tensors_are_read_as_they_are(dtype, loaded, tmp_path):
     """Every bit of them, float64 without x64 too; half precision is widened, which is exact."""
     model = torch_models.saved_model(tmp_path, "stride-10-10", num_hidden_layers=1).to(dtype)
     model.save_pretrained(tmp_path)
-    params = flatten(ast_jax.load(tmp_path).params)
+    params = flatten_dict(ast_jax.load(tmp_path).params, sep="/")
     assert {leaf.dtype for leaf in params.values()} == {np.dtype(loaded)}
     want = model.classifier.dense.weight.detach().to(torch.float64).numpy().T
     np.testing.assert_array_equal(params["classifier/dense/kernel"], want)

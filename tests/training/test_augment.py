@@ -54,14 +54,6 @@ def test_noise_and_roll():
         assert (out - rolled).max() <= 0.1 + 1e-3
 
 
-def test_mix_waveforms():
-    first, second = np.array([1.0, 2.0, 3.0, 6.0], np.float32), np.array([4.0, 0.0], np.float32)
-    mixed = augment.mix_waveforms(first, second, 0.75)
-    want = 0.75 * (first - 3) + 0.25 * np.array([2.0, -2.0, 0, 0])
-    np.testing.assert_allclose(mixed, want - want.mean(), rtol=1e-6)
-    assert len(augment.mix_waveforms(second, first, 0.5)) == 2
-
-
 @pytest.mark.parametrize("dropped", [(0, 0, 0), (1, 2, 0), (0, 0, 5), (2, 3, 1)], ids=str)
 def test_patchout_keeps_whole_rows_and_columns_but_for_single_patches(dropped):
     frequency, time, single = dropped

@@ -16,9 +16,9 @@ import pytest
 import soundfile
 import torch
 import torch_original
+from flax.traverse_util import flatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.config import FrontendConfig
 from ast_jax.data import audit, datasets
 from ast_jax.runtime.files import sole_use
@@ -156,8 +156,8 @@ def test_checkpoint_classifies(run, sounds):
 def test_same_seed_same_run(run, sounds, tmp_path):
     _, best, _ = run
     again = finetune.start(sounds, tmp_path / "again", SETTINGS, architecture=TINY, say=lambda _: None)
-    for path, leaf in flatten(again.params).items():
-        np.testing.assert_array_equal(leaf, flatten(best.params)[path])
+    for path, leaf in flatten_dict(again.params, sep="/").items():
+        np.testing.assert_array_equal(leaf, flatten_dict(best.params, sep="/")[path])
 
 
 @pytest.mark.slow
@@ -168,8 +168,8 @@ def test_averages_over_epochs(sounds, tmp_path):
     finetune.start(sounds, folder, settings, architecture=TINY, keep_epochs=True, say=lambda _: None)
     epochs = [ast_jax.load(folder / "epochs" / f"{number:04d}") for number in (1, 2, 3)]
     average = ast_jax.load(folder / "average")
-    for name, leaf in flatten(average.params).items():
-        want = np.mean([flatten(one.params)[name] for one in epochs[1:]], axis=0)
+    for name, leaf in flatten_dict(average.params, sep="/").items():
+        want = np.mean([flatten_dict(one.params, sep="/")[name] for one in epochs[1:]], axis=0)
         np.testing.assert_allclose(leaf, want, atol=1e-6, err_msg=name)  # float32, in another order
     assert average.metadata["epoch"] == {"averaged_epochs": [2, 3]}
     examples = datasets.read_dataset(sounds).splits["validation"]
@@ -797,7 +797,10 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
     assert best.config.labels == ("high", "hiss", "low")
     measured = audit.statistics(datasets.read_dataset(sounds).splits["train"], FrontendConfig(**size))[:2]
     np.testing.assert_allclose((best.frontend.mean, best.frontend.std), measured, atol=1e-4)  # four decimals are kept
-    moved = flatten(best.params)["embeddings/projection/kernel"] - initial.params["embeddings"]["projection"]["kernel"]
+    moved = (
+        flatten_dict(best.params, sep="/")["embeddings/projection/kernel"]
+        - initial.params["embeddings"]["projection"]["kernel"]
+    )
     assert 0 < np.abs(moved).max() < 0.02  # five steps of Adam at 0.001 from there
     # Statistics that were said are kept, which shows before the first step.
     told = ast_jax.from_torch(tmp_path / "deit.pth", mean=-7.0, std=3.0, **size)

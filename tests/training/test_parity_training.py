@@ -11,9 +11,9 @@ import optax
 import pytest
 import torch
 import torch_models
+from flax.traverse_util import flatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.training import optimizers
 from ast_jax.training.config import TrainConfig
 
@@ -80,7 +80,7 @@ def value_and_grad(params, batch, config, loss=ast_jax.loss):
 def tensors(params):
     """Return {name: array}, a parameter tree cut into the tensors that torch has: by layer, query, key and value."""
     found = {}
-    for path, leaf in flatten(params).items():
+    for path, leaf in flatten_dict(params, sep="/").items():
         if not path.startswith("layers/"):
             found[path] = np.asarray(leaf)
             continue

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 from ast_jax.config import ASTConfig
 from ast_jax.labels import label_set
+from ast_jax.runtime import figures
 from ast_jax.training import metrics, plots
 
 MULTI = "multi_label_classification"
@@ -226,7 +227,7 @@ def test_long_names_are_cut_so_that_they_differ(size):
     figure = plots.confusion_figure(of_classes(size), names)
     cut = {found.get_text() for found in texts(figure) if "…" in found.get_text()}
     assert len(cut) == 2
-    assert all(len(name) == plots.NAME_LENGTH for name in cut)
+    assert all(len(name) == figures.NAME_LENGTH for name in cut)
     assert {name.rpartition(" ")[2] for name in cut} == {"left", "right"}
     assert_inside_and_apart(figure)
 
@@ -379,7 +380,7 @@ def test_settings_of_the_user_neither_matter_nor_change(tmp_path):
 
 def test_pyplot_and_displays_are_not_needed(tmp_path):
     code = (
-        "import sys; from ast_jax import plots; plots.confusion([[1]], ['a'], sys.argv[1]); "
+        "import sys; from ast_jax.training import plots; plots.confusion([[1]], ['a'], sys.argv[1]); "
         "print('matplotlib.pyplot' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "picture.png")]

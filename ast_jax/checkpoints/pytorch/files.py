@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from ast_jax.checkpoints.folder import CheckpointError
 from ast_jax.checkpoints.pytorch.safe_pickle import (
     RESAVE,
     STORAGES,
@@ -33,6 +32,7 @@ from ast_jax.checkpoints.pytorch.safe_pickle import (
     short,
     shown,
 )
+from ast_jax.checkpoints.tree import CheckpointError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # what training scripts keep a state dict under
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

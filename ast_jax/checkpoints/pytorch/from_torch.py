@@ -13,24 +13,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ast_jax.audio.features import PREPROCESSOR_FILE
-from ast_jax.checkpoints.folder import (
-    CONFIG_FILE,
-    Checkpoint,
-    CheckpointError,
-    check_frontend,
-    flatten,
-    raise_differences,
-    unflatten,
-    widen,
-)
+from ast_jax.checkpoints.folder import Checkpoint, check_frontend
 from ast_jax.checkpoints.pytorch.infer_config import Hints, config_from_shapes
 from ast_jax.checkpoints.pytorch.names import ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
 from ast_jax.checkpoints.pytorch.state_dicts import BFLOAT16, Source, read_source
 from ast_jax.checkpoints.resize import resize, started_from_pictures
-from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.checkpoints.tree import CheckpointError, raise_differences, widen
+from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
 from ast_jax.labels import label_set_of_size
+from ast_jax.model.functional import param_shapes
 from ast_jax.runtime.progress import progress
 
 FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
@@ -146,9 +139,7 @@ def _fill(
     Raises:
         CheckpointError: with sorted lists of the tensors that are missing, unexpected or misshaped.
     """
-    from ast_jax.model.functional import param_shapes
-
-    shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
     places = form.places(config, has_head)
     misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     dtypes: dict[str, np.dtype] = {}
@@ -177,7 +168,7 @@ def _fill(
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # NumPy lets go of the lock while it copies
         list(pool.map(put, places))
-    return unflatten(filled), dtypes
+    return unflatten_dict(filled, sep="/"), dtypes
 
 
 def _torch_shape(turn: Turn, shape: tuple[int, ...], index: tuple[Any, ...], config: ASTConfig) -> tuple[int, ...]:

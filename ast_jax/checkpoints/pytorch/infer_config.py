@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ast_jax.checkpoints.folder import CheckpointError, raise_differences
 from ast_jax.checkpoints.pytorch.names import ORIGINAL, VIT, Format
+from ast_jax.checkpoints.tree import CheckpointError, raise_differences
 from ast_jax.config import ASTConfig
 
 # What the original repository has published: equal strides on both axes, and these input lengths.

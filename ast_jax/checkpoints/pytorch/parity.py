@@ -14,13 +14,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from ast_jax.audio.features import PREPROCESSOR_FILE
-from ast_jax.checkpoints.folder import CONFIG_FILE, Checkpoint, CheckpointError, flatten, load, widen
+from ast_jax.checkpoints.folder import Checkpoint, read_folder
 from ast_jax.checkpoints.pytorch.from_torch import unwrapped
 from ast_jax.checkpoints.pytorch.names import ORIGINAL, VIT, Format, detect
 from ast_jax.checkpoints.pytorch.state_dicts import Source, read_source
 from ast_jax.checkpoints.pytorch.to_torch import state_dict, with_qkv_bias
+from ast_jax.checkpoints.tree import CheckpointError, widen
+from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE
 from ast_jax.labels import label_set_of_size
 from ast_jax.model.functional import apply, encode
 from ast_jax.runtime.progress import progress
@@ -178,8 +180,8 @@ def read_back(destination: str | os.PathLike[str], checkpoint: Checkpoint) -> in
     Raises:
         CheckpointError: something is other than it should be.
     """
-    got = load(destination)
-    wanted, flat = flatten(checkpoint.params), flatten(got.params)
+    got = read_folder(pathlib.Path(destination))
+    wanted, flat = flatten_dict(checkpoint.params, sep="/"), flatten_dict(got.params, sep="/")
     wrong = sorted(name for name in wanted if not np.array_equal(wanted[name], flat[name], equal_nan=True))
     wrong += [name for name in ("config", "frontend") if getattr(got, name) != getattr(checkpoint, name)]
     if wrong:

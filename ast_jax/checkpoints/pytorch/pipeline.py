@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ast_jax.checkpoints import folder
-from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.folder import Checkpoint, read_folder, save
+from ast_jax.checkpoints.folder import check_destination as check_folder
+from ast_jax.checkpoints.locate import is_own, resolve
 from ast_jax.checkpoints.pytorch.from_torch import convert, fit
 from ast_jax.checkpoints.pytorch.infer_config import Hints
 from ast_jax.checkpoints.pytorch.parity import VERIFICATION_FILE, Verification, read_back, verify, verify_written
@@ -62,14 +63,14 @@ def convert_to(
     """
     destination, changes = pathlib.Path(destination), dict(changes or {})
     if target == OURS:
-        folder.check_destination(destination)
+        check_folder(destination)
     else:
         check_destination(destination, target)
-    path, proof = folder.resolve(source), None
-    if folder.is_own(path):
+    path, proof = resolve(source), None
+    if is_own(path):
         if hints:
             raise ValueError(f"{source}: is a checkpoint of ast_jax, which tells its strides, length and heads itself")
-        before = folder.load(path)
+        before = read_folder(path)
         checkpoint = _with_statistics(resize(before, **changes), mean, std)
         told = len(report(before.metadata))
     else:
@@ -84,7 +85,7 @@ def convert_to(
     notes: tuple[str, ...] = ()
     if target == OURS:
         checkpoint = _with_problem_type(checkpoint)
-        folder.save(destination, checkpoint)
+        save(destination, checkpoint)
     else:
         notes = to_torch(checkpoint, destination, format=target)
     labels = f"{checkpoint.config.num_labels} labels" if "classifier" in checkpoint.params else "no classifier"

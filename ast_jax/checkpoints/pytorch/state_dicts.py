@@ -16,8 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ast_jax.checkpoints.folder import CONFIG_FILE, CheckpointError, read_json, resolve
+from ast_jax.checkpoints.locate import resolve
 from ast_jax.checkpoints.pytorch.files import read_torch_file
+from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors
+from ast_jax.config import CONFIG_FILE, read_json
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
@@ -58,7 +60,8 @@ class Source:
             return self.live_config
         if self.folder is None or not (self.folder / name).is_file():
             return None
-        return read_json(self.folder / name)
+        with as_checkpoint_errors():
+            return read_json(self.folder / name)
 
     def where(self, name: str) -> str:
         """Return what to call a JSON file beside the weights in a message."""
@@ -118,7 +121,8 @@ def _read_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
     if not present[0].endswith(".json"):
         return _read_file(folder / present[0])
     index = folder / present[0]
-    shards = read_json(index).get("weight_map")
+    with as_checkpoint_errors():
+        shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{index}: expected the name of a file for each tensor under weight_map")
     state: dict[str, np.ndarray] = {}

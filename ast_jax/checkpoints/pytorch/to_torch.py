@@ -13,14 +13,14 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from ast_jax.audio.features import PREPROCESSOR_FILE
-from ast_jax.checkpoints.folder import CONFIG_FILE, Checkpoint, check_params, flatten
+from ast_jax.checkpoints.folder import Checkpoint, check_params
 from ast_jax.checkpoints.pytorch.files import write_torch_file
 from ast_jax.checkpoints.pytorch.from_torch import FLOATS
 from ast_jax.checkpoints.pytorch.names import HF_PREFIX, HUGGING_FACE, IMAGENET_HEADS, ORIGINAL, Format
 from ast_jax.checkpoints.pytorch.state_dicts import SAFETENSORS
-from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
 from ast_jax.runtime.files import whole_file, whole_folder, write_text
 from ast_jax.runtime.progress import progress
 
@@ -89,7 +89,7 @@ def state_dict(checkpoint: Checkpoint, form: Format) -> dict[str, np.ndarray]:
 
     A tensor that has changed since, and no longer fits the half precision it came with, stays as it is.
     """
-    leaves = {path: np.asarray(leaf) for path, leaf in flatten(checkpoint.params).items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(checkpoint.params, sep="/").items()}
     state = {}
     for name, (row, index) in form.places(checkpoint.config, "classifier" in checkpoint.params).items():
         tensor = row.turn.there(leaves[row.target][index], checkpoint.config)

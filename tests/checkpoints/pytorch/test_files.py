@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from ast_jax.checkpoints.folder import CheckpointError
 from ast_jax.checkpoints.pytorch import files
 from ast_jax.checkpoints.pytorch.files import read_torch_file, write_torch_file
+from ast_jax.checkpoints.tree import CheckpointError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool]  # fmt: skip
@@ -122,7 +122,7 @@ GOOD = pickled({"w": Tensor()})
 READ = """
 import json, os, resource, sys
 sys.modules["torch"] = None  # so that importing it fails
-from ast_jax.checkpoints.folder import CheckpointError
+from ast_jax.checkpoints.tree import CheckpointError
 from ast_jax.checkpoints.pytorch.files import read_torch_file
 def private():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -12,11 +12,11 @@ import torch_models
 import torch_original
 import transformers
 import typer.testing
+from flax.traverse_util import flatten_dict
 from torch_original import OriginalAST
 
 import ast_jax
 from ast_jax import CheckpointError
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.cli import main
 from ast_jax.labels import label_set_of_size
 
@@ -56,7 +56,7 @@ def original(**changes):
 
 def same(got, want):
     """Demand the same arrays, dtypes included."""
-    got, want = flatten(got), flatten(want)
+    got, want = flatten_dict(got, sep="/"), flatten_dict(want, sep="/")
     assert got.keys() == want.keys()
     for path, leaf in got.items():
         np.testing.assert_array_equal(leaf, want[path], path, strict=True)
@@ -165,7 +165,9 @@ def test_dtypes(dtype, kind, tmp_path):
     checkpoint = ast_jax.from_torch(SOURCES[kind](tensors_of(tmp_path / "saved", model), tmp_path / "new"))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     same(checkpoint.params, ast_jax.from_torch(model.to(wide)).params)
-    assert {leaf.dtype for leaf in flatten(checkpoint.params).values()} == {np.dtype(str(wide).removeprefix("torch."))}
+    assert {leaf.dtype for leaf in flatten_dict(checkpoint.params, sep="/").values()} == {
+        np.dtype(str(wide).removeprefix("torch."))
+    }
     conversion = checkpoint.metadata["conversion"]
     assert (conversion["dtype"], conversion["other_dtypes"]) == (str(dtype).removeprefix("torch."), {})
 
@@ -188,14 +190,14 @@ def test_mixed_dtypes(form, made):
     state = {key: tensor.to(torch.bfloat16) for key, tensor in get(made).items()}
     state[name] = get(made)[name].to(torch.float64) / 3
     checkpoint = ast_jax.from_torch(state)
-    params, conversion = flatten(checkpoint.params), checkpoint.metadata["conversion"]
+    params, conversion = flatten_dict(checkpoint.params, sep="/"), checkpoint.metadata["conversion"]
     body = back.removeprefix("audio_spectrogram_transformer.").removeprefix("v.")  # the prefix may be another later
     assert (conversion["dtype"], conversion["other_dtypes"]) == ("bfloat16", {body: "float64"})
     qkv = params.pop("layers/attention/qkv/bias")
     part = qkv[1] if form == "original" else qkv[1, 1]
     np.testing.assert_array_equal(part.ravel(), state[name].numpy())
     assert qkv.dtype == np.float64
-    wide = flatten(ast_jax.from_torch({key: tensor.float() for key, tensor in state.items()}).params)
+    wide = flatten_dict(ast_jax.from_torch({key: tensor.float() for key, tensor in state.items()}).params, sep="/")
     np.testing.assert_array_equal(qkv[0], wide.pop("layers/attention/qkv/bias")[0])
     same(params, wide)
 
@@ -246,8 +248,8 @@ def test_imagenet_weights(width, heads, hw, wrapped, tmp_path):
     assert sorted(conversion["ignored"]) == ["head.bias", "head.weight", "head_dist.bias", "head_dist.weight"]
     assert any(note.startswith("ImageNet initialisation") for note in conversion["notes"])
     want = OriginalAST.from_imagenet(state, width=width, depth=1, heads=heads).v.state_dict()
-    want = flatten(ast_jax.from_torch({f"v.{name}": tensor for name, tensor in want.items()}).params)
-    got = flatten(checkpoint.params)
+    want = flatten_dict(ast_jax.from_torch({f"v.{name}": tensor for name, tensor in want.items()}).params, sep="/")
+    got = flatten_dict(checkpoint.params, sep="/")
     assert got.keys() == want.keys()  # no classifier
     for path, leaf in got.items():
         computed = path in ("embeddings/position_embeddings", "embeddings/projection/kernel")

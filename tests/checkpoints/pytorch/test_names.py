@@ -8,10 +8,10 @@ import safetensors.numpy
 import torch_models
 import torch_original
 import transformers
+from flax.traverse_util import flatten_dict
 
 import ast_jax
 from ast_jax import ASTConfig, CheckpointError
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.checkpoints.pytorch.names import (
     DENSE,
     HEAD_BIAS,
@@ -83,7 +83,7 @@ def test_names_are_those_of_live_models(name, form, head, state):
 @FOR_ALL
 def test_every_place_is_filled_exactly_once(name, form, head, bias):
     config = CONFIG.replace(qkv_bias=bias)
-    filled = {path: np.zeros(leaf.shape, int) for path, leaf in flatten(param_shapes(config)).items()}
+    filled = {path: np.zeros(leaf.shape, int) for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
     for row, index in form.places(config, head).values():
         filled[row.target][index] += 1
     for path, times in filled.items():
@@ -100,7 +100,7 @@ def test_both_hugging_face_tables_have_one_order():
 @FOR_ALL
 def test_every_turn_has_a_way_back(name, form, head, state):
     """Bits of every kind, those of NaN and -0 among them, come back in the shape that the live model has."""
-    shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(CONFIG)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(CONFIG), sep="/").items()}
     random, real = np.random.default_rng(0), state(name, head)
     for source, (row, index) in form.places(CONFIG, head).items():
         tensor = random.integers(0, 2**32, real[source].shape, np.uint32).view(np.float32)

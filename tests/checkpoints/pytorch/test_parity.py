@@ -16,9 +16,9 @@ import torch_models
 import torch_original
 import transformers
 import typer.testing
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten, unflatten
 from ast_jax.checkpoints.pytorch import from_torch, parity
 from ast_jax.checkpoints.pytorch.state_dicts import read_source
 from ast_jax.cli import main
@@ -62,9 +62,9 @@ def test_every_stage_agrees_with_pytorch(name, files):
 
 
 def changed(checkpoint, path, change):
-    flat = dict(flatten(checkpoint.params))
+    flat = dict(flatten_dict(checkpoint.params, sep="/"))
     flat[path] = change(flat[path])
-    return checkpoint.replace(params=unflatten(flat))
+    return checkpoint.replace(params=unflatten_dict(flat, sep="/"))
 
 
 MISTAKES = {

@@ -12,12 +12,12 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import torch_models
+from flax.traverse_util import flatten_dict
 from huggingface_hub import errors
 
 import ast_jax
 from ast_jax import CheckpointError
 from ast_jax.checkpoints import hub
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.checkpoints.pytorch.state_dicts import WEIGHTS, read_safetensors, read_source
 
 INDEX = "model.safetensors.index.json"
@@ -260,14 +260,14 @@ def test_only_what_is_needed_is_fetched(case, fake_hub):
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_hub_id_loads_as_its_folder_does(safe, fake_hub):
     model = torch_models.saved_model(fake_hub.remote, "stride-10-10", num_hidden_layers=1)
-    want = flatten(ast_jax.load(fake_hub.remote).params)
+    want = flatten_dict(ast_jax.load(fake_hub.remote).params, sep="/")
     if not safe:
         (fake_hub.remote / "model.safetensors").unlink()
         torch.save(model.state_dict(), fake_hub.remote / "pytorch_model.bin")
     for read in (ast_jax.load, ast_jax.from_torch):
         got = read("owner/name")
-        assert flatten(got.params).keys() == want.keys()
-        assert all(np.array_equal(leaf, want[path]) for path, leaf in flatten(got.params).items())
+        assert flatten_dict(got.params, sep="/").keys() == want.keys()
+        assert all(np.array_equal(leaf, want[path]) for path, leaf in flatten_dict(got.params, sep="/").items())
         assert got.metadata["converted_from"] == "owner/name"
 
 

@@ -11,9 +11,9 @@ import torch
 import torch_models
 import torch_original
 import transformers
+from flax.traverse_util import flatten_dict
 
 import ast_jax
-from ast_jax.checkpoints.folder import flatten
 from ast_jax.checkpoints.pytorch import to_torch
 
 
@@ -325,9 +325,9 @@ def test_three_ways_round(tmp_path):
 
 def test_the_checkpoint_is_left_as_it_was(tmp_path):
     checkpoint = ast_jax.load(folder_of(tmp_path / "made", "stride-10-10"))
-    before = {path: leaf.copy() for path, leaf in flatten(checkpoint.params).items()}
+    before = {path: leaf.copy() for path, leaf in flatten_dict(checkpoint.params, sep="/").items()}
     ast_jax.to_torch(checkpoint, tmp_path / "hf")
-    for path, leaf in flatten(checkpoint.params).items():
+    for path, leaf in flatten_dict(checkpoint.params, sep="/").items():
         np.testing.assert_array_equal(leaf, before[path])
 
 

@@ -1,0 +1,39 @@
+"""`load`: whatever a name stands for, as a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ast_jax.checkpoints.folder import Checkpoint, read_folder
+from ast_jax.checkpoints.locate import is_own, resolve
+from ast_jax.checkpoints.resize import resize
+
+
+def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
+    """Load a model: the name of a shipped one, a checkpoint folder, a Hub id, or PyTorch weights (see `from_torch`).
+
+    The arrays are NumPy, whatever devices wrote them; half precision on disk becomes float32.
+
+    Args:
+        source: a name, a folder, or a file of weights.
+        **changes: another input or other labels: `max_length`, `num_mel_bins`, `frequency_stride`, `time_stride`,
+            `num_labels`, `labels`; see `resize`.
+
+    Raises:
+        CheckpointError: nothing there, or it is not a checkpoint of a known format, or its parts do not fit.
+        ConnectionError: a Hub id, and the Hub cannot be reached.
+    """
+    path = resolve(source)
+    if is_own(path):
+        return resize(read_folder(path), **changes)
+    # Only here, so that a checkpoint of our own loads without what reads PyTorch's.
+    from ast_jax.checkpoints.pytorch.from_torch import from_torch
+    from ast_jax.checkpoints.pytorch.state_dicts import read_source
+
+    return from_torch(read_source(path, os.fspath(source)), **changes)
+
+
+def loaded(model: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    """Return a checkpoint that is loaded already, or load what else is given."""
+    return model if isinstance(model, Checkpoint) else load(model)

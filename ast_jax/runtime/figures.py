@@ -1,0 +1,63 @@
+"""How every figure is drawn and written: matplotlib without pyplot, no display is needed, no state kept."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ast_jax.runtime.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GREY = "#666666"
+DPI = 120
+NAME_LENGTH = 40  # characters of a class name, beyond which its middle is cut out
+# Tried after matplotlib's own font, where they are installed, for scripts that it lacks.
+OTHER_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+    "Noto Sans Devanagari", "Nirmala UI", "Noto Sans Thai", "Leelawadee UI",
+)  # fmt: skip
+
+
+def short_name(label: str) -> str:
+    """Return a class name as one line that is not too long: beginning and end, as either may tell it from others."""
+    label = " ".join(label.split())
+    return label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a new figure of this size in inches, whose parts make room for each other."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw with matplotlib's own settings and ours, whatever the user's are (dark pages, text by LaTeX).
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib.style
+        from matplotlib import font_manager
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib; install it with: pip install 'ast-jax[plots]'") from error
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
+    ours = {"font.family": fonts, "font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "legend.frameon": False}
+    ours |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    with matplotlib.style.context(["default", ours]):
+        yield
+
+
+def save_figure(figure: Figure, path: str | pathlib.Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    with drawing(), warnings.catch_warnings(), whole_file(path) as name:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
+        figure.savefig(name, format="png")
