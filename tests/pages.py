@@ -10,7 +10,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WITH_README = [*PAGES, DOCS.parent / "README.md"]
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
-RUN_WHOLE = ("index", "using", "long", "padding", "embeddings", "why", "converting", "migrating")
+RUN_WHOLE = ("index", "jax", "sliding-windows", "padding", "embeddings", "explanations", "converting", "migrating")
 NOT_RUN = ("converting",)  # pages whose commands test_shell.py runs, with stand-ins for files
 
 

@@ -16,7 +16,7 @@ import ast_jax
 from ast_jax.audio.io import read_audio
 from ast_jax.cli.main import app
 
-LONG = ("using", "embeddings", "why")  # ten seconds and more, most of it compiling
+LONG = ("jax", "embeddings", "explanations")  # ten seconds and more, most of it compiling
 MEETING = ("speech", "music", "siren", "speech_over_music", "telephone", "speech")  # as in the pages' pictures
 
 
@@ -51,7 +51,7 @@ def test_every_page_is_run_or_known_not_to_be():
 
 
 def test_the_page_on_long_sounds_shows_what_is_printed(desk):
-    (shown,) = re.findall(r"^```text\n(.*?)\n```", page("long.md"), re.DOTALL | re.MULTILINE)
+    (shown,) = re.findall(r"^```text\n(.*?)\n```", page("sliding-windows.md"), re.DOTALL | re.MULTILINE)
     printed = CliRunner().invoke(app, ["classify", "meeting.flac", "--top-k", "3"]).stdout.rstrip("\n")
     scores = r"\b0\.\d{3}\b"  # whose last digit may be another on another machine
     assert re.sub(scores, "score", printed) == re.sub(scores, "score", shown)

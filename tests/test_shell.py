@@ -32,7 +32,7 @@ RUN = {  # page and block, and what is put in the place of words that stand for 
     ("finetuning", 1): {"1e-5 1e-4 3e-4 1e-3 3e-3 1e-2": "1e-3", "0 1 2": "0 1"},
     ("finetuning", 2): {"mismatched": "run-1e-3-0/best"},
     ("finetuning", 3): {},
-    ("long", 4): {},
+    ("sliding-windows", 4): {},
     ("tpu", 2): {},
     ("tpu", 5): {},
 }
@@ -51,7 +51,7 @@ WRITTEN = {
     ("converting", 0): CONVERTED,
     ("finetuning", 1): ["run-1e-3-0/best", "run-1e-3-1/best"],
     ("finetuning", 3): ["RUN/folds.csv"],
-    ("long", 4): ["film.txt"],
+    ("sliding-windows", 4): ["film.txt"],
     ("tpu", 2): ["RUN/best"],
     ("tpu", 5): ["run2/best", "process0.txt"],
 }
@@ -188,7 +188,7 @@ def test_commands_run(page, number, desk, programs):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert not [name for name in WRITTEN[page, number] if not (desk / name).exists()]
-    if page == "long":
+    if page == "sliding-windows":
         assert "Speech" in done.stdout
         assert "Siren" in (desk / "film.txt").read_text()
 
