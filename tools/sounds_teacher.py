@@ -92,7 +92,7 @@ def main() -> None:
     def step(params, state, batch, number):
         key = jax.random.fold_in(root, number)
         keys = jax.random.split(key, size)
-        spec = train.prepare(keys, batch, frontend, AUGMENTATION, jnp.ones(()))
+        spec = train.augmented_features(keys, batch, frontend, AUGMENTATION, jnp.ones(()))
         specs = [disturb(jax.random.fold_in(key, member), spec) for member in range(len(params))]
         targets = jnp.where(batch["labels"] % 1 > 0, MIXED, batch["labels"])  # what is mixed in is there
 

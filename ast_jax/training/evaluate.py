@@ -63,10 +63,10 @@ class Evaluator:
         self.count = len(examples)
         self._num_batches = -(-self.count // batch_size)
         step = functools.partial(train.eval_step, config=config, frontend=frontend)
-        self._run = parallel.wrap_eval(step)
+        self._run = parallel.compile_eval_step(step)
         self._batches = input_pipeline.eval_batches(
             examples, frontend, config.num_labels,
-            batch_size=batch_size, passes=passes, rows=parallel.rows(batch_size), num_workers=num_workers,
+            batch_size=batch_size, passes=passes, rows=parallel.local_rows(batch_size), num_workers=num_workers,
         )  # fmt: skip
 
     def __call__(self, params: Any, between: Callable[[], None] = lambda: None) -> Predictions:

@@ -20,7 +20,7 @@ from ast_jax.runtime.files import remove_scratch, sole_use
 from ast_jax.training import distill, run_folder
 from ast_jax.training import step as train
 from ast_jax.training.config import TrainConfig
-from ast_jax.training.parallel import METHODS, all_raise, json_from_first
+from ast_jax.training.parallel import METHODS, broadcast_json, sync_errors
 from ast_jax.training.run_folder import Record, Run
 from ast_jax.training.trainer import Loop, Machine, Say, is_over
 
@@ -75,15 +75,15 @@ def start(
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
-    all_raise(lambda: _refuse_occupied(output), first_only=True)
-    run, dataset, params = all_raise(
+    sync_errors(lambda: _refuse_occupied(output), first_only=True)
+    run, dataset, params = sync_errors(
         lambda: _prepare(
             source, training, initial=initial, architecture=architecture, problem_type=problem_type,
             statistics=statistics, teacher=teacher, keep_epochs=keep_epochs, reading=reading or {}, machine=machine,
             notes=notes or {}, say=say,
         )
     )  # fmt: skip
-    run = Run.from_json(json_from_first(run.to_json()))
+    run = Run.from_json(broadcast_json(run.to_json()))
     if not first:
         return Loop(run, dataset, params, output, None, machine, say).train()
     output.mkdir(parents=True, exist_ok=True)
@@ -285,13 +285,13 @@ def resume(
     """
     output, first = pathlib.Path(output), not jax.process_index()
     say = say if first else lambda _: None
-    all_raise(lambda: _check_resumable(output), first_only=True)
-    run = Run.from_json(json_from_first(run_folder.read_run(output).to_json() if first else None))
+    sync_errors(lambda: _check_resumable(output), first_only=True)
+    run = Run.from_json(broadcast_json(run_folder.read_run(output).to_json() if first else None))
     with sole_use(output) if first else contextlib.nullcontext():
         state = run_folder.newest_state(output) if first else None
-        record = Record(**json_from_first(dataclasses.asdict(run_folder.read_record(state)) if state else None))
+        record = Record(**broadcast_json(dataclasses.asdict(run_folder.read_record(state)) if state else None))
         run = dataclasses.replace(run, data=moved(run.data, source, reading))
-        dataset = all_raise(lambda: _read_again(run))
+        dataset = sync_errors(lambda: _read_again(run))
         params = model.init(jax.random.key(run.training.seed), run.config)
         if first:
             remove_scratch(output, run_folder.OURS)

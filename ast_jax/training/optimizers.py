@@ -52,7 +52,7 @@ def _rate(step: Any, config: TrainConfig, steps_per_epoch: int, xp: ModuleType) 
     return rate * xp.minimum(real(held) / config.warmup_steps, 1.0)
 
 
-def fixed_parts(config: TrainConfig) -> frozenset[str]:
+def frozen_modules(config: TrainConfig) -> frozenset[str]:
     """Return the parts of the model in which nothing learns, so that they need neither gradient nor state."""
     if config.linear_probe:
         return frozenset({"embeddings", "layers", "layernorm"})
@@ -89,7 +89,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
         _scale(functools.partial(rate_multipliers, config)),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps_per_epoch)),
     )
-    fixed = fixed_parts(config)
+    fixed = frozen_modules(config)
     return optax.chain(
         optax.masked(learning, lambda tree: {part: part not in fixed for part in tree}),
         optax.masked(optax.set_to_zero(), lambda tree: {part: part in fixed for part in tree}),

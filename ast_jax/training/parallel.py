@@ -25,7 +25,7 @@ class DataParallel:
     """Run steps on all devices through `pmap`: state replicated, batch split along its first axis.
 
     With several processes (`jax.distributed`) the devices are those of all of them, and every process passes its own
-    rows of the batch: those from `rows(batch_size).start` on.
+    rows of the batch: those from `local_rows(batch_size).start` on.
 
     Attributes:
         devices: of all processes.
@@ -51,13 +51,13 @@ class DataParallel:
             over = f"{len(self.devices)} devices" + (f" and {parts} parts on each" if parts > 1 else "")
             raise ValueError(f"batch_size: {batch_size} does not divide over {over}; the nearest are {sizes}")
 
-    def rows(self, batch_size: int) -> slice:
+    def local_rows(self, batch_size: int) -> slice:
         """Return which rows of a whole batch belong to this process."""
         share = batch_size // len(self.devices)
         first = self.devices.index(self.local[0]) * share
         return slice(first, first + len(self.local) * share)
 
-    def wrap_train(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a step on replicated state and this process's rows of a batch from `step(state, batch, axis=…)`."""
         mapped = jax.pmap(functools.partial(step, axis=AXIS), AXIS, devices=self.devices, donate_argnums=0)
 
@@ -68,7 +68,7 @@ class DataParallel:
 
         return run
 
-    def wrap_eval(self, step: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    def compile_eval_step(self, step: Callable[..., Any]) -> Callable[..., np.ndarray]:
         """Return a function of replicated params and this process's rows that gives the results of these rows."""
         mapped = jax.pmap(step, AXIS, devices=self.devices)
         return lambda params, batch: _local_rows(mapped(params, self._split(batch)), has_device_axis=True)
@@ -87,8 +87,8 @@ class DataParallel:
     def _placed(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return a batch with the place of each row in the whole batch, which random keys fold in."""
         count = len(batch["labels"])
-        first = self.rows(count // len(self.local) * len(self.devices)).start
-        return {**batch, "position": np.arange(first, first + count, dtype=np.int32)}
+        first = self.local_rows(count // len(self.local) * len(self.devices)).start
+        return {**batch, "global_index": np.arange(first, first + count, dtype=np.int32)}
 
     def _split(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Split every array of a batch [b, …] into [local devices, b / local devices, …]."""
@@ -105,8 +105,8 @@ class ShardedJit(DataParallel):
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._by_rows = NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def wrap_train(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Do as `DataParallel.wrap_train` does; the compiler finds where to add up over the devices."""
+    def compile_train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Do as `DataParallel.compile_train_step` does; the compiler finds where to add up over the devices."""
         compiled = jax.jit(step, out_shardings=self._everywhere, donate_argnums=0)
 
         def run(state: TrainState, batch: dict[str, np.ndarray]) -> tuple[TrainState, jax.Array]:
@@ -115,8 +115,8 @@ class ShardedJit(DataParallel):
 
         return run
 
-    def wrap_eval(self, step: Callable[..., Any]) -> Callable[..., np.ndarray]:
-        """Do as `DataParallel.wrap_eval` does."""
+    def compile_eval_step(self, step: Callable[..., Any]) -> Callable[..., np.ndarray]:
+        """Do as `DataParallel.compile_eval_step` does."""
         compiled = jax.jit(step, out_shardings=self._by_rows)
         return lambda params, batch: _local_rows(compiled(params, self._whole(batch)), has_device_axis=False)
 
@@ -149,7 +149,7 @@ def _local_rows(results: jax.Array, has_device_axis: bool) -> np.ndarray:
     return rows.reshape(-1, *rows.shape[2:]) if has_device_axis else rows
 
 
-def from_first(tree: Any) -> Any:
+def broadcast_arrays(tree: Any) -> Any:
     """Return the first process's tree of arrays on all processes; the others pass one of the same shapes."""
     if jax.process_count() == 1:
         return tree
@@ -158,7 +158,7 @@ def from_first(tree: Any) -> Any:
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
-def json_from_all(content: Any) -> list[Any]:
+def allgather_json(content: Any) -> list[Any]:
     """Return what JSON can hold of every process, in their order, on all of them."""
     if jax.process_count() == 1:
         return [content]
@@ -173,10 +173,10 @@ def json_from_all(content: Any) -> list[Any]:
 
 
 @overload
-def all_raise(work: Callable[[], Result], *, first_only: Literal[False] = False) -> Result: ...
+def sync_errors(work: Callable[[], Result], *, first_only: Literal[False] = False) -> Result: ...
 @overload
-def all_raise(work: Callable[[], Result], *, first_only: bool) -> Result | None: ...
-def all_raise(work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
+def sync_errors(work: Callable[[], Result], *, first_only: bool) -> Result | None: ...
+def sync_errors(work: Callable[[], Result], *, first_only: bool = False) -> Result | None:
     """Do what every process does, without a word to the others; what fails in one is raised in all, so that none waits.
 
     Args:
@@ -195,7 +195,7 @@ def all_raise(work: Callable[[], Result], *, first_only: bool = False) -> Result
             result = work()
         except (ValueError, OSError) as error:
             failure = error
-    messages = json_from_all(None if failure is None else str(failure))
+    messages = allgather_json(None if failure is None else str(failure))
     if failure is not None:
         raise failure
     for number, message in enumerate(messages):
@@ -204,10 +204,10 @@ def all_raise(work: Callable[[], Result], *, first_only: bool = False) -> Result
     return result
 
 
-def json_from_first(content: Any) -> Any:
+def broadcast_json(content: Any) -> Any:
     """Return what JSON can hold of the first process on all processes."""
     if jax.process_count() == 1:
         return content
     text = np.frombuffer(json.dumps(content).encode(), np.uint8)
-    length = int(from_first(np.array(len(text))))
-    return json.loads(from_first(np.resize(text, length)).astype(np.uint8).tobytes())
+    length = int(broadcast_arrays(np.array(len(text))))
+    return json.loads(broadcast_arrays(np.resize(text, length)).astype(np.uint8).tobytes())

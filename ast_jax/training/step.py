@@ -22,28 +22,35 @@ from ast_jax.model import functional as model
 from ast_jax.model.losses import loss, smooth
 from ast_jax.training import augment
 from ast_jax.training.config import TrainConfig
-from ast_jax.training.optimizers import fixed_parts
+from ast_jax.training.optimizers import frozen_modules
 
 
 @struct.dataclass
 class TrainState:
-    """What a step changes: step count, parameters, optimizer state and, where asked for, the parameters' average."""
+    """State of a training run.
+
+    Attributes:
+        step: number of optimizer steps taken, an int32 scalar.
+        params: parameter tree.
+        opt_state: optimizer state.
+        ema_params: exponential moving average of the parameters, or None.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
-    average: Any = None
+    ema_params: Any = None
 
     @property
-    def kept(self) -> Any:
-        """The parameters to evaluate and to keep: the average where there is one."""
-        return self.params if self.average is None else self.average
+    def eval_params(self) -> Any:
+        """The parameters to evaluate and save: the moving average if there is one."""
+        return self.params if self.ema_params is None else self.ema_params
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainState:
     """Return the state before the first step."""
-    average = jax.tree.map(jnp.array, params) if config.ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    ema_params = jax.tree.map(jnp.array, params) if config.ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params)
 
 
 def check_fit(training: TrainConfig, config: ASTConfig) -> None:
@@ -64,7 +71,7 @@ def _patchout(training: TrainConfig) -> tuple[int, int, int]:
     return training.patchout_frequency, training.patchout_time, training.patchout
 
 
-def prepare(
+def augmented_features(
     keys: jax.Array, batch: dict[str, jax.Array], frontend: FrontendConfig, config: TrainConfig, strength: jax.Array
 ) -> jax.Array:
     """Compute augmented, normalised features on the device.
@@ -79,7 +86,7 @@ def prepare(
     Returns:
         [B, T, F].
     """
-    spec = features(batch, frontend, _fold(keys, 0))
+    spec = _log_mel(batch, frontend, _fold(keys, 0))
     if config.frequency_shift or config.time_shift:
         shift = functools.partial(
             augment.shift_spec, frequency_shift=config.frequency_shift, time_shift=config.time_shift
@@ -99,7 +106,7 @@ def _fold(keys: jax.Array, use: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
-def features(batch: dict[str, jax.Array], frontend: FrontendConfig, keys: jax.Array) -> jax.Array:
+def _log_mel(batch: dict[str, jax.Array], frontend: FrontendConfig, keys: jax.Array) -> jax.Array:
     """Return log-mel features [B, T, F] of a batch, not normalised; `keys` [B] serve dither only."""
     noise = None
     if frontend.dither:
@@ -124,7 +131,8 @@ def train_step(
 
     Args:
         state: before the step.
-        batch: "waveform" [b, S], "num_samples" [b], "labels" [b, C] and "position" [b], the place in the whole batch.
+        batch: "waveform" [b, S], "num_samples" [b], "labels" [b, C] and "global_index" [b], each example's
+            index in the whole batch.
         config: the architecture.
         frontend: the features.
         training: augmentation, what learns, and how it is computed.
@@ -143,12 +151,12 @@ def train_step(
     ramp_steps = training.ramp_epochs * steps_per_epoch
     strength = jnp.minimum(1.0, state.step / ramp_steps) if ramp_steps else jnp.ones(())
     step_key = jax.random.fold_in(jax.random.key(training.seed), state.step)
-    fixed = {part: tree for part, tree in state.params.items() if part in fixed_parts(training)}
+    fixed = {part: tree for part, tree in state.params.items() if part in frozen_modules(training)}
     learning = {part: tree for part, tree in state.params.items() if part not in fixed}
 
     def mean_loss(learning: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["position"])
-        spec = prepare(keys, batch, frontend, training, strength)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["global_index"])
+        spec = augmented_features(keys, batch, frontend, training, strength)
         logits = _logits({**fixed, **learning}, spec, keys, config, training, attention_implementation)
         return loss(logits, smooth(batch["labels"], training.label_smoothing, config), config)
 
@@ -159,13 +167,13 @@ def train_step(
     gradients = {**gradients, **jax.tree.map(jnp.zeros_like, fixed)}
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = {**optax.apply_updates(state.params, updates), **fixed}
-    average = state.average
-    if training.ema:  # the first steps weigh more: the start is no good average
+    ema_params = state.ema_params
+    if training.ema:  # a lower decay at first, so that the initial parameters are soon forgotten
         count = state.step.astype(float)
-        share = 1 - jnp.minimum(training.ema, (count + 1) / (count + 10))
-        # In this form what is fixed stays as it is to the last bit.
-        average = jax.tree.map(lambda old, new: old + (share * (new - old)).astype(old.dtype), average, params)
-    return TrainState(state.step + 1, params, opt_state, average), value
+        rate = 1 - jnp.minimum(training.ema, (count + 1) / (count + 10))
+        # In this form frozen parameters keep every bit.
+        ema_params = jax.tree.map(lambda ema, new: ema + (rate * (new - ema)).astype(ema.dtype), ema_params, params)
+    return TrainState(state.step + 1, params, opt_state, ema_params), value
 
 
 def _logits(
@@ -197,7 +205,7 @@ def _accumulated(
     """
     if parts == 1:
         return value_and_grad(learning, batch)
-    size = len(batch["position"])
+    size = len(batch["global_index"])
     if size % parts:
         raise ValueError(f"accumulate: expected a divisor of the {size} examples of a device, got {parts}")
     in_parts = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)

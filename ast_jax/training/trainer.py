@@ -37,7 +37,7 @@ from ast_jax.training import step as train
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.evaluate import Evaluator, Predictions
 from ast_jax.training.metrics import evaluate_logits, report, report_lines, scores
-from ast_jax.training.parallel import METHODS, DataParallel, from_first, json_from_all, json_from_first
+from ast_jax.training.parallel import METHODS, DataParallel, allgather_json, broadcast_arrays, broadcast_json
 from ast_jax.training.run_folder import Record, Run, States
 from ast_jax.training.step import TrainState
 from ast_jax.training.tensorboard import Board
@@ -135,7 +135,7 @@ class Loop:
             raise DataError(f"{run.data['source']}: its training examples have become less than one batch")
         optimizer = optimizers.make_optimizer(training, self.steps_per_epoch)
         self.rates = optimizers.epoch_rates(training, self.steps_per_epoch)
-        self.step = self.parallel.wrap_train(
+        self.step = self.parallel.compile_train_step(
             functools.partial(
                 train.train_step, config=run.config, frontend=run.frontend, training=training, optimizer=optimizer,
                 steps_per_epoch=self.steps_per_epoch, attention_implementation=fastest_implementation(training.dtype),
@@ -162,7 +162,7 @@ class Loop:
                 )
             arrays = Arrays(self.state, self.gathered)
             arrays = arrays if folder_of_state is None else run_folder.restore_arrays(folder_of_state, arrays)
-            self.state, self.gathered = from_first(arrays)
+            self.state, self.gathered = broadcast_arrays(arrays)
         self.elsewhere: dict[str, str] = {}  # sounds that this process, one of several, could not read
         self.pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
 
@@ -211,7 +211,8 @@ class Loop:
         training, record = self.run.training, self.record
         batches = input_pipeline.train_batches(
             self.examples, self.run.frontend, self.run.config.num_labels, training,
-            first_step=record.step, rows=self.parallel.rows(training.batch_size), num_workers=self.machine.workers,
+            first_step=record.step, rows=self.parallel.local_rows(training.batch_size),
+            num_workers=self.machine.workers,
         )  # fmt: skip
         with contextlib.closing(batches):
             while not is_over(record.history, training):
@@ -282,7 +283,7 @@ class Loop:
     def _gather_skipped(self) -> None:
         """Put together what several processes could not read."""
         if jax.process_count() > 1:
-            for found in json_from_all(self.elsewhere):
+            for found in allgather_json(self.elsewhere):
                 self._list_skipped(found)
 
     def _list_skipped(self, found: dict[str, str]) -> None:
@@ -303,7 +304,7 @@ class Loop:
         row["train_loss"] = record.loss_sum / self.steps_per_epoch
         mean, total, usable = self.gathered
         if self.validation:
-            found = self.evaluator(self.state.kept, self._stop_if_asked)
+            found = self.evaluator(self.state.eval_params, self._stop_if_asked)
             self._note_skipped([self.validation[number] for number in np.flatnonzero(~found.usable)])
             measured = self._metrics(found)
             total, usable = total + scores(found.logits, self.run.config), usable & found.usable
@@ -317,7 +318,7 @@ class Loop:
                 )
         if training.average_from and epoch >= training.average_from:
             count = epoch - training.average_from + 1
-            mean = jax.tree.map(lambda old, new: old + (new - old) / count, mean, single.kept)
+            mean = jax.tree.map(lambda old, new: old + (new - old) / count, mean, single.eval_params)
         self._gather_skipped()
         row["seconds"] = round(time.monotonic() - began, 1)
         self.gathered = Gathered(mean, total, usable)
@@ -325,7 +326,7 @@ class Loop:
         record.loss_sum = 0.0
         self.states.save(record, Arrays(single, self.gathered), finished=True)
         self.saved_at = time.monotonic()
-        self._publish(single.kept)
+        self._publish(single.eval_params)
         with run_folder.writing(self.folder):
             self.board.add(row)
         self.say(run_folder.row_line(row))
@@ -354,12 +355,12 @@ class Loop:
             row = run_folder.best_row(history)
             state = run_folder.state_of_epoch(self.folder, row["epoch"], self.steps_per_epoch)
             like = Arrays(jax.tree.map(np.asarray, self.state), self.gathered)
-            kept = run_folder.restore_arrays(state, like).state.kept
+            kept = run_folder.restore_arrays(state, like).state.eval_params
             metadata = json.dumps(run_folder.run_metadata(self.run, row))
             with run_folder.writing(self.folder):
                 save(self.folder / run_folder.BEST, Checkpoint(kept, self.run.config, self.run.frontend, metadata))
         if history and self.record.step == len(history) * self.steps_per_epoch:
-            self._publish(self.state.kept)
+            self._publish(self.state.eval_params)
         run_folder.write_tables(self.folder, self.record)
 
     def _save(self, wait: bool = False) -> None:
@@ -395,9 +396,10 @@ class Loop:
     def _finish(self) -> Checkpoint | None:
         """Measure and draw what the run gave, and return the best epoch's checkpoint; twice is as once."""
         best = load((self.folder / run_folder.BEST).absolute()) if self.first else None
-        if json_from_first(self.first and run_folder.has_results(self.folder, self.record)):
+        if broadcast_json(self.first and run_folder.has_results(self.folder, self.record)):
             return best
-        models = {"best": from_first(best.params if best is not None else self.parallel.unreplicate(self.state).kept)}
+        params = best.params if best is not None else self.parallel.unreplicate(self.state).eval_params
+        models = {"best": broadcast_arrays(params)}
         if self.gathered.mean is not None and len(self.record.history) >= self.run.training.average_from:
             models["average"] = self.gathered.mean
             if self.first:
@@ -458,7 +460,7 @@ def _softener(run: Run, parallel: DataParallel) -> Callable[[input_pipeline.Batc
         return lambda batch: batch
     per_device = run.training.batch_size // len(parallel.devices)
     teacher = distill.load_teacher(run.teacher, run.config, run.frontend, per_device)
-    logits, params = parallel.wrap_eval(teacher.logits), parallel.replicate(teacher.params)
+    logits, params = parallel.compile_eval_step(teacher.logits), parallel.replicate(teacher.params)
 
     def soften(batch: input_pipeline.Batch) -> input_pipeline.Batch:
         heard = {name: batch[name] for name in ("waveform", "num_samples")}

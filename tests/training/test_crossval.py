@@ -24,8 +24,8 @@ SETTINGS = TrainConfig(batch_size=8, epochs=2)
 @pytest.fixture(autouse=True)
 def no_compiling(monkeypatch):
     """A model that goes by loudness, and steps that change nothing."""
-    monkeypatch.setattr(DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(1)))
-    monkeypatch.setattr(DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :2])
+    monkeypatch.setattr(DataParallel, "compile_train_step", lambda *_: lambda state, batch: (state, np.float32(1)))
+    monkeypatch.setattr(DataParallel, "compile_eval_step", lambda *_: lambda params, batch: batch["waveform"][:, :2])
     monkeypatch.setattr(plots, "curves", lambda *_: None)
     monkeypatch.setattr(plots, "confusion", lambda *_: None)
 

@@ -70,7 +70,7 @@ def test_a_program_teaches_on_every_device(tmp_path):
     teacher = distill.load_teacher(write_program(tmp_path / "t.stablehlo"), STUDENT, FRONTEND)
     parallel = DataParallel()
     batch = some_batch()
-    got = parallel.wrap_eval(teacher.logits)(parallel.replicate(teacher.params), batch)
+    got = parallel.compile_eval_step(teacher.logits)(parallel.replicate(teacher.params), batch)
     energy = [np.square(wave[:count]).sum() for wave, count in zip(*batch.values(), strict=True)]
     np.testing.assert_allclose(got, np.outer(energy, [1, 2, 3]), rtol=1e-4)  # sums of 5,360 squares in float32
 

@@ -231,8 +231,8 @@ def killed(killed_once, tmp_path):
 @pytest.fixture
 def no_compiling(monkeypatch):
     """Steps that change nothing, where only what happens around them counts."""
-    monkeypatch.setattr(DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(1)))
-    monkeypatch.setattr(DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :3])
+    monkeypatch.setattr(DataParallel, "compile_train_step", lambda *_: lambda state, batch: (state, np.float32(1)))
+    monkeypatch.setattr(DataParallel, "compile_eval_step", lambda *_: lambda params, batch: batch["waveform"][:, :3])
     monkeypatch.setattr(plots, "curves", lambda *_: None)
     monkeypatch.setattr(plots, "confusion", lambda *_: None)
 
@@ -517,7 +517,7 @@ def test_several_labels_by_manifest(sounds, tmp_path, no_compiling):
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(DataParallel, "wrap_eval", lambda *_: lambda params, batch: batch["waveform"][:, :4])
+        patched.setattr(DataParallel, "compile_eval_step", lambda *_: lambda params, batch: batch["waveform"][:, :4])
         best = finetune.start(
             manifest, tmp_path / "run", TrainConfig(batch_size=8, epochs=1), architecture=TINY, say=lambda _: None
         )
@@ -712,7 +712,7 @@ def test_any_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, n
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(DataParallel, "wrap_train", lambda *_: exhausted)
+        patched.setattr(DataParallel, "compile_train_step", lambda *_: exhausted)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
             finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=print)
     assert list((tmp_path / "run").iterdir()) == []
@@ -763,7 +763,9 @@ def test_sounds_that_are_all_silent_are_refused(sounds, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_the_step_and_its_files(sounds, tmp_path, monkeypatch, no_compiling):
     losses = iter([1.0] * 7 + [math.nan] * 30)
-    monkeypatch.setattr(DataParallel, "wrap_train", lambda *_: lambda state, batch: (state, np.float32(next(losses))))
+    monkeypatch.setattr(
+        DataParallel, "compile_train_step", lambda *_: lambda state, batch: (state, np.float32(next(losses)))
+    )
     with pytest.raises(FloatingPointError, match=r"not finite at step 7 \(epoch 2\), whose batch is ") as found:
         finetune.start(sounds, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
     dataset = datasets.read_dataset(sounds)

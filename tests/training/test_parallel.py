@@ -44,7 +44,7 @@ def run(method, devices, dtype, steps=10):
     """Return the state and the losses after some steps on so many devices."""
     optimizer = optimizers.make_optimizer(TRAINING, steps_per_epoch=5)
     parallel = method(jax.devices()[:devices])
-    step = parallel.wrap_train(
+    step = parallel.compile_train_step(
         functools.partial(
             train.train_step, config=CONFIG, frontend=FRONTEND, training=TRAINING, optimizer=optimizer,
             steps_per_epoch=5,
@@ -113,12 +113,12 @@ def test_a_step_is_compiled_once(method):
 
     parallel = method()
     state = parallel.replicate(train.TrainState(np.zeros((), np.int32), np.ones(3, np.float32), ()))
-    run = parallel.wrap_train(step)
+    run = parallel.compile_train_step(step)
     for batch in batches(3, np.float32):
         state, _ = run(state, batch)
     assert len(traces) == 1
     evaluated = []
-    predict = parallel.wrap_eval(lambda params, batch: evaluated.append(1) or batch["labels"] + params[0])
+    predict = parallel.compile_eval_step(lambda params, batch: evaluated.append(1) or batch["labels"] + params[0])
     for params in (state.params, parallel.replicate(np.ones(3, np.float32))):
         predict(params, next(batches(1, np.float32)))
     assert len(evaluated) == 1
@@ -130,7 +130,7 @@ def test_evaluation_gives_the_rows_in_order(method):
     batch = {key: value for key, value in next(batches(1, np.float32)).items() if key != "labels"}
     step = functools.partial(train.eval_step, config=CONFIG, frontend=FRONTEND)
     parallel = method()
-    got = parallel.wrap_eval(step)(parallel.replicate(params), batch)
+    got = parallel.compile_eval_step(step)(parallel.replicate(params), batch)
     assert got.shape == (16, 4)
     np.testing.assert_allclose(got, jax.jit(step)(params, batch), atol=1e-5)  # float32, other batch shapes
 
@@ -161,12 +161,12 @@ from ast_jax.training import parallel
 import test_parallel
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 4 // count
 everything = test_parallel.batches
-rows = parallel.METHODS[method]().rows(16)
+rows = parallel.METHODS[method]().local_rows(16)
 test_parallel.batches = lambda steps, dtype: (
     {key: value[rows] for key, value in batch.items()} for batch in everything(steps, dtype)
 )
 state, losses = test_parallel.run(parallel.METHODS[method], 4, np.float64)
-first = parallel.json_from_first({"number": number})
+first = parallel.broadcast_json({"number": number})
 flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 np.savez(sys.argv[5], losses=losses, first=first["number"], **flat)
 """

@@ -54,7 +54,7 @@ def batches(count, size=16, dtype=np.float32):
 
 def whole(batch):
     """Return a batch as one device takes it: every example in its place."""
-    return {**batch, "position": np.arange(len(batch["labels"]), dtype=np.int32)}
+    return {**batch, "global_index": np.arange(len(batch["labels"]), dtype=np.int32)}
 
 
 def make_step(training, config=CONFIG):
@@ -86,7 +86,7 @@ def run(training, config=CONFIG, steps=10, dtype=np.float64, method=None):
         step = jax.jit(make_step(training, config))
     else:
         parallel = METHODS[method](jax.devices())
-        step, state = parallel.wrap_train(make_step(training, config)), parallel.replicate(state)
+        step, state = parallel.compile_train_step(make_step(training, config)), parallel.replicate(state)
     for batch in batches(steps, dtype=dtype):
         state, value = step(state, batch if method else whole(batch))
         values.append(float(value))
@@ -144,8 +144,8 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(undivided):
     fixed = {name for name in names if name.startswith("embeddings/") or name.endswith(" 0")}
     assert len(fixed) == 5 + 12
     assert changed(before, state.params) == names - fixed
-    assert changed(before, state.average) == names - fixed
-    assert changed(state.params, state.average) == names - fixed
+    assert changed(before, state.ema_params) == names - fixed
+    assert changed(state.params, state.ema_params) == names - fixed
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float64)}
 
 
@@ -154,7 +154,7 @@ def test_linear_probe_moves_the_classifier_alone_and_has_no_backward_pass():
     probe, batch = dataclasses.replace(PLAIN, linear_probe=True), whole(next(batches(1)))
     before, step = start(probe), compiled(probe)
     after, value = step(before, batch)
-    assert changed(before.params, after.params) == changed(before.average, after.average)
+    assert changed(before.params, after.params) == changed(before.ema_params, after.ema_params)
     assert changed(before.params, after.params) == {
         "classifier/dense/bias", "classifier/dense/kernel", "classifier/layernorm/bias", "classifier/layernorm/scale",
     }  # fmt: skip
@@ -208,7 +208,7 @@ def test_bfloat16_is_of_the_computation_alone():
     batch = whole(next(batches(1)))
     step, state = compiled(HALF), start(HALF)
     after, value = step(state, batch)
-    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((after.params, after.average)))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((after.params, after.ema_params)))
     assert {leaf.dtype for leaf in jax.tree.leaves(after.opt_state)} == {np.dtype(np.float32), np.dtype(np.int32)}
     assert value.dtype == np.float32
     lines = [line for line in step.lower(state, batch).as_text().splitlines() if "stablehlo.dot_general" in line]
@@ -334,10 +334,10 @@ def test_masks_grow_over_the_ramp_and_are_whole_without_one(ramp_epochs, first, 
     class SeenError(Exception):
         pass
 
-    def prepare(keys, batch, frontend, config, strength):
+    def augmented_features(keys, batch, frontend, config, strength):
         raise SeenError(float(strength))
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "augmented_features", augmented_features)
     training = dataclasses.replace(AUGMENTED, ramp_epochs=ramp_epochs)
     for step, wanted in ((0, first), (3, later)):
         state = start(training).replace(step=jnp.asarray(step))
@@ -351,7 +351,7 @@ def test_every_augmentation_changes_the_features(field):
     batch = next(batches(1))
     keys = jax.random.split(jax.random.key(0), 16)
     plain, changed = (
-        train.prepare(keys, batch, FRONTEND, TrainConfig(**settings), jnp.ones(()))
+        train.augmented_features(keys, batch, FRONTEND, TrainConfig(**settings), jnp.ones(()))
         for settings in ({}, {field: AUGMENTED.frequency_shift if field != "noise" else True})
     )
     assert plain.shape == changed.shape
@@ -366,10 +366,10 @@ def test_moving_average_of_the_parameters():
         state, _ = step(state, whole(batch))
         decay = min(0.3, (number + 1) / (number + 10))
         want = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * new, want, state.params)
-    assert state.kept is state.average
-    for got, leaf in zip(jax.tree.leaves(state.kept), jax.tree.leaves(want), strict=True):
+    assert state.eval_params is state.ema_params
+    for got, leaf in zip(jax.tree.leaves(state.eval_params), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, leaf, atol=1e-6)
-    moved = jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), state.kept, state.params)
+    moved = jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), state.eval_params, state.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
     none = start(TrainConfig())
-    assert none.kept is none.params
+    assert none.eval_params is none.params
