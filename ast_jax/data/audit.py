@@ -19,7 +19,7 @@ from ast_jax.data.datasets import DataSet, Example, load_example
 from ast_jax.data.mixup import MIXUP_ALPHA, mix_waveforms
 from ast_jax.data.records import SPLITS, DataError
 from ast_jax.runtime.progress import track
-from ast_jax.runtime.threads import in_order
+from ast_jax.runtime.threads import ordered_map
 
 UNUSABLE = (AudioError, OSError, DataError)  # what reading a sound can raise: its message says what is wrong
 SAME_THROUGHOUT = 1e-6  # float32 values of log-mel's size, up to 16, lie this far apart
@@ -114,7 +114,7 @@ def check_headers(
         return end - example.start > frontend.max_seconds
 
     chosen = [examples[index] for index in _drawn(examples, limit, seed)]
-    found = list(in_order(check, chosen, num_threads))
+    found = list(ordered_map(check, chosen, num_threads))
     bad = [(example, reason) for example, reason in zip(chosen, found, strict=True) if isinstance(reason, str)]
     return Headers(len(chosen), sum(longer is True for longer in found), bad)
 
@@ -157,7 +157,7 @@ def statistics(
 
     chosen = _drawn(examples, limit, seed)
     total, frames, skipped = _Moments(), 0, []
-    for found in track(in_order(measure, chosen, num_threads), "features", len(chosen)):
+    for found in track(ordered_map(measure, chosen, num_threads), "features", len(chosen)):
         advance()
         if isinstance(found, str):
             skipped.append(found)
@@ -219,7 +219,7 @@ def statistics_as_original(
     for start in range(0, len(chosen), ORIGINAL_BATCH):
         total = _Moments()
         some = chosen[start : start + ORIGINAL_BATCH]
-        for found in track(in_order(measure, some, num_threads), f"features from {start} on", len(some)):
+        for found in track(ordered_map(measure, some, num_threads), f"features from {start} on", len(some)):
             if isinstance(found, str):
                 skipped.append(found)
             else:
@@ -310,7 +310,7 @@ def survey(
     same: dict[bytes, list[tuple[str, Example]]] = {}
     splits_of: dict[object, dict[str, None]] = {}
     placed = [(split, example) for split in SPLITS for example in dataset.splits[split]]
-    results = in_order(_hear, (example for _, example in placed), num_threads)
+    results = ordered_map(_hear, (example for _, example in placed), num_threads)
     for (split, example), heard in zip(placed, track(results, "sounds", len(placed)), strict=True):
         advance()
         if example.group or example.row is None:

@@ -20,7 +20,7 @@ from ast_jax.audio.io import AudioError, describe, header_seconds
 from ast_jax.audio.streams import Live, mono_blocks
 from ast_jax.audio.windows import Grid, cut, piece_starts
 from ast_jax.runtime.progress import progress
-from ast_jax.runtime.threads import in_order
+from ast_jax.runtime.threads import ordered_map
 
 AHEAD = 3  # batches that are read before the first of them is out
 FIRST = 4  # pieces of a sound that a thread reads
@@ -192,7 +192,7 @@ def _read_ahead(
         pieces.close()
         return [], _pieces(source, grid, rate, array_rate), False
 
-    for first, rest, waits in in_order(begin, sources, ahead=ahead):
+    for first, rest, waits in ordered_map(begin, sources, ahead=ahead):
         yield from first
         yield from rest
         if waits:

@@ -1,7 +1,7 @@
-"""Scaled dot-product attention: one function, four ways to compute it.
+"""Scaled dot-product attention: one public function, several implementations.
 
-Letters: B batch, N tokens, H heads, K width of a head. Below the public function everything takes [..., N, K], and
-masks [..., N, 1] of the keys.
+Letters: B batch, N tokens, H heads, K head width. The private functions take query, key and value as [..., N, K] and
+the key mask as [..., N, 1].
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-IMPLEMENTATIONS = ("auto", "plain", "tiles", "heads", "cudnn")
-TILE = 1280  # queries and keys that attend together: with more tokens memory grows with them, not with their square
-CUDNN_WIDTH = 128  # widest head that cuDNN takes on every card
+IMPLEMENTATIONS = ("auto", "dense", "chunked", "per_head", "cudnn")
+CHUNK = 1280  # most queries and keys in one block of scores; beyond it memory is linear in the number of tokens
+CUDNN_HEAD_WIDTH = 128  # widest head that cuDNN supports on every card
 Three = tuple[jax.Array, jax.Array, jax.Array]
 Four = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -31,24 +31,24 @@ def dot_product_attention(
     dropout_key: jax.Array | None = None,
     return_weights: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Attend with softmax(q kᵀ / sqrt(K)) v; scores and softmax in at least float32.
+    """Compute softmax(q kᵀ / sqrt(K)) v, with scores and softmax in at least float32.
 
-    Products of float32 operands are taken in full float32: on TPU and newer GPUs the default rounds them to 8 or 11
-    bits first.
+    float32 operands are multiplied at `Precision.HIGHEST`: the default on TPU and newer GPUs rounds them to bfloat16 or
+    TensorFloat-32 first.
 
     Args:
         query: [B, N, H, K].
         key: [B, N, H, K].
         value: [B, N, H, K].
-        mask: [B, N] bool, the keys that may be seen; None for all.
-        implementation: "plain" computes all scores at once, and keeps them for the gradient. "tiles" computes them once
-            more for the gradient and, from `TILE` tokens on, never holds more of them than those of as many queries and
-            keys (forward-mode derivatives end there); "heads" does so head by head, which keeps the scores in the cache
-            and is faster on CPU. "auto" is "heads" where the program is compiled for CPU, else "tiles". "cudnn" is
-            cuDNN's fused attention, for half precision and without a mask, on NVIDIA GPUs only; whatever it does not
-            take goes the way of "tiles". Attention weights and dropout always take "plain".
-        dropout_rate: share of attention weights set to zero.
-        dropout_key: random key, needed where `dropout_rate` is not 0.
+        mask: [B, N] bool, True for the keys to attend to; None for all.
+        implementation: "dense" computes the whole score matrix and keeps it for the backward pass. "chunked" recomputes
+            the scores in the backward pass and, beyond `CHUNK` tokens, computes them in blocks of at most `CHUNK`
+            queries and keys with an online softmax, so memory is linear in N (no forward-mode derivatives there).
+            "per_head" is "chunked" one head at a time, which keeps the scores in the CPU's cache. "auto" is "per_head"
+            in programs compiled for CPU, else "chunked". "cudnn" is cuDNN's fused attention (NVIDIA GPUs, half
+            precision, no mask) and falls back to "chunked". Attention weights and dropout always use "dense".
+        dropout_rate: fraction of attention weights set to zero.
+        dropout_key: random key, required if `dropout_rate` is not 0.
         return_weights: also return the weights, after dropout.
 
     Returns:
@@ -56,37 +56,37 @@ def dot_product_attention(
 
     Raises:
         ValueError: an unknown implementation, or dropout without a key.
-        RuntimeError: "cudnn" where there is none.
+        RuntimeError: "cudnn" without cuDNN.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
         )
-    if implementation == "cudnn" and _suits_cudnn(query, mask) and not (return_weights or dropout_rate):
+    if implementation == "cudnn" and _cudnn_supports(query, mask) and not (return_weights or dropout_rate):
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn"), None
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, H, N, K]
     mask = None if mask is None else jnp.asarray(mask)[:, None, :, None]
     if return_weights or dropout_rate:
-        weights = _weights(query, key, mask)
+        weights = _softmax(query, key, mask)
         if dropout_rate:
             if dropout_key is None:
                 raise ValueError(f"dropout_key: expected a random key for a dropout_rate of {dropout_rate}, got none")
             keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
             weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
-        return _weighted(weights, value).swapaxes(1, 2), weights if return_weights else None
+        return _weighted_sum(weights, value).swapaxes(1, 2), weights if return_weights else None
     if implementation == "auto":
         output = jax.lax.platform_dependent(
             query, key, value,
-            cpu=functools.partial(_by_heads, mask=mask), default=functools.partial(_in_tiles, mask=mask),
+            cpu=functools.partial(_per_head, mask=mask), default=functools.partial(_chunked, mask=mask),
         )  # fmt: skip
     else:
-        function = {"plain": _plain, "heads": _by_heads}.get(implementation, _in_tiles)
+        function = {"dense": _dense, "per_head": _per_head}.get(implementation, _chunked)
         output = function(query, key, value, mask)
     return output.swapaxes(1, 2), None
 
 
 def fastest_implementation(dtype: Any) -> str:
-    """Return what suits a program that is compiled for this process's devices, and for no others.
+    """Return the fastest implementation for a program that runs on this process's devices only.
 
     Args:
         dtype: of the computation.
@@ -95,156 +95,159 @@ def fastest_implementation(dtype: Any) -> str:
     return "cudnn" if cuda and _is_half(dtype) else "auto"
 
 
+def full_precision(dtype: Any) -> jax.lax.Precision | None:
+    """Return the `precision` that keeps a product of this dtype exact; None for half precision."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
+
+
 def _is_half(dtype: Any) -> bool:
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
-def _suits_cudnn(query: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether cuDNN takes it; a mask would have to be written out for every pair of tokens."""
-    return mask is None and _is_half(query.dtype) and query.shape[-1] % 8 == 0 and query.shape[-1] <= CUDNN_WIDTH
-
-
-def _weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the softmax [..., N, N] in at least float32."""
-    return jax.nn.softmax(_scores(query, key, mask), axis=-1)
+def _cudnn_supports(query: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether cuDNN takes these inputs; a mask would have to be materialised as [B, H, N, N]."""
+    return mask is None and _is_half(query.dtype) and query.shape[-1] % 8 == 0 and query.shape[-1] <= CUDNN_HEAD_WIDTH
 
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the scaled products [..., N, N] in at least float32, -inf where nothing may be seen."""
-    scores = _product("...qd,...kd->...qk", query * query.shape[-1] ** -0.5, key)
+    """Return scaled scores [..., N, N] in at least float32, -inf for masked keys."""
+    scores = _einsum("...qd,...kd->...qk", query * query.shape[-1] ** -0.5, key)
     if mask is not None:
         scores = jnp.where(mask.swapaxes(-1, -2), scores, -jnp.inf)  # the two prefix tokens are never masked
     return scores
 
 
-def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Return the values [..., N, K] weighted with [..., N, N]."""
+def _softmax(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Return attention weights [..., N, N] in at least float32."""
+    return jax.nn.softmax(_scores(query, key, mask), axis=-1)
+
+
+def _weighted_sum(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Return weights [..., N, N] @ value [..., N, K] in the value's dtype."""
     weights = weights.astype(value.dtype)
     return jnp.einsum("...qk,...kd->...qd", weights, value, precision=full_precision(value.dtype))
 
 
-def full_precision(dtype: Any) -> jax.lax.Precision | None:
-    """Return what keeps a product of this dtype from being rounded to less; None for half precision."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
-
-
-def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend to all at once."""
-    return _weighted(_weights(query, key, mask), value)
-
-
-def _late(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend to all at once, and divide by the softmax's sum at last: once less through all the scores."""
-    scores = _scores(query, key, mask)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # [..., N, N]
-    product = _weighted(weights, value)  # in the value's dtype, or the gradient's products would not be
-    return (product / weights.sum(-1, keepdims=True)).astype(value.dtype)
-
-
-def _in_tiles(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend without keeping scores for the gradient; with many tokens, for some queries and keys at a time."""
-    if query.shape[-2] <= TILE:
-        return jax.checkpoint(_late, prevent_cse=False)(query, key, value, mask)
-    return _tiled(query, key, value, jnp.ones((query.shape[-2], 1), bool) if mask is None else mask)
-
-
-@jax.custom_vjp
-def _tiled(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attend tile by tile with a running maximum and sum (Rabe and Staats 2021; Dao et al. 2022)."""
-    return _tiled_forward(query, key, value, mask)[0]
-
-
-def _tiled_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-    """Return the output, and what the gradient needs: the log of each query's sum beside it, and the arguments."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    others = _cut(key), _cut(value), _cut(mask)
-
-    def attend(some: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def add(state: Three, tile: Three) -> tuple[Three, None]:
-            output, top, total = state
-            keys, values, seen = tile
-            scores = _scores(some, keys, seen)  # [..., queries, keys]
-            higher = jnp.maximum(top, scores.max(-1, keepdims=True))
-            weights, shrink = jnp.exp(scores - higher), jnp.exp(top - higher)
-            output = output * shrink + _product("...qk,...kd->...qd", weights, values)
-            return (output, higher, total * shrink + weights.sum(-1, keepdims=True)), None
-
-        column = (*some.shape[:-1], 1)
-        nothing = (
-            jnp.zeros(some.shape, dtype),
-            jnp.full(column, jnp.finfo(dtype).min),  # finite: a first tile may be masked as a whole
-            jnp.zeros(column, dtype),
-        )
-        (output, top, total), _ = jax.lax.scan(add, nothing, others)
-        return (output / total).astype(value.dtype), top + jnp.log(total)
-
-    outputs, logs = jax.lax.map(attend, _cut(query))
-    output = checkpoint_name(_joined(outputs, query.shape[-2]), "attended")
-    logs = checkpoint_name(logs, "attention_logs")
-    return output, (query, key, value, mask, output, logs)
-
-
-def _tiled_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    """Return the gradients, for which each tile's weights are computed once more."""
-    query, key, value, mask, output, logs = kept
-    others = _cut(key), _cut(value), _cut(mask)
-    dots = _cut((gradient * output).astype(logs.dtype).sum(-1, keepdims=True))  # [tiles, ..., queries, 1]
-    scale = query.shape[-1] ** -0.5
-
-    def of_queries(state: tuple[jax.Array, ...], some: Four) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        queries, gradients, log, dot = some
-
-        def of_keys(of_query: jax.Array, tile: Three) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            keys, values, seen = tile
-            weights = jnp.exp(_scores(queries, keys, seen) - log)  # [..., queries, keys]
-            of_value = _product("...qk,...qd->...kd", weights, gradients)
-            of_weights = _product("...qd,...kd->...qk", gradients, values)
-            of_scores = weights * (of_weights - dot) * scale
-            of_query = of_query + _product("...qk,...kd->...qd", of_scores, keys)
-            return of_query, (_product("...qk,...qd->...kd", of_scores, queries), of_value)
-
-        of_query, of_others = jax.lax.scan(of_keys, jnp.zeros(queries.shape, logs.dtype), others)
-        return jax.tree.map(jnp.add, state, of_others), of_query
-
-    nothing = tuple(jnp.zeros(tiles.shape, logs.dtype) for tiles in others[:2])
-    (of_key, of_value), of_query = jax.lax.scan(of_queries, nothing, (_cut(query), _cut(gradient), logs, dots))
-    found = (_joined(tiles, query.shape[-2]) for tiles in (of_query, of_key, of_value))
-    return *(one.astype(like.dtype) for one, like in zip(found, (query, key, value), strict=True)), None
-
-
-_tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-def _cut(array: jax.Array) -> jax.Array:
-    """Cut [..., N, K] into tiles [tiles, ..., size, K] of one size, padded with zeros."""
-    *rest, tokens, width = array.shape
-    count = -(-tokens // TILE)
-    size = -(-tokens // count)
-    padded = jnp.pad(array, [*[(0, 0)] * len(rest), (0, count * size - tokens), (0, 0)])
-    return jnp.moveaxis(padded.reshape(*rest, count, size, width), -3, 0)
-
-
-def _joined(tiles: jax.Array, tokens: int) -> jax.Array:
-    """Invert `_cut`."""
-    count, *rest, size, width = tiles.shape
-    return jnp.moveaxis(tiles, 0, -3).reshape(*rest, count * size, width)[..., :tokens, :]
-
-
-def _product(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Multiply in the second operand's dtype, summed in at least float32."""
+def _einsum(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiply in the second operand's dtype, accumulated in at least float32."""
     dtype = jnp.promote_types(right.dtype, jnp.float32)
     return jnp.einsum(
         formula, left.astype(right.dtype), right, preferred_element_type=dtype, precision=full_precision(right.dtype)
     )
 
 
-def _by_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attend in tiles, head by head of each example."""
+def _dense(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend with the whole score matrix at once."""
+    return _weighted_sum(_softmax(query, key, mask), value)
+
+
+def _per_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Apply `_chunked` to one head of one example at a time: [B, H, N, K]."""
     batch, heads, tokens, width = query.shape
 
     def one_head(head: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-        return _in_tiles(*head)  # [N, K]: with more axes, of length 1, products and passes take up to twice as long
+        return _chunked(*head)  # [N, K]: leading axes of length 1 make the products up to twice as slow
 
-    each = tuple(x.reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
+    per_head = tuple(x.reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
     masks = None if mask is None else jnp.repeat(mask[:, 0], heads, axis=0)  # [B H, N, 1]
-    return jax.lax.map(one_head, (*each, masks)).reshape(batch, heads, tokens, width)
+    return jax.lax.map(one_head, (*per_head, masks)).reshape(batch, heads, tokens, width)
+
+
+def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend without storing scores for the backward pass; beyond `CHUNK` tokens, block by block."""
+    if query.shape[-2] <= CHUNK:
+        return jax.checkpoint(_normalized_last, prevent_cse=False)(query, key, value, mask)
+    return _online_softmax(query, key, value, jnp.ones((query.shape[-2], 1), bool) if mask is None else mask)
+
+
+def _normalized_last(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attend and divide by the softmax's denominator after the product, which saves a pass over the scores."""
+    scores = _scores(query, key, mask)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # [..., N, N]
+    product = _weighted_sum(weights, value)  # in the value's dtype, so that the gradient's products are too
+    return (product / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+
+@jax.custom_vjp
+def _online_softmax(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attend block by block with a running maximum and sum (Rabe and Staats 2021; Dao et al. 2022)."""
+    return _online_softmax_forward(query, key, value, mask)[0]
+
+
+def _online_softmax_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Return the output and the residuals: the arguments, the output and each query's log-sum-exp."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    key_chunks = _split(key), _split(value), _split(mask)
+
+    def attend(queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def add(state: Three, chunk: Three) -> tuple[Three, None]:
+            output, maximum, total = state
+            keys, values, visible = chunk
+            scores = _scores(queries, keys, visible)  # [..., queries, keys]
+            new_maximum = jnp.maximum(maximum, scores.max(-1, keepdims=True))
+            weights, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
+            output = output * rescale + _einsum("...qk,...kd->...qd", weights, values)
+            return (output, new_maximum, total * rescale + weights.sum(-1, keepdims=True)), None
+
+        column = (*queries.shape[:-1], 1)
+        start = (
+            jnp.zeros(queries.shape, dtype),
+            jnp.full(column, jnp.finfo(dtype).min),  # finite: the first chunk may be masked entirely
+            jnp.zeros(column, dtype),
+        )
+        (output, maximum, total), _ = jax.lax.scan(add, start, key_chunks)
+        return (output / total).astype(value.dtype), maximum + jnp.log(total)
+
+    outputs, logsumexp = jax.lax.map(attend, _split(query))
+    output = checkpoint_name(_join(outputs, query.shape[-2]), "attended")
+    logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
+    return output, (query, key, value, mask, output, logsumexp)
+
+
+def _online_softmax_backward(residuals: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    """Return the gradients, recomputing the weights of each block."""
+    query, key, value, mask, output, logsumexp = residuals
+    key_chunks = _split(key), _split(value), _split(mask)
+    dtype, scale = logsumexp.dtype, query.shape[-1] ** -0.5
+    dots = _split((gradient * output).astype(dtype).sum(-1, keepdims=True))  # [chunks, ..., queries, 1]
+
+    def query_chunk(state: tuple[jax.Array, ...], chunk: Four) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        queries, gradients, log_total, dot = chunk
+
+        def key_chunk(query_grad: jax.Array, chunk: Three) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            keys, values, visible = chunk
+            weights = jnp.exp(_scores(queries, keys, visible) - log_total)  # [..., queries, keys]
+            value_grad = _einsum("...qk,...qd->...kd", weights, gradients)
+            weight_grad = _einsum("...qd,...kd->...qk", gradients, values)
+            score_grad = weights * (weight_grad - dot) * scale
+            query_grad = query_grad + _einsum("...qk,...kd->...qd", score_grad, keys)
+            return query_grad, (_einsum("...qk,...qd->...kd", score_grad, queries), value_grad)
+
+        query_grad, key_grads = jax.lax.scan(key_chunk, jnp.zeros(queries.shape, dtype), key_chunks)
+        return jax.tree.map(jnp.add, state, key_grads), query_grad
+
+    zeros = tuple(jnp.zeros(chunks.shape, dtype) for chunks in key_chunks[:2])
+    query_chunks = (_split(query), _split(gradient), logsumexp, dots)
+    (key_grad, value_grad), query_grad = jax.lax.scan(query_chunk, zeros, query_chunks)
+    gradients = (_join(chunks, query.shape[-2]) for chunks in (query_grad, key_grad, value_grad))
+    return *(x.astype(like.dtype) for x, like in zip(gradients, (query, key, value), strict=True)), None
+
+
+_online_softmax.defvjp(_online_softmax_forward, _online_softmax_backward)
+
+
+def _split(array: jax.Array) -> jax.Array:
+    """Split [..., N, K] into equal chunks [chunks, ..., size, K], zero-padded."""
+    *rest, tokens, width = array.shape
+    count = -(-tokens // CHUNK)
+    size = -(-tokens // count)
+    padded = jnp.pad(array, [*[(0, 0)] * len(rest), (0, count * size - tokens), (0, 0)])
+    return jnp.moveaxis(padded.reshape(*rest, count, size, width), -3, 0)  # [chunks, ..., size, K]
+
+
+def _join(chunks: jax.Array, tokens: int) -> jax.Array:
+    """Invert `_split`: [..., N, K]."""
+    count, *rest, size, width = chunks.shape
+    return jnp.moveaxis(chunks, 0, -3).reshape(*rest, count * size, width)[..., :tokens, :]

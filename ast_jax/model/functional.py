@@ -50,7 +50,7 @@ def apply(
     config: ASTConfig | None = None,
     *,
     lengths: jax.Array | None = None,
-    tokens: jax.Array | None = None,
+    patch_indices: jax.Array | None = None,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
     dtype: Any = None,
@@ -65,15 +65,15 @@ def apply(
         config: the architecture. Without it all that the shapes of `params` tell is read off them, and the rest is the
             published models': strides of 10, eps 1e-12, erf GELU. Pass it for anything that was loaded.
         lengths: [B] valid frames (a scalar for one [T, F]). Tokens that reach beyond are masked in every layer.
-        tokens: [B, K] patches to keep ([K] for one [T, F]), counted from 0 along time first; None for all. The others
-            are left out once positions are added, and the model is as much faster (PaSST, Koutini et al. 2022).
+        patch_indices: [B, K] indices of the patches to keep ([K] for one [T, F]), time varying fastest; None for all.
+            The others are dropped after the position embeddings are added (patchout: PaSST, Koutini et al. 2022).
         train: switches dropout on; needs `rngs={"dropout": key}` where the configuration has any.
         rngs: random keys by name.
         dtype: dtype of the computation, for instance `jnp.bfloat16`; None is the parameters' own, at least float32.
             In float32 the attention and the head take their products in full; the dense layers take the backend's
             default, which on TPU rounds to bfloat16 first, and on newer GPUs to TensorFloat-32: run under
             `jax.default_matmul_precision("highest")` for a reference's digits there.
-        attention_implementation: "auto", "plain", "tiles", "heads" or "cudnn", see `dot_product_attention` in
+        attention_implementation: "auto", "dense", "chunked", "per_head" or "cudnn", see `dot_product_attention` in
             `ast_jax.model.attention`; its `fastest_implementation` names the fastest for this process's devices.
         rematerialize: keep only each block's input for the backward pass, and compute the rest of it again there.
 
@@ -81,17 +81,22 @@ def apply(
         Logits [B, C], or [C] for one spectrogram, in at least float32.
 
     Raises:
-        ValueError: spec, lengths, tokens or params do not fit `config`; the message has both shapes.
+        ValueError: spec, lengths, patch_indices or params do not fit `config`; the message has both shapes.
     """
     config = config or config_from_params(params, spec)
     if "classifier" not in params:
         raise ValueError("params: expected a classifier, got a headless model; use `encode`")
-    batch, lengths, tokens, single = _batched(spec, lengths, tokens, config)
+    batch, lengths, patch_indices, single = _batched(spec, lengths, patch_indices, config)
     model = _module(
         ASTForAudioClassification, params, config, dtype, attention_implementation, train, rngs, rematerialize
     )
     logits: jax.Array = model.apply(  # type: ignore[assignment]  # Flax gives a pair only with `mutable`
-        {"params": params}, batch, lengths, tokens=tokens, train=train, rngs=None if rngs is None else dict(rngs)
+        {"params": params},
+        batch,
+        lengths,
+        patch_indices=patch_indices,
+        train=train,
+        rngs=None if rngs is None else dict(rngs),
     )
     return logits[0] if single else logits
 
@@ -102,7 +107,7 @@ def encode(
     config: ASTConfig | None = None,
     *,
     lengths: jax.Array | None = None,
-    tokens: jax.Array | None = None,
+    patch_indices: jax.Array | None = None,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
     dtype: Any = None,
@@ -120,25 +125,26 @@ def encode(
         spec: as in `apply`.
         config: as in `apply`.
         lengths: as in `apply`.
-        tokens: as in `apply`; N below then is 2 + K.
+        patch_indices: as in `apply`; N below then is 2 + K.
         train: as in `apply`.
         rngs: as in `apply`.
         dtype: as in `apply`.
         attention_implementation: as in `apply`.
         rematerialize: as in `apply`.
         output_hidden_states: also return [L + 1, B, N, D]: the embeddings, then every block's output.
-        output_attentions: also return [L, B, H, N, N]; this computes attention the plain way.
+        output_attentions: also return [L, B, H, N, N]; attention is then "dense".
 
     Raises:
-        ValueError: spec, lengths, tokens or params do not fit `config`.
+        ValueError: spec, lengths, patch_indices or params do not fit `config`.
     """
     config = config or config_from_params(params, spec)
-    batch, lengths, tokens, single = _batched(spec, lengths, tokens, config)
+    batch, lengths, patch_indices, single = _batched(spec, lengths, patch_indices, config)
     model = _module(ASTModel, params, config, dtype, attention_implementation, train, rngs, rematerialize)
     body = {name: value for name, value in params.items() if name != "classifier"}
     output: ASTOutput = model.apply(  # type: ignore[assignment]  # as in `apply`
-        {"params": body}, batch, lengths, tokens=tokens, train=train, rngs=None if rngs is None else dict(rngs),
-        output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        {"params": body}, batch, lengths, patch_indices=patch_indices, train=train,
+        rngs=None if rngs is None else dict(rngs), output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
     )  # fmt: skip
     if not single:
         return output
@@ -224,7 +230,7 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
 
 
 def _batched(
-    spec: jax.Array, lengths: Any, tokens: Any, config: ASTConfig
+    spec: jax.Array, lengths: Any, patch_indices: Any, config: ASTConfig
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, bool]:
     """Check the shapes of the input; return it with a batch axis, and whether that axis was added."""
     single = jnp.ndim(spec) == 2
@@ -245,14 +251,16 @@ def _batched(
         if lengths.shape != batch.shape[:1]:
             raise ValueError(f"lengths: expected {batch.shape[:1]}, one for each spectrogram, got {lengths.shape}")
         _check_whole("lengths", lengths, config.max_length, f"0 to {config.max_length} frames")
-    if tokens is not None:
-        tokens = jnp.asarray(tokens)
-        tokens = tokens[None] if single else tokens
-        if tokens.ndim != 2 or len(tokens) != len(batch):
-            raise ValueError(f"tokens: expected [{len(batch)}, K], a row for each spectrogram, got {tokens.shape}")
+    if patch_indices is not None:
+        patch_indices = jnp.asarray(patch_indices)
+        patch_indices = patch_indices[None] if single else patch_indices
+        if patch_indices.ndim != 2 or len(patch_indices) != len(batch):
+            raise ValueError(
+                f"patch_indices: expected [{len(batch)}, K], a row for each spectrogram, got {patch_indices.shape}"
+            )
         last = config.num_tokens - 3
-        _check_whole("tokens", tokens, last, f"patches 0 to {last}")
-    return batch, lengths, tokens, single
+        _check_whole("patch_indices", patch_indices, last, f"patches 0 to {last}")
+    return batch, lengths, patch_indices, single
 
 
 def _check_whole(name: str, numbers: jax.Array, most: int, expected: str) -> None:

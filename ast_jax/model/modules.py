@@ -22,7 +22,7 @@ from ast_jax.model.attention import dot_product_attention, full_precision
 
 # What the backward pass finds of a block, beside its input; normalisation, activation and attention's scores, which are
 # cheap to compute but large, are computed again there. That takes half the memory, and on CPU less time as well.
-SAVED = ("qkv", "attended", "attention_logs", "attention_out", "hidden")
+SAVED = ("qkv", "attended", "attention_logsumexp", "attention_out", "hidden")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),  # the exact erf form, as in both references
@@ -82,8 +82,8 @@ class Embeddings(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, spec: jax.Array, kept: jax.Array | None, deterministic: bool) -> jax.Array:
-        """Map spec [B, T, F] to tokens [B, N, D], or [B, 2 + K, D] of the patches kept [B, K]."""
+    def __call__(self, spec: jax.Array, patch_indices: jax.Array | None, deterministic: bool) -> jax.Array:
+        """Map spec [B, T, F] to tokens [B, N, D], or [B, 2 + K, D] with `patch_indices` [B, K]."""
         config, width = self.config, self.config.hidden_size
         image = spec.swapaxes(1, 2)[..., None].astype(self.dtype)  # [B, F, T, 1]: patches count along frequency first
         patches = nn.Conv(
@@ -102,7 +102,7 @@ class Embeddings(nn.Module):
             (config.num_tokens, width),
         )
         tokens = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(self.dtype)  # [B, N, D]
-        tokens = tokens if kept is None else keep(tokens, kept)
+        tokens = tokens if patch_indices is None else select_patches(tokens, patch_indices)
         return nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(tokens)
 
 
@@ -205,19 +205,19 @@ class ASTModel(nn.Module):
         spec: jax.Array,
         lengths: jax.Array | None = None,
         *,
-        tokens: jax.Array | None = None,
+        patch_indices: jax.Array | None = None,
         train: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ASTOutput:
-        """Map spec [B, T, F] (and valid frames [B], and the patches to keep [B, K]) to `ASTOutput`."""
+        """Map spec [B, T, F] (with valid frames [B] and patch indices [B, K]) to `ASTOutput`."""
         valid = None
         if lengths is not None:
             valid = valid_tokens(lengths, self.config)
-            valid = valid if tokens is None else keep(valid, tokens)
+            valid = valid if patch_indices is None else select_patches(valid, patch_indices)
             inside = jnp.arange(spec.shape[1]) < lengths[:, None]  # [B, T]
             spec = jnp.where(inside[..., None], spec, 0)  # nothing in the padding, not even NaN, reaches the gradient
-        embedded = self.embeddings(spec, tokens, not train)  # [B, N, D]
+        embedded = self.embeddings(spec, patch_indices, not train)  # [B, N, D]
         x, (states, attentions) = self.layers(embedded, valid, not train, output_hidden_states, output_attentions)
         normed = self.layernorm(x)
         return ASTOutput(
@@ -237,10 +237,15 @@ class ASTForAudioClassification(ASTModel):
         self.classifier = Head(self.config, jnp.promote_types(self.dtype, jnp.float32))
 
     def __call__(  # type: ignore[override]  # a Flax module's call is its own: this one gives logits
-        self, spec: jax.Array, lengths: jax.Array | None = None, *, tokens: jax.Array | None = None, train: bool = False
+        self,
+        spec: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        patch_indices: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
-        """Map spec [B, T, F] (and valid frames [B], and the patches to keep [B, K]) to logits [B, C]."""
-        return self.classifier(super().__call__(spec, lengths, tokens=tokens, train=train).pooler_output)
+        """Map spec [B, T, F] (with valid frames [B] and patch indices [B, K]) to logits [B, C]."""
+        return self.classifier(super().__call__(spec, lengths, patch_indices=patch_indices, train=train).pooler_output)
 
 
 class Head(nn.Module):
@@ -268,7 +273,7 @@ def valid_tokens(lengths: jax.Array, config: ASTConfig) -> jax.Array:
     return jnp.concatenate([jnp.ones((patches.shape[0], 2), bool), patches], axis=1)
 
 
-def keep(tokens: jax.Array, patches: jax.Array) -> jax.Array:
-    """Return the two prefix tokens and the given patches [B, K] of `tokens` [B, N, …]: [B, 2 + K, …]."""
-    index = jnp.pad(patches + 2, ((0, 0), (2, 0))).at[:, 1].set(1)  # [B, 2 + K]: 0, 1, then the patches
+def select_patches(tokens: jax.Array, patch_indices: jax.Array) -> jax.Array:
+    """Return the two prefix tokens and the patches [B, K] of `tokens` [B, N, ...]: [B, 2 + K, ...]."""
+    index = jnp.pad(patch_indices + 2, ((0, 0), (2, 0))).at[:, 1].set(1)  # [B, 2 + K]: 0, 1, then the patches
     return jnp.take_along_axis(tokens, index.reshape(*index.shape, *[1] * (tokens.ndim - 2)), axis=1)

@@ -1,4 +1,4 @@
-"""Work that threads do side by side, in order and some of it ahead."""
+"""A thread pool's map that keeps the order and runs a bounded number of items ahead."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-AHEAD = 4  # items a thread, so that none waits for work
+AHEAD = 4  # queued items per thread, so that no thread idles
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def in_order(
+def ordered_map(
     function: Callable[[_Item], _Result],
     items: Iterable[_Item],
     num_threads: int | None = None,
     ahead: int | None = None,
 ) -> Iterator[_Result]:
-    """Yield function(item) of all items in their order.
+    """Yield function(item) for each item in order, computed in a thread pool.
 
     Args:
-        function: that lets go of the interpreter for most of its time.
-        items: read as they are needed.
-        num_threads: None for one a core.
-        ahead: items that are read before the first result is out; None for some a thread.
+        function: should release the GIL for most of its time.
+        items: consumed lazily.
+        num_threads: size of the pool; None for one thread per core.
+        ahead: most items taken before the first result is yielded; None for `AHEAD` per thread.
     """
     threads = num_threads or os.cpu_count() or 1
     waiting: collections.deque[Future[_Result]] = collections.deque()
@@ -41,5 +41,5 @@ def in_order(
     finally:
         for future in waiting:
             future.cancel()
-        if not is_over():  # when Python ends it has waited for the threads already
+        if not is_over():  # at interpreter shutdown the threads have been joined already
             pool.shutdown()

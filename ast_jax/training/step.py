@@ -180,20 +180,20 @@ def _logits(
     params: Any, spec: jax.Array, keys: jax.Array, config: ASTConfig, training: TrainConfig, attention: str
 ) -> jax.Array:
     """Run the model in training on [b, T, F] with a key for each example; return [b, C]."""
-    tokens = None
-    if any(_patchout(training)):
-        tokens = jax.vmap(lambda key: augment.patchout_tokens(key, config.grid, *_patchout(training)))(_fold(keys, 5))
+    patch_indices = None
+    if any(dropped := _patchout(training)):
+        patch_indices = jax.vmap(lambda key: augment.patchout_tokens(key, config.grid, *dropped))(_fold(keys, 5))
     forward = functools.partial(
         model.apply, params, config=config, train=True, rematerialize=training.rematerialize,
         dtype=jnp.bfloat16 if training.dtype == "bfloat16" else None, attention_implementation=attention,
     )  # fmt: skip
     if not (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
-        return forward(spec, tokens=tokens)
+        return forward(spec, patch_indices=patch_indices)
 
-    def one(spec: jax.Array, tokens: jax.Array | None, key: jax.Array) -> jax.Array:
-        return forward(spec, tokens=tokens, rngs={"dropout": key})
+    def one(spec: jax.Array, patch_indices: jax.Array | None, key: jax.Array) -> jax.Array:
+        return forward(spec, patch_indices=patch_indices, rngs={"dropout": key})
 
-    return jax.vmap(one)(spec, tokens, _fold(keys, 3))
+    return jax.vmap(one)(spec, patch_indices, _fold(keys, 3))
 
 
 def _accumulated(

@@ -31,7 +31,7 @@ from ast_jax.model.attention import fastest_implementation
 from ast_jax.model.losses import loss
 from ast_jax.runtime.files import write_text
 from ast_jax.runtime.progress import progress
-from ast_jax.runtime.signals import HELD_BACK, held_back, stop
+from ast_jax.runtime.signals import DEFERRED, defer_signals, stop
 from ast_jax.training import distill, input_pipeline, optimizers, plots, run_folder
 from ast_jax.training import step as train
 from ast_jax.training.config import TrainConfig
@@ -171,7 +171,7 @@ class Loop:
         training, record = self.run.training, self.record
         with contextlib.ExitStack() as stack:
             alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
-            self.came = stack.enter_context(held_back(HELD_BACK if alone else (signal.SIGINT,)))
+            self.came = stack.enter_context(defer_signals(DEFERRED if alone else (signal.SIGINT,)))
             if self.first:
                 write_text(self.folder / run_folder.RUN_FILE, self.run.to_json())
             self.states = stack.enter_context(States(self.folder))

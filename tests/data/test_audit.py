@@ -185,7 +185,7 @@ def test_results_come_in_order_and_few_are_under_way():
             running -= 1
         return number * number
 
-    results = threads.in_order(work, items(), num_threads=3)
+    results = threads.ordered_map(work, items(), num_threads=3)
     assert next(results) == 0
     assert len(taken) <= 3 * threads.AHEAD
     assert list(results) == [number * number for number in range(1, 50)]
@@ -194,7 +194,7 @@ def test_results_come_in_order_and_few_are_under_way():
 
 def test_an_error_of_ours_is_not_swallowed():
     with pytest.raises(ZeroDivisionError):
-        list(threads.in_order(lambda number: 1 / number, [1, 0, 2], num_threads=2))
+        list(threads.ordered_map(lambda number: 1 / number, [1, 0, 2], num_threads=2))
 
 
 def test_headers(examples, tmp_path):

@@ -1,4 +1,4 @@
-"""Attention by every way: the same values and gradients, and memory that grows with the tokens, not their square."""
+"""All attention implementations: equal values and gradients; memory linear in the number of tokens."""
 
 import re
 
@@ -10,7 +10,7 @@ import pytest
 from ast_jax.model import attention
 from ast_jax.model.attention import dot_product_attention
 
-WAYS = ("auto", "plain", "tiles", "heads", "cudnn")  # the last steps aside in float32
+IMPLEMENTATIONS = ("auto", "dense", "chunked", "per_head", "cudnn")  # cudnn falls back in float32
 
 
 def qkv(shape, dtype=np.float64, seed=0):
@@ -27,47 +27,49 @@ def reference(query, key, value, mask=None):
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles that cut what is small enough for a test, with a rest: 11 tokens in tiles of 4, 4 and 3."""
-    monkeypatch.setattr(attention, "TILE", 4)
+def small_chunks(monkeypatch):
+    """Chunks small enough for a test, with a remainder: 11 tokens in chunks of 4, 4 and 3."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tokens", [3, 4, 8, 11])
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_gives_what_is_written_out(way, tokens, masked):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_implementation_equals_the_reference(implementation, tokens, masked):
     with jax.enable_x64(True):
         given = qkv((2, tokens, 3, 8))
         mask = np.random.default_rng(1).random((2, tokens)) < 0.6 if masked else None
         if masked:
             mask[:, 0] = True
-        output, weights = dot_product_attention(*map(jnp.asarray, given), mask, implementation=way)
+        output, weights = dot_product_attention(*map(jnp.asarray, given), mask, implementation=implementation)
         assert weights is None
         np.testing.assert_allclose(output, reference(*given, mask), atol=1e-13)  # float64's rounding of sums near 1
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_those_of_the_plain_way(way, masked):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_are_those_of_dense_attention(implementation, masked):
     with jax.enable_x64(True):
         given = tuple(map(jnp.asarray, qkv((2, 11, 3, 8))))
         mask = jnp.arange(11) < jnp.array([[11], [6]]) if masked else None
 
-        def total(way, given):
-            return jnp.sin(dot_product_attention(*given, mask, implementation=way)[0]).sum()
+        def total(implementation, given):
+            return jnp.sin(dot_product_attention(*given, mask, implementation=implementation)[0]).sum()
 
-        for found, wanted in zip(*(jax.grad(total, 1)(which, given) for which in (way, "plain")), strict=True):
+        for found, wanted in zip(
+            *(jax.grad(total, 1)(which, given) for which in (implementation, "dense")), strict=True
+        ):
             np.testing.assert_allclose(found, wanted, atol=1e-13)
 
 
-@pytest.mark.parametrize("way", ["tiles", "heads"])
+@pytest.mark.parametrize("implementation", ["chunked", "per_head"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_memory_does_not_grow_with_the_square_of_the_tokens(way, backward, monkeypatch):
+def test_memory_does_not_grow_with_the_square_of_the_tokens(implementation, backward, monkeypatch):
     """What the compiler sets aside; all scores at once would take four times as much for twice the tokens."""
-    monkeypatch.setattr(attention, "TILE", 64)
+    monkeypatch.setattr(attention, "CHUNK", 64)
 
     def run(query, key, value):
-        return dot_product_attention(query, key, value, implementation=way)[0].sum()
+        return dot_product_attention(query, key, value, implementation=implementation)[0].sum()
 
     def temporary(tokens, function):
         arrays = [jax.ShapeDtypeStruct((2, tokens, 3, 16), jnp.float32)] * 3
@@ -137,6 +139,6 @@ def test_the_fastest_here_is_portable():
     assert attention.fastest_implementation("bfloat16") == "auto"
 
 
-def test_an_unknown_way_is_refused():
-    with pytest.raises(ValueError, match="expected one of auto, plain, tiles, heads, cudnn, got 'flash'"):
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="expected one of auto, dense, chunked, per_head, cudnn, got 'flash'"):
         dot_product_attention(*jnp.asarray(qkv((1, 2, 1, 4), np.float32)), implementation="flash")

@@ -123,7 +123,7 @@ def test_jit_vmap_and_grad(params, spec):
     assert np.abs(gradient).max() > 0
 
 
-@pytest.mark.parametrize("implementation", ["auto", "tiles", "heads"])
+@pytest.mark.parametrize("implementation", ["auto", "chunked", "per_head"])
 def test_attention_implementations_agree(implementation, params, spec):
     lengths = jnp.array([20, 64, 40])
 
@@ -133,11 +133,11 @@ def test_attention_implementations_agree(implementation, params, spec):
 
         return ast_jax.apply(params, spec, SMALL, attention_implementation=which), jax.grad(total)(params)
 
-    (logits, gradient), (plain_logits, plain_gradient) = run(implementation), run("plain")
-    np.testing.assert_allclose(logits, plain_logits, atol=ROUNDING)
-    norm = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(plain_gradient))
-    for leaf, plain in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain_gradient), strict=True):
-        assert np.abs(leaf - plain).max() < 1e-5 * norm  # the key bias's true gradient is zero: only an absolute bound
+    (logits, gradient), (dense_logits, dense_gradient) = run(implementation), run("dense")
+    np.testing.assert_allclose(logits, dense_logits, atol=ROUNDING)
+    norm = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(dense_gradient))
+    for leaf, dense in zip(jax.tree.leaves(gradient), jax.tree.leaves(dense_gradient), strict=True):
+        assert np.abs(leaf - dense).max() < 1e-5 * norm  # the key bias's true gradient is zero: only an absolute bound
 
 
 def test_encode_collects_every_state(params, spec):
@@ -207,8 +207,8 @@ def test_all_tokens_in_any_order_are_the_whole_model(params, spec):
     patches = SMALL.num_tokens - 2
     want = ast_jax.apply(params, spec, SMALL)
     orders = np.stack([np.arange(patches), np.arange(patches)[::-1], np.random.default_rng(0).permutation(patches)])
-    np.testing.assert_allclose(ast_jax.apply(params, spec, SMALL, tokens=orders), want, atol=ROUNDING)
-    one = ast_jax.apply(params, spec[1], SMALL, tokens=orders[1])
+    np.testing.assert_allclose(ast_jax.apply(params, spec, SMALL, patch_indices=orders), want, atol=ROUNDING)
+    one = ast_jax.apply(params, spec[1], SMALL, patch_indices=orders[1])
     np.testing.assert_allclose(one, want[1], atol=ROUNDING)
 
 
@@ -216,10 +216,10 @@ def test_patches_left_out_are_as_good_as_masked(params, spec):
     lengths = jnp.full(3, 40)
     valid = np.flatnonzero(modules.valid_tokens(lengths, SMALL)[0, 2:])
     assert len(valid) == 12 < SMALL.num_tokens - 2
-    tokens = np.tile(valid, (3, 1))
-    got = ast_jax.apply(params, spec, SMALL, tokens=tokens)
+    patch_indices = np.tile(valid, (3, 1))
+    got = ast_jax.apply(params, spec, SMALL, patch_indices=patch_indices)
     np.testing.assert_allclose(got, ast_jax.apply(params, spec, SMALL, lengths=lengths), atol=ROUNDING)
-    some = ast_jax.encode(params, spec, SMALL, tokens=tokens, output_hidden_states=True)
+    some = ast_jax.encode(params, spec, SMALL, patch_indices=patch_indices, output_hidden_states=True)
     every = ast_jax.encode(params, spec, SMALL, output_hidden_states=True)
     assert some.hidden_states.shape == (4, 3, 2 + 12, 48)
     embedded = every.hidden_states[0][:, np.concatenate([[0, 1], 2 + valid])]
@@ -229,13 +229,13 @@ def test_patches_left_out_are_as_good_as_masked(params, spec):
 def test_masks_follow_the_tokens(params, spec):
     """The masked patches come first, then those that are not."""
     lengths = jnp.array([40, 24, 64])
-    tokens = np.argsort(modules.valid_tokens(lengths, SMALL)[:, 2:], axis=1)
-    got = ast_jax.apply(params, spec, SMALL, tokens=tokens, lengths=lengths)
+    patch_indices = np.argsort(modules.valid_tokens(lengths, SMALL)[:, 2:], axis=1)
+    got = ast_jax.apply(params, spec, SMALL, patch_indices=patch_indices, lengths=lengths)
     np.testing.assert_allclose(got, ast_jax.apply(params, spec, SMALL, lengths=lengths), atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("patch_indices", "message"),
     [
         (np.zeros((2, 4), int), r"expected \[3, K\], a row for each spectrogram, got \(2, 4\)"),
         (np.zeros(4, int), r"expected \[3, K\], a row for each spectrogram, got \(4,\)"),
@@ -245,10 +245,10 @@ def test_masks_follow_the_tokens(params, spec):
     ],
     ids=["rows", "axes", "type", "below", "above"],
 )
-def test_tokens_that_are_no_patches_are_refused(tokens, message, params, spec):
+def test_patch_indices_out_of_range_are_refused(patch_indices, message, params, spec):
     assert SMALL.num_tokens == 23
-    with pytest.raises(ValueError, match=f"tokens: {message}"):
-        ast_jax.apply(params, spec, SMALL, tokens=tokens)
+    with pytest.raises(ValueError, match=f"patch_indices: {message}"):
+        ast_jax.apply(params, spec, SMALL, patch_indices=patch_indices)
 
 
 def test_rematerialisation_saves_memory_and_changes_no_gradient(params, spec):

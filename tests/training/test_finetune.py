@@ -22,7 +22,7 @@ import ast_jax
 from ast_jax.config import FrontendConfig
 from ast_jax.data import audit, datasets
 from ast_jax.runtime.files import sole_use
-from ast_jax.runtime.signals import Terminated, held_back
+from ast_jax.runtime.signals import Terminated, defer_signals
 from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, trainer
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.parallel import DataParallel
@@ -315,7 +315,7 @@ def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, metho
     ("number", "error"),
     [(signal.SIGTERM, Terminated), pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow)],
 )
-def test_signals_are_held_back_to_where_stopping_is_safe(
+def test_signals_are_deferred_to_where_stopping_is_safe(
     where, number, error, sounds, tmp_path, monkeypatch, no_compiling
 ):
     """Whatever is under way when one comes is finished, a state is saved, and the run goes on from there."""
@@ -347,7 +347,7 @@ def test_signals_are_held_back_to_where_stopping_is_safe(
 
 
 def test_a_second_signal_stops_at_once():
-    with held_back() as came:
+    with defer_signals() as came:
         os.kill(os.getpid(), signal.SIGINT)
         assert came() == signal.SIGINT
         with pytest.raises(Terminated) as stopped:

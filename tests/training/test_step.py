@@ -194,13 +194,13 @@ def test_every_example_keeps_its_own_patches(monkeypatch):
     given = {}
     monkeypatch.setattr(train.model, "apply", lambda params, spec, **options: given.update(options))
     spec, keys = jnp.zeros((16, 32, 32)), jax.random.split(jax.random.key(0), 16)
-    train._logits({}, spec, keys, CONFIG, dataclasses.replace(EVERYTHING, dtype="bfloat16"), "tiles")
-    assert given["tokens"].shape == (16, 7)
-    assert len(np.unique(given["tokens"], axis=0)) > 10
+    train._logits({}, spec, keys, CONFIG, dataclasses.replace(EVERYTHING, dtype="bfloat16"), "chunked")
+    assert given["patch_indices"].shape == (16, 7)
+    assert len(np.unique(given["patch_indices"], axis=0)) > 10
     assert (given["train"], given["rematerialize"], given["dtype"]) == (True, True, jnp.bfloat16)
-    assert given["attention_implementation"] == "tiles"
+    assert given["attention_implementation"] == "chunked"
     train._logits({}, spec, keys, CONFIG, PLAIN, "auto")
-    assert (given["tokens"], given["rematerialize"], given["dtype"]) == (None, False, None)
+    assert (given["patch_indices"], given["rematerialize"], given["dtype"]) == (None, False, None)
     assert given["attention_implementation"] == "auto"
 
 
