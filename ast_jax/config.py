@@ -1,19 +1,24 @@
-"""Frozen, hashable descriptions of a model and of the features it hears; Hugging Face's JSON files in and out.
+"""`ASTConfig` and `FrontendConfig`, the settings of a model and its features, and their JSON files.
 
-Both classes are plain values: equal when their fields are, usable as static arguments of `jax.jit`. Field names and
-defaults are those of `transformers.ASTConfig` and `transformers.ASTFeatureExtractor`; what transformers does not have
-stands last. JSON keys that are not fields are kept as they came and written back.
+Both are frozen, hashable dataclasses, so that they can be static arguments of `jax.jit`. Field names and defaults are
+those of `transformers.ASTConfig` and `transformers.ASTFeatureExtractor`; fields that transformers does not have come
+last. Unknown JSON keys are kept and written back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
+import functools
 import json
 import math
 import numbers
 import pathlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -21,50 +26,148 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "quick_gelu")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 WINDOW_TYPES = ("hanning", "hamming", "povey", "rectangular", "blackman")
 AUDIOSET_CLASSES = 527
 
 
+class ProblemType(enum.StrEnum):
+    """The kind of classification, which decides loss, scores and metrics; the values are those of transformers."""
+
+    SINGLE_LABEL = "single_label_classification"
+    MULTI_LABEL = "multi_label_classification"
+    REGRESSION = "regression"
+
+
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise _unmet(name, expected, got)
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-def _unmet(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {got!r}")
+class _MismatchError(ValueError):
+    """A value that is not of the expected type."""
+
+    def __init__(self, expected: str, got: object) -> None:
+        super().__init__(f"expected {expected}, got {got!r}")
 
 
-def _whole(value: object, name: str, expected: str = "a whole number") -> int:
-    """Return a whole number of any kind as the int that JSON and hashes know."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    raise _unmet(name, expected, value)
+class _Kind(NamedTuple):
+    """A type of field: its description in messages, and its conversion to plain values, which raises _MismatchError."""
+
+    expected: str
+    plain: Callable[[Any], Any]
 
 
-# Annotation: what a value must be an instance of, and its name in messages.
-_OTHER_TYPES: dict[object, tuple[type | tuple[type, ...], str]] = {
-    "bool": (bool, "true or false"),
-    "str": (str, "a text"),
-    "str | None": ((str, type(None)), "a text or None"),
-    "tuple[str, ...]": ((tuple, list), "a tuple of names"),
+def _scalar(expected: str, holds: Callable[[Any], bool], plain: Callable[[Any], Any]) -> _Kind:
+    def checked(value: Any) -> Any:
+        if not holds(value):
+            raise _MismatchError(expected, value)
+        return plain(value)
+
+    return _Kind(expected, checked)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False
+
+
+_SCALARS = {
+    types.NoneType: _scalar("None", lambda value: value is None, lambda _: None),
+    bool: _scalar("true or false", lambda value: isinstance(value, bool), bool),
+    int: _scalar("an integer", _is_integer, int),
+    float: _scalar("a finite number", _is_finite, float),
+    str: _scalar("a string", lambda value: isinstance(value, str), str),
 }
 
 
+def _kind(annotation: Any) -> _Kind:
+    """Return the kind of an annotation: None, bool, int, float, str, a StrEnum, a tuple or a union of these.
+
+    A `str` beside a StrEnum in a union stands for the enum's values, which become members.
+
+    Raises:
+        TypeError: any other annotation.
+    """
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_enum(annotation):
+        values = tuple(str(member) for member in annotation)
+        expected = f"one of {', '.join(values)}"
+        return _scalar(expected, lambda value: isinstance(value, str) and value in values, annotation)
+    if origin in (typing.Union, types.UnionType):
+        chosen = [one for one in arguments if not (one is str and any(map(_is_enum, arguments)))]
+        return _union([_kind(one) for one in sorted(chosen, key=lambda one: one is not types.NoneType)])
+    if origin is tuple and arguments:
+        return _tuple([_kind(one) for one in arguments if one is not ...], any_length=arguments[-1] is ...)
+    raise TypeError(f"expected None, bool, int, float, str, a StrEnum, a tuple or a union of these, got {annotation!r}")
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.StrEnum)
+
+
+def _union(kinds: Sequence[_Kind]) -> _Kind:
+    expected = " or ".join(kind.expected for kind in kinds)
+
+    def plain(value: Any) -> Any:
+        for kind in kinds:
+            with contextlib.suppress(_MismatchError):
+                return kind.plain(value)
+        raise _MismatchError(expected, value)
+
+    return _Kind(expected, plain)
+
+
+def _tuple(kinds: Sequence[_Kind], *, any_length: bool) -> _Kind:
+    """Return the kind of `tuple[X, ...]` or `tuple[X, Y]`; a list, as JSON has it, is converted."""
+    items = f"any number of items, each {kinds[0].expected}" if any_length else ", ".join(k.expected for k in kinds)
+    expected = f"a tuple ({items})"
+
+    def plain(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, tuple | list) or not (any_length or len(value) == len(kinds)):
+            raise _MismatchError(expected, value)
+        each = [kinds[0]] * len(value) if any_length else kinds
+        return tuple(kind.plain(item) for kind, item in zip(each, value, strict=True))
+
+    return _Kind(expected, plain)
+
+
+@functools.cache
+def _field_kinds(cls: type[DataclassInstance]) -> dict[str, _Kind]:
+    """Return the kind of each field of a dataclass."""
+    hints, kinds = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        try:
+            kinds[field.name] = _kind(hints[field.name])
+        except TypeError as error:
+            raise TypeError(f"the annotation of {cls.__name__}.{field.name}: {error}") from None
+    return kinds
+
+
 def check_types(config: DataclassInstance) -> None:
-    """Check every field of a dataclass against its annotation, and make its numbers plain ones for JSON and hashes."""
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if field.type == "int":
-            object.__setattr__(config, name, _whole(value, name))
-        elif field.type in ("float", "float | None"):
-            if field.type == "float" or value is not None:
-                _require(isinstance(value, numbers.Real) and not isinstance(value, bool), name, "a number", value)
-                _require(math.isfinite(value), name, "a finite number", value)
-                object.__setattr__(config, name, float(value))
-        elif field.type in _OTHER_TYPES:
-            kinds, expected = _OTHER_TYPES[field.type]
-            _require(isinstance(value, kinds), name, expected, value)
+    """Check the fields of a frozen dataclass against their annotations, and convert them to plain values.
+
+    NumPy's numbers become `int` and `float`, lists become tuples, strings become members of a StrEnum, so that JSON can
+    write a field and equal fields have equal hashes.
+
+    Raises:
+        TypeError: an annotation other than None, bool, int, float, str, a StrEnum, a tuple or a union of these.
+        ValueError: a value of another type, or a float that is not finite.
+    """
+    for name, kind in _field_kinds(type(config)).items():
+        try:
+            object.__setattr__(config, name, kind.plain(getattr(config, name)))
+        except _MismatchError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +192,7 @@ class ASTConfig:
         num_mel_bins: F, number of mel bins.
         num_labels: C, number of classes.
         id2label: class names in index order; empty where nobody named them.
-        problem_type: one of `PROBLEM_TYPES`, or None: 527 classes are AudioSet and multi-label, all else single-label.
+        problem_type: a `ProblemType` or its value; None: multi-label for AudioSet's 527 classes, else single-label.
         head_layer_norm_eps: eps of the LayerNorm before the classifier; None means `layer_norm_eps`.
         unknown_keys: JSON text of the `config.json` keys that are not fields here.
 
@@ -114,22 +217,13 @@ class ASTConfig:
     num_mel_bins: int = 128
     num_labels: int = AUDIOSET_CLASSES
     id2label: tuple[str, ...] = ()
-    problem_type: str | None = None
+    problem_type: ProblemType | str | None = None
     head_layer_norm_eps: float | None = None
     unknown_keys: str = "{}"
 
     def __post_init__(self) -> None:
-        """Make the fields hashable and check their types and ranges."""
+        """Check types and ranges, and convert the fields to plain values."""
         check_types(self)
-        pair = self.patch_size if isinstance(self.patch_size, tuple | list) and len(self.patch_size) == 2 else None
-        sides = tuple(
-            _whole(side, "patch_size", "a whole number or the pair (frequency, time)")
-            for side in pair or (self.patch_size,)
-        )
-        object.__setattr__(self, "patch_size", sides if pair else sides[0])
-        object.__setattr__(self, "id2label", tuple(self.id2label))
-        for label in self.id2label:
-            _require(isinstance(label, str), "id2label", "names as text", label)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
                      "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -142,8 +236,6 @@ class ASTConfig:
         _require(self.hidden_size % self.num_attention_heads == 0, "num_attention_heads",
                  f"a divisor of hidden_size {self.hidden_size}", self.num_attention_heads)  # fmt: skip
         _require(self.hidden_act in HIDDEN_ACTS, "hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", self.hidden_act)
-        _require(self.problem_type in (None, *PROBLEM_TYPES), "problem_type",
-                 f"None or one of {', '.join(PROBLEM_TYPES)}", self.problem_type)  # fmt: skip
         _require(len(self.id2label) in (0, self.num_labels), "id2label", f"{self.num_labels} names (num_labels)",
                  len(self.id2label))  # fmt: skip
         frequency, time = self.patch_shape
@@ -177,11 +269,11 @@ class ASTConfig:
         return self.layer_norm_eps if self.head_layer_norm_eps is None else self.head_layer_norm_eps
 
     @property
-    def resolved_problem_type(self) -> str:
-        """`problem_type`, or what None stands for."""
-        if self.problem_type:
-            return self.problem_type
-        return "multi_label_classification" if self.num_labels == AUDIOSET_CLASSES else "single_label_classification"
+    def resolved_problem_type(self) -> ProblemType:
+        """`problem_type`, or the type that None means."""
+        if self.problem_type is not None:
+            return ProblemType(self.problem_type)
+        return ProblemType.MULTI_LABEL if self.num_labels == AUDIOSET_CLASSES else ProblemType.SINGLE_LABEL
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -210,7 +302,7 @@ class ASTConfig:
                  "an object with a name for each index", id2label)  # fmt: skip
         if id2label:
             _require(all(str(index).isdecimal() for index in id2label), "id2label in config.json",
-                     "whole numbers as keys", list(id2label))  # fmt: skip
+                     "integers as keys", list(id2label))  # fmt: skip
             names = {int(index): str(name) for index, name in id2label.items()}
             _require(sorted(names) == list(range(len(names))), "id2label in config.json",
                      f"the indices 0 to {len(names) - 1}", sorted(names))  # fmt: skip

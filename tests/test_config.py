@@ -1,8 +1,11 @@
 """Configurations are plain values with transformers' fields and defaults, and survive its files in both directions."""
 
 import dataclasses
+import enum
 import functools
 import json
+import pickle
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import transformers
 from feature_oracles import transformers_ast
 
 from ast_jax import PRESETS, ASTConfig, FrontendConfig
-from ast_jax.config import HIDDEN_ACTS, PROBLEM_TYPES, WINDOW_TYPES, base, small, tiny
+from ast_jax.config import HIDDEN_ACTS, WINDOW_TYPES, ProblemType, base, check_types, small, tiny
 
 MODEL_FIELDS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
                 "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps",
@@ -160,6 +163,21 @@ def test_problem_type(problem_type, num_labels, want):
     assert ASTConfig(problem_type=problem_type, num_labels=num_labels).resolved_problem_type == want
 
 
+def test_problem_types_are_those_of_transformers():
+    """As members and as plain strings, whichever was given: the same configuration, hash and JSON."""
+    for kind in ProblemType:
+        assert transformers.ASTConfig(problem_type=str(kind)).problem_type == kind
+        config, plain = ASTConfig(problem_type=kind), ASTConfig(problem_type=kind.value)
+        assert config == plain
+        assert hash(config) == hash(plain)
+        assert type(plain.problem_type) is type(plain.resolved_problem_type) is ProblemType
+        assert plain.problem_type == kind.value
+        written = json.loads(json.dumps(plain.to_json_dict()))
+        assert written["problem_type"] == kind.value
+        assert ASTConfig.from_json_dict(written) == config
+        assert pickle.loads(pickle.dumps(plain)) == config
+
+
 def test_labels_without_names_are_those_of_transformers():
     assert ASTConfig(num_labels=12).labels == tuple(transformers.ASTConfig(num_labels=12).id2label.values())
     assert ASTConfig(num_labels=2, id2label=("a", "b")).labels == ("a", "b")
@@ -281,13 +299,16 @@ MODEL_ERRORS = [
     ),
     ({"num_attention_heads": 7}, "num_attention_heads: expected a divisor of hidden_size 768, got 7"),
     ({"hidden_act": "tanh"}, f"hidden_act: expected one of {', '.join(HIDDEN_ACTS)}, got 'tanh'"),
-    ({"problem_type": "x"}, f"problem_type: expected None or one of {', '.join(PROBLEM_TYPES)}, got 'x'"),
+    ({"problem_type": "x"}, f"problem_type: expected None or one of {', '.join(ProblemType)}, got 'x'"),
     ({"id2label": ("a", "b")}, "id2label: expected 527 names (num_labels), got 2"),
     ({"patch_size": 0}, "patch_size: expected 1 to 128 mel bins, got 0"),
     ({"patch_size": (16, 0)}, "patch_size: expected 1 to 1024 frames, got 0"),
     ({"patch_size": 129}, "patch_size: expected 1 to 128 mel bins, got 129"),
     ({"patch_size": (16, 1025)}, "patch_size: expected 1 to 1024 frames, got 1025"),
-    ({"patch_size": (16, 16, 3)}, "patch_size: expected a whole number or the pair (frequency, time), got (16, 16, 3)"),
+    (
+        {"patch_size": (16, 16, 3)},
+        "patch_size: expected an integer or a tuple (an integer, an integer), got (16, 16, 3)",
+    ),
 ]
 FRONTEND_ERRORS = [
     ({"sampling_rate": 0}, "sampling_rate: expected a positive number, got 0"),
@@ -295,7 +316,7 @@ FRONTEND_ERRORS = [
     ({"frame_length": 1e300}, "frame_length: expected at most 60,000, got 1e+300"),
     ({"num_mel_bins": 0}, "num_mel_bins: expected a positive number, got 0"),
     ({"max_length": 0}, "max_length: expected a positive number, got 0"),
-    ({"num_mel_bins": 64.0}, "num_mel_bins: expected a whole number, got 64.0"),
+    ({"num_mel_bins": 64.0}, "num_mel_bins: expected an integer, got 64.0"),
     ({"std": 0.0}, "std: expected a positive number, got 0.0"),
     ({"std": float("nan")}, "std: expected a finite number, got nan"),
     ({"std": float("inf")}, "std: expected a finite number, got inf"),
@@ -330,14 +351,85 @@ def test_errors_say_expected_and_got(cls, fields, message):
         ({"model_type": "vit"}, "model_type in config.json: expected 'audio-spectrogram-transformer', got 'vit'"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label in config.json: expected the indices 0 to 1, got [0, 2]"),
         ({"id2label": {"1": "a", "2": "b"}}, "id2label in config.json: expected the indices 0 to 1, got [1, 2]"),
-        ({"id2label": {"a": 0}}, "id2label in config.json: expected whole numbers as keys, got ['a']"),
-        ({"hidden_size": "768"}, "hidden_size: expected a whole number, got '768'"),
-        ({"max_length": 10.5}, "max_length: expected a whole number, got 10.5"),
-        ({"patch_size": "16"}, "patch_size: expected a whole number or the pair (frequency, time), got '16'"),
-        ({"patch_size": 16.5}, "patch_size: expected a whole number or the pair (frequency, time), got 16.5"),
+        ({"id2label": {"a": 0}}, "id2label in config.json: expected integers as keys, got ['a']"),
+        ({"hidden_size": "768"}, "hidden_size: expected an integer, got '768'"),
+        ({"max_length": 10.5}, "max_length: expected an integer, got 10.5"),
+        ({"patch_size": "16"}, "patch_size: expected an integer or a tuple (an integer, an integer), got '16'"),
+        ({"patch_size": 16.5}, "patch_size: expected an integer or a tuple (an integer, an integer), got 16.5"),
     ],
 )
 def test_errors_of_a_config_file(values, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
         ASTConfig.from_json_dict(values)
     assert str(caught.value) == message
+
+
+class Color(enum.StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+# Annotation: values with what they become, values that are refused, and what is expected of them.
+ANNOTATIONS = {
+    "bool": (bool, [(True, True)], [1, None, np.bool_(True)], "true or false"),
+    "int": (int, [(3, 3), (np.int64(3), 3)], [True, 3.0, "3", None], "an integer"),
+    "float": (
+        float, [(0.5, 0.5), (2, 2.0), (np.float32(0.5), 0.5)],
+        [True, "1", None, float("inf"), float("nan"), 10**400], "a finite number",
+    ),
+    "str": (str, [("a", "a"), (np.str_("a"), "a")], [1, None, b"a"], "a string"),
+    "StrEnum": (Color, [("red", Color.RED), (Color.BLUE, Color.BLUE)], ["green", 1, None], "one of red, blue"),
+    "Optional": (
+        typing.Optional[float], [(None, None), (1, 1.0)], ["1", float("nan")], "None or a finite number"  # noqa: UP045
+    ),
+    "union": (str | None, [(None, None), ("a", "a")], [1], "None or a string"),
+    "StrEnum or its value": (
+        Color | str | None, [("red", Color.RED), (None, None)], ["green", 1], "None or one of red, blue"
+    ),
+    "names": (tuple[str, ...], [((), ()), (["a", "b"], ("a", "b"))], ["a", None, {}], "a tuple (any number of items, "),
+    "pair": (int | tuple[int, int], [(3, 3), ([3, np.int32(4)], (3, 4))], [(1,), (1, 2, 3), (1, "2"), "1"],
+             "an integer or a tuple (an integer, an integer)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_types_are_checked_and_made_plain(name):
+    annotation, taken, refused, expected = ANNOTATIONS[name]
+    cls = dataclasses.make_dataclass("Options", [("field", annotation)], frozen=True)
+    for given, want in taken:
+        options = cls(given)
+        check_types(options)
+        assert options.field == want
+        assert type(options.field) is type(want)
+        json.dumps(dataclasses.asdict(options))
+    for given in refused:
+        with pytest.raises(ValueError, match="field: expected ") as caught:
+            check_types(cls(given))
+        assert str(caught.value).startswith(f"field: expected {expected}")
+        assert str(caught.value).endswith(f"got {given!r}")
+
+
+def test_an_item_of_another_type_is_named():
+    cls = dataclasses.make_dataclass("Options", [("names", tuple[str, ...])], frozen=True)
+    with pytest.raises(ValueError, match=r"^names: expected a string, got 2$"):
+        check_types(cls(("a", 2)))
+
+
+@pytest.mark.parametrize(
+    "annotation", [bytes, list[str], dict[str, int], int | list[int], tuple, typing.Any, enum.Enum]
+)
+def test_an_annotation_that_cannot_be_checked_is_a_type_error(annotation):
+    """Else its field would pass unchecked."""
+    cls = dataclasses.make_dataclass("Options", [("field", annotation)], frozen=True)
+    with pytest.raises(
+        TypeError, match=r"annotation of Options\.field: expected None, bool, int, float, str, a StrEnum"
+    ):
+        check_types(cls(None))
+
+
+def test_annotations_as_text_are_resolved():
+    """As `from __future__ import annotations` leaves them; in quotes, too."""
+    cls = dataclasses.make_dataclass("Options", [("field", "typing.Union[int, None]")], frozen=True)
+    cls.__module__ = __name__
+    with pytest.raises(ValueError, match=r"^field: expected None or an integer, got 'a'$"):
+        check_types(cls("a"))

@@ -31,6 +31,7 @@ from ast_jax.cli.common import (
     user_errors,
     wrong_usage,
 )  # fmt: skip
+from ast_jax.config import ProblemType
 from ast_jax.training.config import TrainConfig
 
 SAVE_MINUTES = 10.0
@@ -54,11 +55,11 @@ PANELS = {
 }  # fmt: skip
 
 
-class ProblemType(enum.StrEnum):
-    """What the labels mean."""
+class Classification(enum.StrEnum):
+    """The problem types of labelled data."""
 
-    single_label = "single_label_classification"
-    multi_label = "multi_label_classification"
+    SINGLE_LABEL = ProblemType.SINGLE_LABEL
+    MULTI_LABEL = ProblemType.MULTI_LABEL
 
 
 class Parallel(enum.StrEnum):
@@ -154,7 +155,8 @@ def finetune(
         bool, typer.Option("--resume", help="Go on with the run in --output from its last saved state.")
     ] = False,
     problem_type: Annotated[
-        ProblemType | None, typer.Option("--problem-type", help="Default: multi-label if any file has several labels.")
+        Classification | None,
+        typer.Option("--problem-type", help="Default: multi-label if any file has several labels."),
     ] = None,
     validation: ValidationData = None,
     test: TestData = None,

@@ -20,7 +20,7 @@ from ast_jax.audio.windows import window_grid
 from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.checkpoints.load import loaded
 from ast_jax.checkpoints.resize import resize
-from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.config import ASTConfig, FrontendConfig, ProblemType
 from ast_jax.inference.sliding_window import End, Part, by_sound, listen, one_or_all
 from ast_jax.inference.timeline import AGGREGATES, Analysis
 from ast_jax.model import functional as model
@@ -315,6 +315,6 @@ def _scores_of(params: Any, spec: jax.Array, config: ASTConfig, **options: Any) 
 def as_scores(outputs: jax.Array, config: ASTConfig) -> jax.Array:
     """Return logits [B, C] as scores in the sense of the model's problem type."""
     kind = config.resolved_problem_type
-    if kind == "multi_label_classification":
+    if kind == ProblemType.MULTI_LABEL:
         return jax.nn.sigmoid(outputs)
-    return jax.nn.softmax(outputs) if kind == "single_label_classification" else outputs
+    return jax.nn.softmax(outputs) if kind == ProblemType.SINGLE_LABEL else outputs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ast_jax.config import ASTConfig
+from ast_jax.config import ASTConfig, ProblemType
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
@@ -30,7 +30,7 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
     """
     labels = jnp.asarray(labels)
     kind = config.resolved_problem_type
-    if kind == "single_label_classification" and labels.shape == logits.shape[:-1]:
+    if kind == ProblemType.SINGLE_LABEL and labels.shape == logits.shape[:-1]:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"labels: expected class indices (integers) of shape {labels.shape}, got {labels.dtype}")
         classes = logits.shape[-1]
@@ -41,14 +41,14 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
             )
         values = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.where(known, values, jnp.nan).mean()
-    if kind == "regression" and labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
+    if kind == ProblemType.REGRESSION and labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
         labels = labels[..., None]
     if labels.shape != logits.shape:
         raise ValueError(f"labels: expected shape {logits.shape} for {kind}, got {labels.shape}")
     labels = labels.astype(logits.dtype)
-    if kind == "single_label_classification":
+    if kind == ProblemType.SINGLE_LABEL:
         return optax.softmax_cross_entropy(logits, labels).mean()
-    if kind == "multi_label_classification":
+    if kind == ProblemType.MULTI_LABEL:
         return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
     return jnp.square(logits - labels).mean()
 
@@ -68,7 +68,7 @@ def smooth(labels: Array, amount: float, config: ASTConfig) -> Array:
     if not amount:
         return labels
     kind = config.resolved_problem_type
-    if kind == "regression":
+    if kind == ProblemType.REGRESSION:
         raise ValueError(f"label_smoothing: expected 0 for regression, whose labels are no probabilities, got {amount}")
-    choices = labels.shape[-1] if kind == "single_label_classification" else 2
+    choices = labels.shape[-1] if kind == ProblemType.SINGLE_LABEL else 2
     return (1 - amount) * labels + amount / choices

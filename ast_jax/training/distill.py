@@ -18,7 +18,7 @@ import numpy as np
 
 from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.checkpoints.load import load
-from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.config import ASTConfig, FrontendConfig, ProblemType
 from ast_jax.inference.export import read_exported
 from ast_jax.training import step as train
 
@@ -73,9 +73,9 @@ def soften(labels: np.ndarray, logits: np.ndarray, weight: float, config: ASTCon
     """
     kind = config.resolved_problem_type
     scores = logits.astype(np.float64)
-    if kind == "multi_label_classification":
+    if kind == ProblemType.MULTI_LABEL:
         scores = np.exp(-np.logaddexp(0.0, -scores))
-    elif kind == "single_label_classification":
+    elif kind == ProblemType.SINGLE_LABEL:
         scores = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
     return ((1 - weight) * labels + weight * scores).astype(labels.dtype)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ast_jax.checkpoints.folder import Checkpoint
-from ast_jax.config import ASTConfig, FrontendConfig
+from ast_jax.config import ASTConfig, FrontendConfig, ProblemType
 from ast_jax.data import audit, datasets
 from ast_jax.data.datasets import DataError, DataSet
 from ast_jax.model import functional as model
@@ -120,8 +120,8 @@ def _prepare(
     if initial is not None and "classifier" in initial.params:
         keeps_head = set(initial.config.labels) == set(dataset.labels)
         dataset = dataset.reordered(initial.config.labels) if keeps_head else dataset
-    kind = problem_type or ("multi_label_classification" if dataset.multi_label else "single_label_classification")
-    if kind == "single_label_classification" and dataset.multi_label:
+    kind = problem_type or (ProblemType.MULTI_LABEL if dataset.multi_label else ProblemType.SINGLE_LABEL)
+    if kind == ProblemType.SINGLE_LABEL and dataset.multi_label:
         raise DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
     parallel = METHODS[machine.parallel]()
     parallel.check_batch_size(training.batch_size, training.accumulate)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ast_jax.checkpoints.load import load
-from ast_jax.config import ASTConfig
+from ast_jax.config import ASTConfig, ProblemType
 from ast_jax.data import datasets
 from ast_jax.data.datasets import SPLITS, DataError, DataSet, Example
 from ast_jax.runtime.files import write_text
@@ -167,10 +167,10 @@ def _as_logits(mean: np.ndarray, config: ASTConfig) -> np.ndarray:
     from scipy.special import logit
 
     kind = config.resolved_problem_type
-    if kind == "regression":
+    if kind == ProblemType.REGRESSION:
         return mean
     tiny = np.finfo(mean.dtype).tiny
-    if kind == "single_label_classification":
+    if kind == ProblemType.SINGLE_LABEL:
         return np.log(np.maximum(mean, tiny))
     return logit(np.clip(mean, tiny, 1 - np.finfo(mean.dtype).epsneg))
 

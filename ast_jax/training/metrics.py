@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.cells import set_cell_size
 
-from ast_jax.config import ASTConfig
+from ast_jax.config import ASTConfig, ProblemType
 from ast_jax.runtime.progress import track
 
 Report = dict[str, Any]
@@ -34,9 +34,9 @@ def scores(logits: np.ndarray, config: ASTConfig) -> np.ndarray:
 
     logits = _finite("logits", logits, config.num_labels)
     kind = config.resolved_problem_type
-    if kind == "regression":
+    if kind == ProblemType.REGRESSION:
         return logits
-    return expit(logits) if kind == "multi_label_classification" else softmax(logits, axis=-1)
+    return expit(logits) if kind == ProblemType.MULTI_LABEL else softmax(logits, axis=-1)
 
 
 def average_precisions(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def evaluate_logits(logits: np.ndarray, labels: np.ndarray, config: ASTConfig) -
         ValueError: shapes that do not fit, values that are not finite, or single-label examples without a label.
     """
     logits, labels = _pair(logits, labels, config.num_labels)
-    if config.resolved_problem_type == "regression":
+    if config.resolved_problem_type == ProblemType.REGRESSION:
         return {"negative_mse": -float(np.square(logits - labels).mean())}
     positive = _positive(labels, config)
     ranking = _ranking(logits, config)
@@ -131,14 +131,14 @@ def report(logits: np.ndarray, labels: np.ndarray, config: ASTConfig, threshold:
         raise ValueError(f"threshold: expected a score from 0 to 1, got {threshold}")
     kind = config.resolved_problem_type
     begin = {"problem_type": kind, "examples": len(logits)}
-    if kind == "regression":
+    if kind == ProblemType.REGRESSION:
         errors = np.square(logits - labels).mean(0)
         by_class = [{"name": n, "mean_squared_error": float(e)} for n, e in zip(config.labels, errors, strict=True)]
         return {**begin, "metrics": evaluate_logits(logits, labels, config), "classes": by_class}
     positive = _positive(labels, config)
     ranking = _ranking(logits, config)
     precisions, areas = average_precisions(ranking, positive), aucs(ranking, positive)
-    single = kind == "single_label_classification"
+    single = kind == ProblemType.SINGLE_LABEL
     predicted = _one_hot(logits.argmax(-1), config) if single else scores(logits, config) >= threshold
     return {
         **begin,
@@ -168,7 +168,7 @@ def report_lines(found: Report, limit: int = 20) -> list[str]:
     kind, classes = found["problem_type"].replace("_", "-").removesuffix("-classification"), found["classes"]
     lines = [f"{found['examples']:,} examples, {len(classes):,} classes, {kind}"]
     lines.append("  ".join(f"{name} {_cell(value)}" for name, value in found["metrics"].items()))
-    if found["problem_type"] == "regression":
+    if found["problem_type"] == ProblemType.REGRESSION:
         return lines + [f"{_name(entry['name'])}  {entry['mean_squared_error']:.4g}" for entry in classes]
     decided = "the highest-scoring class" if found["threshold"] is None else f"score {found['threshold']:g} or more"
     lines[0] += f"; precision, recall and F1 for {decided}; best AP first"
@@ -275,12 +275,12 @@ def _json(value: float) -> float | None:
 
 def _ranking(logits: np.ndarray, config: ASTConfig) -> np.ndarray:
     """Return [N, C], by which the examples are ranked for each class: logits where a sigmoid would only make ties."""
-    return logits if config.resolved_problem_type == "multi_label_classification" else scores(logits, config)
+    return logits if config.resolved_problem_type == ProblemType.MULTI_LABEL else scores(logits, config)
 
 
 def _positive(labels: np.ndarray, config: ASTConfig) -> np.ndarray:
     """Return which classes an example has: bool [N, C]."""
-    if config.resolved_problem_type == "multi_label_classification":
+    if config.resolved_problem_type == ProblemType.MULTI_LABEL:
         return labels >= 0.5
     if several := int(((labels >= 0.5).sum(-1) > 1).sum()):
         raise ValueError(f"labels: expected one class an example, got {several} of {len(labels)} examples with several")

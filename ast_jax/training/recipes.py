@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ast_jax.config import ProblemType
 from ast_jax.training.config import TrainConfig
 
 
@@ -33,7 +34,7 @@ class Recipe:
     description: str
     training: Mapping[str, Any]
     frontend: Mapping[str, Any]
-    problem_type: str
+    problem_type: ProblemType
     init: str
     published: str
     cross_validate: bool = False
@@ -93,7 +94,7 @@ RECIPES = {
                 "balanced": True, "average_from": 1,
             },
             frontend=_AUDIOSET_FRONTEND,
-            problem_type="multi_label_classification",
+            problem_type=ProblemType.MULTI_LABEL,
             init=_IMAGENET,
             published="mAP 0.4590, its last epoch alone 0.4486",
         ),
@@ -105,7 +106,7 @@ RECIPES = {
                 "balanced": False, "average_from": 6,
             },
             frontend=_AUDIOSET_FRONTEND,
-            problem_type="multi_label_classification",
+            problem_type=ProblemType.MULTI_LABEL,
             init=_IMAGENET,
             published="mAP 0.34999, its last epoch alone 0.3358, with the enhanced label set",
         ),
@@ -118,7 +119,7 @@ RECIPES = {
                 "balanced": False,
             },
             frontend={"mean": -6.6268077, "std": 5.358466, "max_length": 512},
-            problem_type="single_label_classification",
+            problem_type=ProblemType.SINGLE_LABEL,
             init="an AudioSet model; at a learning rate of 1e-4 any other",
             published="accuracy 0.9575 over five folds, 0.887 from ImageNet alone",
             cross_validate=True,
@@ -133,7 +134,7 @@ RECIPES = {
                 "balanced": False,
             },
             frontend={"mean": -6.845978, "std": 5.5654526, "max_length": 128},
-            problem_type="multi_label_classification",
+            problem_type=ProblemType.MULTI_LABEL,
             init=_IMAGENET,
             published="test accuracy 0.9813, validation 0.9802",
         ),

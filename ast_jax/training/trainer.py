@@ -24,6 +24,7 @@ import numpy as np
 
 from ast_jax.checkpoints.folder import Checkpoint, save
 from ast_jax.checkpoints.load import load
+from ast_jax.config import ProblemType
 from ast_jax.data import datasets
 from ast_jax.data.datasets import DataError, DataSet
 from ast_jax.model import functional as model
@@ -445,7 +446,7 @@ class Loop:
         """Draw the run's curves, and what the best epoch takes for what."""
         plots.curves(self.record.history, self.folder / "curves.png")
         split = next((name for name in ("test", "validation") if name in content), None)
-        if split is None or self.run.config.resolved_problem_type == "regression":
+        if split is None or self.run.config.resolved_problem_type == ProblemType.REGRESSION:
             return
         best, title = content[split]["best"], f"{split}, epoch {content['best']['epoch']}"
         if best["confusion"] is not None:

@@ -161,9 +161,9 @@ MISTAKES = [
     ({"labels": ("a", "b", "a")}, r"labels: expected one name or more, each once, got \('a', 'b', 'a'\)"),
     ({"keep_classifier": True}, "keep_classifier: expected labels, a name for each of the 3 classes .*, got 0"),
     ({"labels": ("a", "b"), "keep_classifier": True}, "a name for each of the 3 classes that the model has, got 2"),
-    ({"labels": ("a", 2)}, r"id2label: expected names as text, got 2"),
+    ({"labels": ("a", 2)}, r"id2label: expected a string, got 2"),
     ({"labels": "audioset"}, r"labels: expected .*, got 'audioset'"),  # one text, not eight names of a letter
-    ({"max_length": 64.5}, r"max_length: expected a whole number, got 64\.5"),
+    ({"max_length": 64.5}, r"max_length: expected an integer, got 64\.5"),
     *(
         ({name: value}, rf"{name}: expected at least 1, got {value}")
         for name in ("max_length", "num_mel_bins", "frequency_stride", "time_stride", "num_labels")

@@ -176,7 +176,7 @@ def test_resume_refuses_what_contradicts_the_run(tmp_path):
     [
         ("[]", "config.json: expected a JSON object, got list"),
         ("{", "config.json: expected a JSON file"),
-        ('{"hidden_size": "wide"}', "config.json: hidden_size: expected a whole number, got 'wide'"),
+        ('{"hidden_size": "wide"}', "config.json: hidden_size: expected an integer, got 'wide'"),
     ],
 )
 def test_an_architecture_that_is_none_is_one_line(text, message, tmp_path):

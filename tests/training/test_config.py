@@ -53,10 +53,11 @@ def test_edges_of_ranges_are_taken(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("epochs", 25.0, "a whole number, got 25.0"), ("seed", "1", "a whole number, got '1'"),
-        ("batch_size", True, "a whole number, got True"), ("noise", 1, "true or false, got 1"),
-        ("learning_rate", True, "a number, got True"), ("learning_rate", float("nan"), "a finite number, got nan"),
-        ("clip_norm", float("inf"), "a finite number, got inf"), ("schedule", None, "a text, got None"),
+        ("epochs", 25.0, "an integer, got 25.0"), ("seed", "1", "an integer, got '1'"),
+        ("batch_size", True, "an integer, got True"), ("noise", 1, "true or false, got 1"),
+        ("learning_rate", True, "a finite number, got True"),
+        ("learning_rate", float("nan"), "a finite number, got nan"),
+        ("clip_norm", float("inf"), "a finite number, got inf"), ("schedule", None, "a string, got None"),
         ("linear_probe", None, "true or false, got None"),
     ],
 )  # fmt: skip

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ast_jax.config import PROBLEM_TYPES, FrontendConfig
+from ast_jax.config import FrontendConfig, ProblemType
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.optimizers import epoch_rates
 from ast_jax.training.recipes import RECIPES
@@ -59,7 +59,7 @@ def test_frontends_are_the_data_sets():
     for name, value in padding.items():
         frontend = FrontendConfig(**RECIPES[name].frontend)
         np.testing.assert_allclose(-frontend.mean / (2 * frontend.std), value, atol=5e-7)  # six digits published
-        assert RECIPES[name].problem_type in PROBLEM_TYPES
+        assert RECIPES[name].problem_type in set(ProblemType)
     lengths = {name: recipe.frontend["max_length"] for name, recipe in RECIPES.items()}
     assert list(lengths.values()) == [1024, 1024, 512, 128]
 
