@@ -72,7 +72,7 @@ def test_example_files_are_read(name, labels, splits, tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         soundfile.write(tmp_path / path, [0.0] * 16, 16000)
     kept = {"validation": str(tmp_path / name)} if name.endswith(".json") else {}  # or one of its two is held out
-    dataset = datasets.read_dataset(tmp_path / name, **kept)
+    dataset = datasets.read_dataset(datasets.DatasetConfig(tmp_path / name, **kept))
     assert dataset.labels == labels
     for split, targets in splits.items():
         if not (kept and split == "validation"):

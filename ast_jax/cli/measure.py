@@ -112,9 +112,9 @@ def check_data(
     with user_errors():
         from ast_jax.config import FrontendConfig
         from ast_jax.data.audit import survey
-        from ast_jax.data.datasets import read_dataset
+        from ast_jax.data.datasets import DatasetConfig, read_dataset
 
-        dataset = read_dataset(data, **reading_of((validation, test, label_file, fold)))
+        dataset = read_dataset(DatasetConfig(data, **reading_of((validation, test, label_file, fold))))
         found = survey(dataset, FrontendConfig(max_length=max_length))
         if as_json:
             print(json_line(found.to_json_dict(), indent=2))
@@ -149,9 +149,9 @@ def stats(
     with user_errors():
         from ast_jax.config import FrontendConfig
         from ast_jax.data.audit import statistics, statistics_as_original
-        from ast_jax.data.datasets import read_dataset
+        from ast_jax.data.datasets import DatasetConfig, read_dataset
 
-        dataset = read_dataset(data, **reading_of((None, None, label_file, fold)))
+        dataset = read_dataset(DatasetConfig(data, **reading_of((None, None, label_file, fold))))
         if split not in dataset.splits:
             wrong_usage(f"--split: expected {', '.join(dataset.splits)}, got {split!r}")
         frontend = FrontendConfig(max_length=max_length, num_mel_bins=num_mel_bins)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from ast_jax.labels import audioset_ids, label_set, read_label_ids, read_labels
 from ast_jax.runtime.progress import progress
 
 HELD_OUT = 10  # one example in so many of each label becomes validation where the data set names no split
+PATHS = ("source", "validation", "test", "label_file")  # fields of `DatasetConfig` that are paths
 ID_MARK = "/"  # what AudioSet's ids begin with: /m/09x0r, /t/dd00003
 
 
@@ -99,17 +101,77 @@ def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
     return sound.samples[: frontend.max_samples]
 
 
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Where sounds and labels are, and how they are split; `read_dataset` says which layouts there are.
+
+    Args:
+        source: file or folder.
+        validation: another source of any layout for the validation split. Of a source with several splits, only the one
+            of this name is used.
+        test: likewise for the test split.
+        label_file: fixes the classes and their order, see `labels.read_labels`; its ids may stand for names. By default
+            the layout's own order (ESC-50, ClassLabel), AudioSet's for its ids, or alphabetical order.
+        fold: the cross-validation fold to validate on; all others but a test split are for training. By default the
+            last fold where no split is named, and `DataSet.notes` say so.
+
+    Raises:
+        ValueError: a field of another type.
+    """
+
+    source: str | os.PathLike[str]
+    validation: str | os.PathLike[str] | None = None
+    test: str | os.PathLike[str] | None = None
+    label_file: str | os.PathLike[str] | None = None
+    fold: str | int | None = None
+
+    def __post_init__(self) -> None:
+        """Make every field text, as `run.json` keeps it."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
+            elif field.name == "fold" and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, str(value))
+            elif not isinstance(value, str) and (value is not None or field.name == "source"):
+                expected = "a fold's name" if field.name == "fold" else "a path"
+                raise ValueError(f"{field.name}: expected {expected}, got {value!r}")
+
+    @classmethod
+    def of(cls, data: DatasetConfig | str | os.PathLike[str]) -> DatasetConfig:
+        """Return a configuration as it is, or that of a path alone."""
+        return data if isinstance(data, DatasetConfig) else cls(data)
+
+    def absolute(self) -> DatasetConfig:
+        """Return a copy with absolute paths."""
+        paths = {name: getattr(self, name) for name in PATHS}
+        known = {name: str(pathlib.Path(path).absolute()) for name, path in paths.items() if path is not None}
+        return dataclasses.replace(self, **known)
+
+    def moved_to(self, other: DatasetConfig | str | os.PathLike[str] | None) -> DatasetConfig:
+        """Return the same data at the paths that `other` gives; what it leaves out stays where it was.
+
+        Raises:
+            ValueError: `other` names a source that these data do not have, or another fold.
+        """
+        if other is None:
+            return self
+        new = DatasetConfig.of(other).absolute()
+        for field in dataclasses.fields(self):
+            name = field.name
+            wrong = getattr(self, name) is None if name in PATHS else getattr(new, name) != getattr(self, name)
+            if getattr(new, name) is not None and wrong:
+                raise ValueError(
+                    f"{name}: expected a new place of data that the run was started with, got {getattr(new, name)!r}, "
+                    f"where the run has {getattr(self, name)!r}"
+                )
+        given = {name: getattr(new, name) for name in PATHS if getattr(new, name) is not None}
+        return dataclasses.replace(self, **given)
+
+
 @progress("reading the data set")
-def read_dataset(
-    source: str | pathlib.Path,
-    seed: int = 0,
-    *,
-    validation: str | pathlib.Path | None = None,
-    test: str | pathlib.Path | None = None,
-    label_file: str | pathlib.Path | None = None,
-    fold: str | None = None,
-) -> DataSet:
-    """Read a data set; which of these layouts it has is seen from what lies on disk.
+def read_dataset(data: DatasetConfig | str | os.PathLike[str], seed: int = 0) -> DataSet:
+    """Read a data set; its layout is detected from the files.
 
     - A folder with one folder per class, or with folders train, validation and test that have one per class. Files
       without a sound file's ending are passed over, and hidden ones without a word.
@@ -124,15 +186,8 @@ def read_dataset(
     group, stay together.
 
     Args:
-        source: file or folder.
-        seed: decides what is held out.
-        validation: another source of any layout for this split. Where it names several splits, only the one of this
-            name is taken.
-        test: likewise.
-        label_file: fixes the classes and their order, see `labels.read_labels`; its ids may stand for names. Else the
-            layout's own order is taken (ESC-50, ClassLabel), AudioSet's for its ids, or the alphabet.
-        fold: of cross-validation, becomes validation, and all others but a test split are for training. Without it, the
-            last fold becomes validation where no split is named, and `notes` say so.
+        data: where sounds and labels are; a path alone is its `source`.
+        seed: decides which examples are held out.
 
     Raises:
         DataError: nothing to train on or to tell apart, missing or doubled columns, missing files, a row that cannot be
@@ -140,6 +195,8 @@ def read_dataset(
         ValueError: the label file cannot be read.
         FileNotFoundError: a source does not exist.
     """
+    data = DatasetConfig.of(data)
+    source, validation, test, label_file, fold = dataclasses.astuple(data)
     listing = _read(pathlib.Path(source))
     rows, notes = listing.rows, listing.notes
     folds = sorted({row.fold for row in rows if row.fold}, key=_natural)

@@ -75,7 +75,7 @@ def start(
     """
     output = pathlib.Path(output)
     _refuse_several_processes()
-    folds = datasets.read_dataset(source, training.seed, **(reading or {})).folds
+    folds = datasets.read_dataset(datasets.DatasetConfig(source, **(reading or {})), training.seed).folds
     if not folds:
         raise DataError(
             f"{source}: expected a data set with folds (ESC-50, or a column fold), found none; "

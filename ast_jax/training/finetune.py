@@ -115,7 +115,7 @@ def _prepare(
     say: Say,
 ) -> tuple[Run, DataSet, Any]:
     """Read the data and settle everything a run needs: its description, its examples, its first parameters."""
-    dataset = datasets.read_dataset(source, training.seed, **reading)
+    dataset = datasets.read_dataset(datasets.DatasetConfig(source, **reading), training.seed)
     keeps_head = False
     if initial is not None and "classifier" in initial.params:
         keeps_head = set(initial.config.labels) == set(dataset.labels)
@@ -243,7 +243,7 @@ def _read_again(run: Run) -> DataSet:
         DataError: it has other labels now.
     """
     where = dict(run.data)
-    dataset = datasets.read_dataset(where.pop("source"), run.training.seed, **where)
+    dataset = datasets.read_dataset(datasets.DatasetConfig(**where), run.training.seed)
     if set(dataset.labels) != set(run.config.labels):
         raise DataError(f"{run.data['source']}: its labels are no longer those that the run was started with")
     return dataset.reordered(run.config.labels)

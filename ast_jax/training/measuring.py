@@ -125,7 +125,10 @@ def _heard_by(
             run = read_run(model)
             fold = {"fold": run.data["fold"]} if run.data.get("fold") is not None else {}
             asked.append((run.training.seed, {**fold, **reading}))
-    found = [_chosen(datasets.read_dataset(source, seed, **how), split) for seed, how in asked or [(0, reading)]]
+    found = [
+        _chosen(datasets.read_dataset(datasets.DatasetConfig(source, **how), seed), split)
+        for seed, how in asked or [(0, reading)]
+    ]
     if any(other[1:] != found[0][1:] for other in found[1:]):
         raise DataError(
             f"{source}: the runs held out different sounds (by --seed or --fold), so that what one has not heard "

@@ -11,7 +11,7 @@ import soundfile
 
 from ast_jax.audio.io import decode
 from ast_jax.config import FrontendConfig
-from ast_jax.data.datasets import DataError, Example, _hold_out, load_example, read_dataset
+from ast_jax.data.datasets import DataError, DatasetConfig, Example, _hold_out, load_example, read_dataset
 from ast_jax.labels import audioset_ids, label_set, read_label_ids
 
 FRONTEND = FrontendConfig(max_length=8)  # 95 ms
@@ -226,7 +226,7 @@ def test_the_originals_json_with_its_label_csv(place, tmp_path):
     folder.mkdir(exist_ok=True)
     (folder / "esc_class_labels_indices.csv").write_text(LABEL_CSV)
     given = folder / "esc_class_labels_indices.csv" if place == "given" else None
-    dataset = read_dataset(files / "train.json", validation=files / "eval.json", label_file=given)
+    dataset = read_dataset(DatasetConfig(files / "train.json", validation=files / "eval.json", label_file=given))
     assert dataset.labels == ("Third, or C", "First", "Second", "Never")
     found = [[example.targets for example in dataset.splits[split]] for split in ("train", "validation", "test")]
     assert found == [[(0, 1), (2,)], [(0,)], []]
@@ -251,12 +251,12 @@ def test_the_originals_json_without_a_label_csv(tmp_path):
 def test_a_label_file_fixes_the_order_of_any_layout(tmp_path):
     write_all(tmp_path, "b/1.wav", "b/2.wav", "a/3.wav", "a/4.wav")
     (tmp_path / "labels.txt").write_text("z\nb\na\n")
-    dataset = read_dataset(tmp_path, label_file=tmp_path / "labels.txt")
+    dataset = read_dataset(DatasetConfig(tmp_path, label_file=tmp_path / "labels.txt"))
     assert dataset.labels == ("z", "b", "a")
     assert {example.path.parent.name: example.targets for example in dataset.splits["train"]} == {"a": (2,), "b": (1,)}
     (tmp_path / "labels.txt").write_text("z\nb\n")
     with pytest.raises(DataError, match=r"3\.wav has the label 'a', which is not in .*labels\.txt$"):
-        read_dataset(tmp_path, label_file=tmp_path / "labels.txt")
+        read_dataset(DatasetConfig(tmp_path, label_file=tmp_path / "labels.txt"))
 
 
 def test_ids_of_classes(tmp_path):
@@ -286,25 +286,33 @@ def three(tmp_path):
 
 def test_other_sources_for_validation_and_test(three):
     plain = three / "classes"
-    assert sizes(read_dataset(plain, validation=three / "more.csv")) == {"train": 12, "validation": 12, "test": 0}
-    assert sizes(read_dataset(plain, validation=three / "more")) == {"train": 12, "validation": 12, "test": 0}
-    assert sizes(read_dataset(plain, test=three / "more")) == {"train": 10, "validation": 2, "test": 12}
-    both = read_dataset(plain, validation=three / "all.csv", test=three / "all.csv")
+    assert sizes(read_dataset(DatasetConfig(plain, validation=three / "more.csv"))) == {
+        "train": 12,
+        "validation": 12,
+        "test": 0,
+    }
+    assert sizes(read_dataset(DatasetConfig(plain, validation=three / "more"))) == {
+        "train": 12,
+        "validation": 12,
+        "test": 0,
+    }
+    assert sizes(read_dataset(DatasetConfig(plain, test=three / "more"))) == {"train": 10, "validation": 2, "test": 12}
+    both = read_dataset(DatasetConfig(plain, validation=three / "all.csv", test=three / "all.csv"))
     assert sizes(both) == {"train": 12, "validation": 4, "test": 4}
     assert {example.path.stem for example in both.splits["validation"]} == {"1", "4"}
     assert {example.path.stem for example in both.splits["test"]} == {"2", "5"}
     with pytest.raises(DataError, match=r"all\.csv: names a test split already"):
-        read_dataset(three / "all.csv", test=plain)
+        read_dataset(DatasetConfig(three / "all.csv", test=plain))
     (three / "two.csv").write_text((three / "all.csv").read_text().replace(",test", ",train"))
     with pytest.raises(DataError, match=r"two\.csv: expected a split 'test', got train, validation"):
-        read_dataset(plain, test=three / "two.csv")
+        read_dataset(DatasetConfig(plain, test=three / "two.csv"))
     with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
-        read_dataset(plain, test=three / "none")
+        read_dataset(DatasetConfig(plain, test=three / "none"))
 
 
 def test_labels_of_another_source_count_too(tmp_path):
     write_all(tmp_path, "x/a/1.wav", "x/b/2.wav", "y/c/3.wav", "y/a/4.wav")
-    dataset = read_dataset(tmp_path / "x", validation=tmp_path / "y")
+    dataset = read_dataset(DatasetConfig(tmp_path / "x", validation=tmp_path / "y"))
     assert dataset.labels == ("a", "b", "c")
     assert [example.targets for example in dataset.splits["validation"]] == [(0,), (2,)]
 
@@ -331,19 +339,19 @@ def test_esc50_as_downloaded(esc50):
     assert dataset.folds == ("1", "2", "3", "4", "5")
     assert dataset.notes == (f"{esc50}: no split is named: fold 5 of 1, 2, 3, 4, 5 is for validation",)
     assert sizes(dataset) == {"train": 24, "validation": 6, "test": 0}
-    third = read_dataset(esc50, fold="3")
+    third = read_dataset(DatasetConfig(esc50, fold="3"))
     assert {example.path.name[0] for example in third.splits["validation"]} == {"3"}
     assert {example.path.name[0] for example in third.splits["train"]} == set("1245")
     assert third.splits["validation"][0] == Example(esc50 / "audio" / "3-103-A-7.wav", (1,), group="103")
     assert third.notes == ()
-    assert read_dataset(esc50, validation=esc50).notes == ()
+    assert read_dataset(DatasetConfig(esc50, validation=esc50)).notes == ()
 
 
 def test_esc50_that_is_damaged(esc50):
     with pytest.raises(DataError, match=r"expected a fold of 1, 2, 3, 4, 5, got '6'"):
-        read_dataset(esc50, fold="6")
+        read_dataset(DatasetConfig(esc50, fold="6"))
     with pytest.raises(DataError, match="expected either a fold or other data for validation, got both"):
-        read_dataset(esc50, fold="1", validation=esc50)
+        read_dataset(DatasetConfig(esc50, fold="1", validation=esc50))
     table = esc50 / "meta" / "esc50.csv"
     text = table.read_text()
     for old, new, message in (
@@ -368,14 +376,14 @@ def test_folds_of_a_manifest(tmp_path):
         lines.append(f"{number}.wav,{'ab'[number % 2]},{number // 2 % 12 if number < 22 else 1},{split}")
     lines[1] = "0.wav,a,,"
     (tmp_path / "manifest.csv").write_text("\n".join(lines))
-    first = read_dataset(tmp_path, fold="1")
+    first = read_dataset(DatasetConfig(tmp_path, fold="1"))
     assert first.folds == tuple(map(str, range(11)))
     assert [example.path.stem for example in first.splits["validation"]] == ["2", "3"]
     assert sizes(first) == {"train": 20, "validation": 2, "test": 2}
     assert sizes(read_dataset(tmp_path)) == {"train": 22, "validation": 0, "test": 2}, "splits are named"
     (tmp_path / "list.csv").write_text("\n".join(lines).replace("fold", "other"))
     with pytest.raises(DataError, match="expected a fold of a data set with folds, got '1'"):
-        read_dataset(tmp_path / "list.csv", fold="1")
+        read_dataset(DatasetConfig(tmp_path / "list.csv", fold="1"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import soundfile
 from ast_jax.audio.io import AudioError, decode
 from ast_jax.config import FrontendConfig
 from ast_jax.data import hf_folder
-from ast_jax.data.datasets import DataError, Example, load_example, read_dataset
+from ast_jax.data.datasets import DataError, DatasetConfig, Example, load_example, read_dataset
 
 FRONTEND = FrontendConfig(max_length=8)  # 95 ms
 hf.disable_progress_bars()
@@ -84,7 +84,7 @@ def test_a_saved_dataset_without_splits(tmp_path):
         "group": ["p", "q", "p", "q", "r", None],
     }
     saved(tmp_path / "saved", columns, sound=hf.Audio())
-    dataset = read_dataset(tmp_path / "saved", fold="2")
+    dataset = read_dataset(DatasetConfig(tmp_path / "saved", fold="2"))
     assert dataset.labels == ("a", "b")
     assert dataset.folds == ("1", "2", "3")
     assert [example.targets for example in dataset.splits["train"]] == [(0, 1), (0,), (0,), (1,)]
@@ -104,7 +104,7 @@ def test_a_saved_dataset_with_lists_of_classes_and_paths(tmp_path):
     with pytest.MonkeyPatch.context() as patched:  # files are put in by save_to_disk; older versions did not
         patched.setattr(hf.Audio, "embed_storage", lambda self, storage, *_, **__: storage)
         dataset.save_to_disk(folder)
-    found = read_dataset(folder, validation=folder)
+    found = read_dataset(DatasetConfig(folder, validation=folder))
     assert [example.targets for example in found.splits["train"]] == [(0, 1), (1,)]
     assert hf_folder.read_row(folder, 0) == path
     for example in found.splits["train"]:

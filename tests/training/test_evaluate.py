@@ -123,7 +123,9 @@ def test_a_run_is_measured_on_what_it_held_out(models, tmp_path):
         save(tmp_path / name / "best", one)
     for names, source, fold in (("a", "plain", None), ("c", "folds", "1")):
         heard = measuring._heard_by([str(tmp_path / name) for name in names], tmp_path / f"{source}.csv", {}, None)
-        want = datasets.read_dataset(tmp_path / f"{source}.csv", 3 if source == "plain" else 0, fold=fold)
+        want = datasets.read_dataset(
+            datasets.DatasetConfig(tmp_path / f"{source}.csv", fold=fold), 3 if source == "plain" else 0
+        )
         assert heard[1:] == ("validation", want.splits["validation"])
     with pytest.raises(datasets.DataError, match="the runs held out different sounds"):
         measuring.measure([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plain.csv")
