@@ -8,6 +8,7 @@ import ast_jax
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
 WITH_README = [*PAGES, DOCS.parent / "README.md"]
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 RUN_WHOLE = ("index", "jax", "sliding-windows", "padding", "embeddings", "explanations", "converting", "migrating")

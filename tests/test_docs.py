@@ -7,7 +7,7 @@ import re
 import pytest
 import soundfile
 import typer
-from pages import DOCS, WITH_README, blocks, commands, page
+from pages import DECISIONS, DOCS, WITH_README, blocks, commands, page
 from typer.testing import CliRunner
 
 import ast_jax
@@ -103,7 +103,7 @@ def header_rows():
     return {key for recipe in RECIPES.values() for key in {*recipe.training, *recipe.frontend}} - shared
 
 
-@pytest.mark.parametrize("path", WITH_README, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*WITH_README, *DECISIONS], ids=lambda path: path.stem)
 def test_options_are_the_command_line_s(path, monkeypatch):
     """Every --option on a page that is not gcloud's or another program's exists, here or in the benchmark."""
     monkeypatch.syspath_prepend(DOCS.parent / "tools")
@@ -129,7 +129,11 @@ def test_commands_can_be_parsed(path):
         command.make_context(arguments[0], arguments[1:])
 
 
-@pytest.mark.parametrize("path", WITH_README, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*WITH_README, *DECISIONS, *(DOCS.parent / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG"))],
+    ids=lambda path: path.stem,
+)
 def test_links_lead_somewhere(path):
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)", prose):
@@ -143,6 +147,19 @@ def test_the_api_page_names_all_that_is_public():
         if line.startswith(":::"):
             path, name = line.removeprefix("::: ").rsplit(".", 1)
             assert hasattr(importlib.import_module(path), name)
+
+
+def test_decisions_are_numbered_short_and_listed():
+    pages = [path for path in DECISIONS if path.name != "index.md"]
+    assert [int(path.name[:3]) for path in pages] == list(range(1, len(pages) + 1))
+    index, navigation = page("decisions/index.md"), (DOCS.parent / "mkdocs.yml").read_text()
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Choice", "Cost"], path.name
+        assert 100 <= len(text.split()) <= 250, path.name
+        assert f"[{path.name[:3]} {text.splitlines()[0].removeprefix('# ')}]({path.name})" in index
+        assert f"decisions/{path.name}\n" in navigation
+        assert "```" not in text  # code of these pages would not run in tests
 
 
 def test_json_on_the_page_is_json():
