@@ -4,7 +4,7 @@ FOLDER/
   params/                    the parameter tree, an Orbax PyTree checkpoint
   config.json                the architecture, labels and problem type, as transformers writes them
   preprocessor_config.json   the frontend, likewise
-  ast_jax.json               {"format": 1, "metadata": {...}}: where the weights came from
+  ast_jax.json               {"format": 1, "metadata": {..., "provenance": {...}}}: where the weights came from
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ast_jax.checkpoints.locate import FORMAT_FILE, is_own
+from ast_jax.checkpoints.provenance import Provenance, split_origin
 from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors, raise_differences, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig, read_config, read_json
 from ast_jax.model.functional import param_shapes
@@ -35,7 +36,7 @@ PARAMS_FOLDER = "params"
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params"],
-    meta_fields=["config", "frontend", "metadata_json"],
+    meta_fields=["config", "frontend", "metadata_json", "provenance"],
 )
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -45,13 +46,16 @@ class Checkpoint:
         params: nested dict of arrays, format 1.
         config: the architecture.
         frontend: how sound becomes its input.
-        metadata_json: where the weights came from, as JSON text (so that the static part stays hashable).
+        metadata_json: free-form information on the origin (data, figures, licences), as JSON text because the static
+            part of a pytree must be hashable.
+        provenance: what the weights were converted from and how they were changed since.
     """
 
     params: Mapping[str, Any]
     config: ASTConfig
     frontend: FrontendConfig
     metadata_json: str = "{}"
+    provenance: Provenance = dataclasses.field(default_factory=Provenance)
 
     def __iter__(self) -> Iterator[Any]:
         """Unpack to params, config and frontend."""
@@ -59,8 +63,13 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Where the weights came from: source, data, figures, licences."""
+        """Free-form information on the origin: data, figures, licences."""
         return json.loads(self.metadata_json)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Metadata and provenance as one JSON object: `metadata` in `ast_jax.json`."""
+        return {**self.metadata, "provenance": self.provenance.to_json_dict()}
 
     def replace(self, **changes: Any) -> Checkpoint:
         """Return a copy with some fields changed."""
@@ -84,7 +93,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         write_numpy(new / PARAMS_FOLDER, jax.tree.map(np.asarray, dict(checkpoint.params)))
         # A note of Orbax for object stores, which would carry the name of the scratch folder into the checkpoint.
         (new / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)
-        description = {"format": FORMAT, "metadata": checkpoint.metadata}
+        description = {"format": FORMAT, "metadata": checkpoint.origin}
         for name, content in (
             (CONFIG_FILE, checkpoint.config.to_json_dict()),
             (PREPROCESSOR_FILE, checkpoint.frontend.to_json_dict()),
@@ -116,13 +125,17 @@ def read_folder(folder: pathlib.Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: expected checkpoint format {FORMAT}, got {description.get('format')!r}")
     if not isinstance(description.get("metadata", {}), dict):
         raise CheckpointError(f"{folder / FORMAT_FILE}: expected an object under metadata")
+    try:
+        provenance, metadata = split_origin(description.get("metadata", {}))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / FORMAT_FILE}: {error}") from error
     with as_checkpoint_errors():
         config = read_config(ASTConfig, folder / CONFIG_FILE)
         frontend = read_config(FrontendConfig, folder / PREPROCESSOR_FILE)
     check_frontend(frontend, config, str(folder))
     params = jax.tree.map(widen, restore_numpy(folder / PARAMS_FOLDER))
     check_params(params, config, str(folder))
-    return Checkpoint(params, config, frontend, json.dumps(description.get("metadata", {})))
+    return Checkpoint(params, config, frontend, json.dumps(metadata), provenance)
 
 
 def write_numpy(folder: pathlib.Path, tree: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import numpy as np
 
 from ast_jax.checkpoints.folder import Checkpoint
-from ast_jax.checkpoints.pytorch.names import VIT
 
 Grid = tuple[int, int]
 
@@ -44,7 +42,7 @@ def resize(
         seed: of the new classifier.
 
     Returns:
-        The checkpoint; a new classifier comes with `problem_type` None, and the metadata say what was changed.
+        The checkpoint; a new classifier comes with `problem_type` None, and the provenance notes the changes.
 
     Raises:
         ValueError: an ImageNet model was fitted to another input before; a value is out of its range; or `labels`,
@@ -55,7 +53,8 @@ def resize(
               "time_stride": time_stride}  # fmt: skip
     given = {name: value for name, value in wanted.items() if value is not None}
     config, frontend, params, changes = old.replace(**given), checkpoint.frontend, dict(checkpoint.params), []
-    if config.grid != old.grid and started_from_pictures(checkpoint) and "adapted" in checkpoint.metadata:
+    provenance = checkpoint.provenance
+    if config.grid != old.grid and provenance.imagenet_only and provenance.grid_resized:
         raise ValueError(
             f"the checkpoint is an ImageNet model's, fitted to a grid of {old.grid[0]}x{old.grid[1]} already; to fit "
             "it again would not give what the original makes of it: convert the ImageNet model itself for this input"
@@ -89,14 +88,8 @@ def resize(
         changes.append(f"classifier of {count} labels: new, untrained")
     if not changes:
         return checkpoint
-    metadata = checkpoint.metadata
-    metadata["adapted"] = [*metadata.get("adapted", []), *changes]
-    return checkpoint.replace(params=params, config=config, frontend=frontend, metadata_json=json.dumps(metadata))
-
-
-def started_from_pictures(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is an ImageNet model's, made to start from: it has heard nothing yet."""
-    return checkpoint.metadata.get("conversion", {}).get("format") == VIT.name
+    provenance = provenance.changed(*changes, grid_resized=provenance.grid_resized or config.grid != old.grid)
+    return checkpoint.replace(params=params, config=config, frontend=frontend, provenance=provenance)
 
 
 def _checked(labels: Sequence[str] | None) -> tuple[str, ...] | None:

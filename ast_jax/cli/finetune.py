@@ -312,9 +312,7 @@ def _training(recipe: Any, settings: dict[str, Any], initial: Any) -> TrainConfi
 
 def _has_heard(initial: Any) -> bool:
     """Whether a model to start from has learned from sounds, and not from pictures alone."""
-    from ast_jax.checkpoints.resize import started_from_pictures
-
-    return initial is not None and not started_from_pictures(initial)
+    return initial is not None and not initial.provenance.imagenet_only
 
 
 def _others(recipe: Any, training: TrainConfig) -> dict[str, Any]:
@@ -359,7 +357,7 @@ def _refuse_contradictions(output: pathlib.Path, run: Any, asked: dict[str, Any]
 
         has["init"] = None
         with contextlib.suppress(ValueError):  # it does not even go to this size
-            if load(asked["init"], **size).metadata == run.metadata.get("trained_from"):
+            if load(asked["init"], **size).origin == run.metadata.get("trained_from"):
                 has["init"] = asked["init"]
     _refuse_others(output, asked, has)
 

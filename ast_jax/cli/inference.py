@@ -220,7 +220,7 @@ def _loaded(model: str) -> Checkpoint:
 
     checkpoint = load(model)
     if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
-        for note in checkpoint.metadata["conversion"]["notes"]:
+        for note in checkpoint.provenance.notes:
             complain(f"{model}: {note}")
     return checkpoint
 

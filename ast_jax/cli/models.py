@@ -122,7 +122,6 @@ def info(
     """Say what a model is: size, input, labels and origin."""
     with user_errors():
         from ast_jax.checkpoints.load import load
-        from ast_jax.checkpoints.pytorch.pipeline import report
         from ast_jax.model.functional import num_params
 
         checkpoint = load(model)
@@ -133,6 +132,7 @@ def info(
                 "parameters": num_params(checkpoint.params),
                 "config": config.to_json_dict(),
                 "frontend": frontend.to_json_dict(),
+                "provenance": checkpoint.provenance.to_json_dict(),
                 "metadata": checkpoint.metadata,
             }
             print(json_line(content, indent=2))
@@ -153,11 +153,9 @@ def info(
             else "  labels        no classifier",
             sep="\n",
         )
-        for line in report(checkpoint.metadata):
+        for line in checkpoint.provenance.report():
             print(f"  {one_line(line)}")
         for key, value in checkpoint.metadata.items():
-            if key in ("converted_from", "conversion", "adapted"):
-                continue  # told above
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             more = " … (whole with --json)" if len(text) > LONGEST else ""
             print(f"  {key:13} {one_line(text[:LONGEST])}{more}")

@@ -134,7 +134,7 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         path: np.mean([np.asarray(flat[path], np.float64) for flat in flats], axis=0).astype(leaf.dtype)
         for path, leaf in flats[0].items()
     }
-    metadata = {"averaged": [one.metadata for one in checkpoints]}
+    metadata = {"averaged": [one.origin for one in checkpoints]}
     return Checkpoint(unflatten_dict(mean, sep="/"), first.config, first.frontend, json.dumps(metadata))
 
 

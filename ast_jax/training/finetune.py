@@ -140,7 +140,7 @@ def _prepare(
     params = model.init(jax.random.key(training.seed), config)
     if initial:
         params = {**initial.params} if keeps_head else {**initial.params, "classifier": params["classifier"]}
-    metadata = {"trained_from": initial.metadata if initial else "scratch", "data": pathlib.Path(source).name, **notes}
+    metadata = {"trained_from": initial.origin if initial else "scratch", "data": pathlib.Path(source).name, **notes}
     if teacher is not None:
         teacher = str(pathlib.Path(teacher).absolute() if pathlib.Path(teacher).exists() else teacher)
         per_device = training.batch_size // len(parallel.devices)
@@ -175,10 +175,9 @@ def _frontend(
     say: Say,
 ) -> FrontendConfig:
     """Return the features' settings: given, the initial model's, or measured; say what the headers tell."""
-    conversion = initial.metadata.get("conversion", {}) if initial else {}
-    known = statistics is not None or (initial is not None and not conversion.get("statistics_assumed"))
-    frontend = FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
-    frontend = initial.frontend if initial is not None and not conversion.get("statistics_assumed") else frontend
+    kept = initial.frontend if initial is not None and not initial.provenance.statistics_assumed else None
+    known = statistics is not None or kept is not None
+    frontend = kept or FrontendConfig(max_length=config.max_length, num_mel_bins=config.num_mel_bins)
     used = dataset.splits["train"] + dataset.splits["validation"]
     headers = audit.check_headers(used, frontend, limit=None if training.strict else HEADERS)
     if headers.bad:
@@ -195,7 +194,7 @@ def _frontend(
         found = audit.statistics(dataset.splits["train"], frontend, limit=1000)
         frontend = frontend.replace(mean=round(found.mean, 4), std=round(found.std, 4))
         say(f"features of the training split: mean {frontend.mean}, standard deviation {frontend.std}")
-    for note in conversion.get("notes", ()):
+    for note in initial.provenance.notes if initial else ():
         say(f"the model to start from: {note}")
     return frontend
 

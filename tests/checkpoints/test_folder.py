@@ -40,6 +40,7 @@ def assert_same(got, want):
     assert got.config == want.config
     assert got.frontend == want.frontend
     assert got.metadata == want.metadata
+    assert got.provenance == want.provenance
     got_leaves, want_leaves = flatten_dict(got.params, sep="/"), flatten_dict(want.params, sep="/")
     assert got_leaves.keys() == want_leaves.keys()
     for path, leaf in got_leaves.items():

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import ast_jax
 from ast_jax.checkpoints.folder import check_params
+from ast_jax.checkpoints.provenance import Provenance
 from ast_jax.checkpoints.resize import resize_positions
 from ast_jax.model.functional import param_shapes
 
@@ -38,7 +39,8 @@ def checkpoint():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), param_shapes(CONFIG))
     frontend = ast_jax.FrontendConfig(max_length=64, num_mel_bins=48, mean=-6.5, std=5.25)
-    return ast_jax.Checkpoint(params, CONFIG, frontend, json.dumps({"trained_on": "nothing", "adapted": ["once"]}))
+    metadata = json.dumps({"trained_on": "nothing"})
+    return ast_jax.Checkpoint(params, CONFIG, frontend, metadata, Provenance(changes=("once",)))
 
 
 def positions_of(grid, dtype=np.float64, width=3):
@@ -58,6 +60,7 @@ def assert_same_params(got, want, but="nothing"):
 def assert_same(got, want):
     assert_same_params(got.params, want.params)
     assert (got.config, got.frontend, got.metadata) == (want.config, want.frontend, want.metadata)
+    assert got.provenance == want.provenance
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -128,7 +131,8 @@ def test_resized_model_has_the_new_input(changes, checkpoint):
         f"{resized.config.frequency_stride}, {resized.config.time_stride}: position grid {old[0]}x{old[1]} to "
         f"{new[0]}x{new[1]} (frequency {words[0]}, time {words[1]})"
     )
-    assert resized.metadata == {"trained_on": "nothing", "adapted": ["once", told]}
+    assert resized.metadata == {"trained_on": "nothing"}
+    assert resized.provenance == Provenance(changes=("once", told), grid_resized=old != new)
     assert_same(checkpoint, before)
 
 
@@ -150,7 +154,7 @@ def test_another_length_in_the_same_patches_keeps_the_positions(checkpoint):
     resized = ast_jax.resize(checkpoint, max_length=65)
     assert (resized.config.max_length, resized.frontend.max_length) == (65, 65)
     assert_same_params(resized.params, checkpoint.params)
-    assert resized.metadata["adapted"][-1].endswith("4x5 to 4x5 (frequency kept, time kept)")
+    assert resized.provenance.changes[-1].endswith("4x5 to 4x5 (frequency kept, time kept)")
 
 
 MISTAKES = [
@@ -188,7 +192,7 @@ def test_the_right_names_of_the_classes_keep_the_head(checkpoint):
     named = ast_jax.resize(checkpoint, labels=("x", "y", "z"), keep_classifier=True)
     assert named.config == CONFIG.replace(id2label=("x", "y", "z"))  # problem_type is kept too
     assert named.params["classifier"] is checkpoint.params["classifier"]
-    assert named.metadata["adapted"][-1] == "labels renamed"
+    assert named.provenance.changes[-1] == "labels renamed"
 
 
 @pytest.mark.parametrize(("changes", "names"), OTHER_LABELS, ids=str)
@@ -201,7 +205,7 @@ def test_other_labels_draw_a_new_head(changes, names, checkpoint):
     check_params(resized.params, resized.config, "of the right shapes")
     # `initializer_range`, from 64 draws or more, of which that is four standard errors.
     assert resized.params["classifier"]["dense"]["kernel"].std() == pytest.approx(0.02, rel=0.4)
-    assert resized.metadata["adapted"][1:] == [f"classifier of {count} labels: new, untrained"]
+    assert resized.provenance.changes[1:] == (f"classifier of {count} labels: new, untrained",)
     assert_same(ast_jax.resize(checkpoint, **changes), resized)
     other = ast_jax.resize(checkpoint, **changes, seed=1).params
     assert_same_params(other, resized.params, "classifier/dense/kernel")
@@ -219,7 +223,7 @@ def test_headless_model_gains_a_head_of_its_own_dtype(checkpoint):
 
 def test_resized_model_is_saved_and_loaded(checkpoint, tmp_path):
     resized = ast_jax.resize(checkpoint, **EVERYTHING, labels=("yes", "no"))
-    assert len(resized.metadata["adapted"]) == 3  # once, and now the input and the labels
+    assert len(resized.provenance.changes) == 3  # once, and now the input and the labels
     ast_jax.save(tmp_path / "model", resized)
     loaded = ast_jax.load(tmp_path / "model")
     assert_same(loaded, resized)
@@ -244,7 +248,7 @@ def test_at_load_equals_resizing_what_was_loaded(kind, checkpoint, tmp_path):
         loaded = ast_jax.load(path, **changes, seed=7)
         assert_same(loaded, ast_jax.resize(plain, **changes, seed=7))
         assert loaded.config.num_labels == len(changes.get("labels", "four"))
-        assert loaded.metadata["adapted"]
+        assert loaded.provenance.changes
     assert_same(ast_jax.load(path, max_length=None, labels=None), plain)
 
 

@@ -387,7 +387,7 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
     assert done.stdout.splitlines() == [
         f"{tmp_path / 'out'}: 509,383 parameters, 7 labels",
         "  hf: Hugging Face, float32",
-        "  tensors: 27 used, 0 passed over",
+        "  tensors: 27 used, 0 ignored",
     ]
     shown = in_process("info", tmp_path / "out")
     assert "1 layers, width 192, 3 heads" in shown.stdout

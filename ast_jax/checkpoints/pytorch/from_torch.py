@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +15,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ast_jax.checkpoints.folder import Checkpoint, check_frontend
+from ast_jax.checkpoints.provenance import Pairs, Provenance
 from ast_jax.checkpoints.pytorch.infer_config import Hints, config_from_shapes
-from ast_jax.checkpoints.pytorch.names import ORIGINAL, RGB_PATCH, VIT, Format, Turn, detect
+from ast_jax.checkpoints.pytorch.names import DEIT, ORIGINAL, RGB_PATCH, Format, Turn, detect
 from ast_jax.checkpoints.pytorch.state_dicts import BFLOAT16, Source, read_source
-from ast_jax.checkpoints.resize import resize, started_from_pictures
+from ast_jax.checkpoints.resize import resize
 from ast_jax.checkpoints.tree import CheckpointError, raise_differences, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
 from ast_jax.labels import label_set_of_size
@@ -64,8 +64,8 @@ def from_torch(
             `num_labels`, `labels`, `keep_classifier`; see `resize`.
 
     Returns:
-        A checkpoint whose params are NumPy arrays, half precision widened to float32. Its metadata say under
-        "conversion" what was found: the format, the tensors passed over and why, and what had to be assumed.
+        A checkpoint whose params are NumPy arrays, half precision widened to float32. Its provenance has the format of
+        the source, the ignored tensors with the reason for each, and notes on what had to be assumed.
 
     Raises:
         CheckpointError: a file is missing, damaged or foreign, or the tensors do not fit the configuration; the message
@@ -79,7 +79,7 @@ def from_torch(
 
 def fit(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
     """Return what `convert` gave with the input and labels asked for; an ImageNet model always becomes an AST."""
-    start = AST_INPUT if started_from_pictures(checkpoint) else {}
+    start = AST_INPUT if checkpoint.provenance.imagenet_only else {}
     return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
 
 
@@ -105,7 +105,7 @@ def convert(
     has_head = any(row.source in state for row in form.head)
     json_config = found.read_json(CONFIG_FILE) if form.is_transformers and config is None else None
     told = "config" if config else CONFIG_FILE if json_config is not None else None
-    told = "a square grid" if form is VIT and (hints.strides or hints.max_length or hints.num_mel_bins) else told
+    told = "a square grid" if form is DEIT and (hints.strides or hints.max_length or hints.num_mel_bins) else told
     if told and hints:
         raise ValueError(f"source_strides, source_max_length and so on: expected none where {told} tells them")
     if json_config is not None:
@@ -118,17 +118,22 @@ def convert(
         if form.is_transformers:
             notes.append(f"no {CONFIG_FILE}: eps 1e-12 is assumed")
     params, dtypes = _fill(state, form, config, has_head, found.name)
-    if form is VIT:
+    if form is DEIT:
         notes.append("ImageNet initialisation: no classifier, kernels summed over red, green and blue")
     frontend, assumed = _frontend(found, form, config, mean, std, notes)
     config = _labelled(config, has_head, notes)
-    ignored = {name: form.ignored[name] for name in sorted(state) if name in form.ignored}
-    conversion = {
-        "format": form.name, "tensors": len(dtypes), "ignored": ignored, "notes": notes,
-        "statistics_assumed": assumed, **_dtype_record(dtypes, form, config, has_head),
-    }  # fmt: skip
-    metadata = {"converted_from": found.label, "conversion": conversion}
-    return Checkpoint(params, config, frontend, json.dumps(metadata))
+    dtype, other_dtypes = _dtype_record(dtypes, form, config, has_head)
+    provenance = Provenance(
+        source=found.label,
+        format=form.kind,
+        num_tensors=len(dtypes),
+        ignored=tuple((name, form.ignored[name]) for name in sorted(state) if name in form.ignored),
+        dtype=dtype,
+        other_dtypes=other_dtypes,
+        statistics_assumed=assumed,
+        notes=tuple(notes),
+    )
+    return Checkpoint(params, config, frontend, provenance=provenance)
 
 
 def _fill(
@@ -184,14 +189,14 @@ def unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _dtype_record(
-    dtypes: Mapping[str, np.dtype], form: Format, config: ASTConfig, has_head: bool
-) -> dict[str, str | dict[str, str]]:
+def _dtype_record(dtypes: Mapping[str, np.dtype], form: Format, config: ASTConfig, has_head: bool) -> tuple[str, Pairs]:
     """Return the dtype that most tensors have, and those of others by their names when going back, without prefix."""
     most = collections.Counter(dtype.name for dtype in dtypes.values()).most_common(1)[0][0]
     names = form.names_back(config, has_head)
-    others = {names[name].removeprefix(form.prefix): dtype.name for name, dtype in dtypes.items() if dtype.name != most}
-    return {"dtype": most, "other_dtypes": others}
+    others = (
+        (names[name].removeprefix(form.prefix), dtype.name) for name, dtype in dtypes.items() if dtype.name != most
+    )
+    return most, tuple(others)
 
 
 def _frontend(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ast_jax.checkpoints.pytorch.names import ORIGINAL, VIT, Format
+from ast_jax.checkpoints.pytorch.names import DEIT, ORIGINAL, Format
 from ast_jax.checkpoints.tree import CheckpointError, raise_differences
 from ast_jax.config import ASTConfig
 
@@ -101,7 +101,7 @@ def config_from_shapes(
         "num_labels": shape("classifier/dense/kernel", 2)[0] if has_head else ASTConfig.num_labels,
     }
     patches = shape("embeddings/position_embeddings", 3)[1] - 2
-    if form is VIT:
+    if form is DEIT:
         side = math.isqrt(max(patches, 0))
         if not side or side * side != patches:
             raise CheckpointError(f"{name}: expected a square grid of positions, got {patches} of them")
@@ -130,7 +130,7 @@ def _depth(names: Iterable[str], form: Format, has_head: bool, name: str) -> int
     has_bias = form.find(names, "layers/attention/qkv/bias") is not None
     rows = [row for row in form.all_rows(has_head) if has_bias or row.target != "layers/attention/qkv/bias"]
     expected = {row.source.format(n=layer) for row in rows for layer in range(layers if "{n}" in row.source else 1)}
-    if form is VIT and "dist_token" not in names:
+    if form is DEIT and "dist_token" not in names:
         raise CheckpointError(
             f"{name}: expected a distilled vision transformer, got one without dist_token; AST starts from DeiT's "
             "distilled models"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ast_jax.checkpoints.provenance import SourceFormat
 from ast_jax.config import ASTConfig
 
 Array = np.ndarray
@@ -161,7 +162,7 @@ class Format:
     """A way to name the tensors.
 
     Attributes:
-        name: for people.
+        kind: the naming scheme.
         rows: of the body, after `prefix`.
         head: rows of the classifier.
         prefix: before the body's names, where there is a classifier beside it.
@@ -169,7 +170,7 @@ class Format:
         eps: of the LayerNorms in the body and in the head, where no config.json says so.
     """
 
-    name: str
+    kind: SourceFormat
     rows: tuple[Row, ...]
     head: tuple[Row, ...] = ()
     prefix: str = ""
@@ -204,7 +205,7 @@ class Format:
 
     def going_back(self) -> Format:
         """Return the format in which transformers writes what it holds in memory; any other as it is."""
-        return HUGGING_FACE.with_prefix(self.prefix) if self.rows == LIVE_ROWS else self
+        return HUGGING_FACE.with_prefix(self.prefix) if self.kind is SourceFormat.HUGGING_FACE_LIVE else self
 
     def names_back(self, config: ASTConfig, with_head: bool) -> dict[str, str]:
         """Return {name here: the name that the same tensor has when it goes back}."""
@@ -213,7 +214,7 @@ class Format:
     @property
     def is_transformers(self) -> bool:
         """Whether the names are those of transformers, on disk or in memory."""
-        return self.rows in (HUGGING_FACE_ROWS, LIVE_ROWS)
+        return self.kind in (SourceFormat.HUGGING_FACE, SourceFormat.HUGGING_FACE_LIVE)
 
     def name_of(self, target: str) -> str:
         """Return the name, with {n} for the layer, of the first tensor that goes to a target."""
@@ -226,14 +227,14 @@ class Format:
 
 
 HF_PREFIX = "audio_spectrogram_transformer."
-HUGGING_FACE = Format("Hugging Face", HUGGING_FACE_ROWS, HUGGING_FACE_HEAD, HF_PREFIX)
-LIVE = Format("Hugging Face, as in a live transformers 5 model", LIVE_ROWS, HUGGING_FACE_HEAD, HF_PREFIX)
+HUGGING_FACE = Format(SourceFormat.HUGGING_FACE, HUGGING_FACE_ROWS, HUGGING_FACE_HEAD, HF_PREFIX)
+LIVE = Format(SourceFormat.HUGGING_FACE_LIVE, LIVE_ROWS, HUGGING_FACE_HEAD, HF_PREFIX)
 ORIGINAL = Format(
-    "original repository", TIMM_ROWS, ORIGINAL_HEAD, "v.",
+    SourceFormat.ORIGINAL, TIMM_ROWS, ORIGINAL_HEAD, "v.",
     {f"v.{name}": reason for name, reason in IMAGENET_HEADS.items()}, (1e-6, 1e-5),
 )  # fmt: skip
-VIT = Format(
-    "distilled vision transformer (DeiT, timm's names)",
+DEIT = Format(
+    SourceFormat.DEIT,
     tuple(dataclasses.replace(row, turn=RGB_PATCH) if row.turn is PATCH else row for row in TIMM_ROWS),
     ignored=IMAGENET_HEADS, eps=(1e-6, 1e-5),
 )  # fmt: skip
@@ -253,4 +254,4 @@ def detect(names: Iterable[str]) -> Format | None:
         return LIVE.with_prefix(prefix)
     if has(r"v\.blocks\.\d"):
         return ORIGINAL
-    return VIT if has(r"blocks\.\d") else None
+    return DEIT if has(r"blocks\.\d") else None

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from ast_jax.checkpoints.folder import Checkpoint, read_folder
 from ast_jax.checkpoints.pytorch.from_torch import unwrapped
-from ast_jax.checkpoints.pytorch.names import ORIGINAL, VIT, Format, detect
+from ast_jax.checkpoints.pytorch.names import ORIGINAL, Format, detect
 from ast_jax.checkpoints.pytorch.state_dicts import Source, read_source
 from ast_jax.checkpoints.pytorch.to_torch import state_dict, with_qkv_bias
 from ast_jax.checkpoints.tree import CheckpointError, widen
@@ -226,7 +226,7 @@ def _reference(form: Format) -> tuple[Any, str]:
     """
     import torch
 
-    if form.rows in (ORIGINAL.rows, VIT.rows):
+    if not form.is_transformers:
         return _original_stages, f"the original's forward pass, torch {torch.__version__}"
     import transformers
 

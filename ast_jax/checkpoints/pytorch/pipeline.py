@@ -72,15 +72,15 @@ def convert_to(
             raise ValueError(f"{source}: is a checkpoint of ast_jax, which tells its strides, length and heads itself")
         before = read_folder(path)
         checkpoint = _with_statistics(resize(before, **changes), mean, std)
-        told = len(report(before.metadata))
+        told = len(before.provenance.report())
     else:
         found = read_source(path, os.fspath(source))
         before = convert(found, None, hints, mean, std)
         checkpoint, told = fit(before, **changes), 0
         proof = verify(found, before) if check else None
     if proof is not None:
-        adapted = checkpoint.metadata.get("adapted")
-        proof = dataclasses.replace(proof, of=f"{proof.of}, before {'; '.join(adapted)}") if adapted else proof
+        if checkpoint.provenance.changes:
+            proof = dataclasses.replace(proof, of=f"{proof.of}, before {'; '.join(checkpoint.provenance.changes)}")
         _require(proof, f"{source}: does not give the same numbers after conversion; nothing was written", say)
     notes: tuple[str, ...] = ()
     if target == OURS:
@@ -90,24 +90,11 @@ def convert_to(
         notes = to_torch(checkpoint, destination, format=target)
     labels = f"{checkpoint.config.num_labels} labels" if "classifier" in checkpoint.params else "no classifier"
     say(f"{destination}: {num_params(checkpoint.params):,} parameters, {labels}")
-    for line in [*report(checkpoint.metadata)[told:], *(f"note: {note}" for note in notes)]:
+    for line in [*checkpoint.provenance.report()[told:], *(f"note: {note}" for note in notes)]:
         say(f"  {line}")
     if check:
         _prove(destination, target, checkpoint, proof, say)
     return checkpoint
-
-
-def report(metadata: Mapping[str, Any]) -> list[str]:
-    """Return what a conversion found and what was changed since, a line each."""
-    conversion, lines = metadata.get("conversion"), []
-    if conversion:
-        lines.append(f"{metadata['converted_from']}: {conversion['format']}, {conversion['dtype']}")
-        lines.append(f"tensors: {conversion['tensors']} used, {len(conversion['ignored'])} passed over")
-        for reason in sorted(set(conversion["ignored"].values())):
-            names = (name for name, why in conversion["ignored"].items() if why == reason)
-            lines.append(f"passed over: {', '.join(names)}: {reason}")
-        lines += [f"note: {note}" for note in conversion["notes"]]
-    return lines + [f"changed: {change}" for change in metadata.get("adapted", [])]
 
 
 def _with_statistics(checkpoint: Checkpoint, mean: float | None, std: float | None) -> Checkpoint:
@@ -116,12 +103,11 @@ def _with_statistics(checkpoint: Checkpoint, mean: float | None, std: float | No
     frontend = checkpoint.frontend.replace(**told)
     if frontend == checkpoint.frontend:
         return checkpoint
-    old, metadata = checkpoint.frontend, checkpoint.metadata
+    old = checkpoint.frontend
     change = f"normalisation from mean {old.mean:g}, std {old.std:g} to {frontend.mean:g}, {frontend.std:g}"
-    metadata["adapted"] = [*metadata.get("adapted", []), change]
-    if "conversion" in metadata:
-        metadata["conversion"]["statistics_assumed"] = False
-    return checkpoint.replace(frontend=frontend, metadata_json=json.dumps(metadata))
+    return checkpoint.replace(
+        frontend=frontend, provenance=checkpoint.provenance.changed(change, statistics_assumed=False)
+    )
 
 
 def _with_problem_type(checkpoint: Checkpoint) -> Checkpoint:
@@ -129,11 +115,9 @@ def _with_problem_type(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.config
     if config.problem_type is not None:
         return checkpoint
-    metadata = checkpoint.metadata
-    if "conversion" in metadata:
-        metadata["conversion"]["problem_type_resolved"] = True
     return checkpoint.replace(
-        config=config.replace(problem_type=config.resolved_problem_type), metadata_json=json.dumps(metadata)
+        config=config.replace(problem_type=config.resolved_problem_type),
+        provenance=checkpoint.provenance.changed(problem_type_resolved=checkpoint.provenance.format is not None),
     )
 
 

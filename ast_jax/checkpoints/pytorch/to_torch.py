@@ -99,9 +99,7 @@ def state_dict(checkpoint: Checkpoint, form: Format) -> dict[str, np.ndarray]:
 
 def _recorded_dtype(checkpoint: Checkpoint, form: Format, name: str) -> np.dtype | None:
     """Return the dtype that a tensor came with from PyTorch, None where it did not."""
-    conversion = checkpoint.metadata.get("conversion", {})
-    recorded = conversion.get("other_dtypes", {}).get(name.removeprefix(form.prefix), conversion.get("dtype"))
-    return _DTYPES.get(recorded)
+    return _DTYPES.get(checkpoint.provenance.dtype_of(name.removeprefix(form.prefix)) or "")
 
 
 _DTYPES = {dtype.name: dtype for dtype in FLOATS}
@@ -133,7 +131,7 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
     state = state_dict(checkpoint, form)
     values = config.to_json_dict()
     values["architectures"] = ["ASTForAudioClassification" if has_head else "ASTModel"]
-    if checkpoint.metadata.get("conversion", {}).get("problem_type_resolved") and config == _resolved(config):
+    if checkpoint.provenance.problem_type_resolved and config == _resolved(config):
         values["problem_type"] = None  # as it came
     if any(tensor.dtype != _recorded_dtype(checkpoint, form, name) for name, tensor in state.items()):
         dtypes = {tensor.dtype for tensor in state.values()}

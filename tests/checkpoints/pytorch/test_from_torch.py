@@ -17,6 +17,7 @@ from torch_original import OriginalAST
 
 import ast_jax
 from ast_jax import CheckpointError
+from ast_jax.checkpoints.provenance import SourceFormat
 from ast_jax.cli import main
 from ast_jax.labels import label_set_of_size
 
@@ -132,14 +133,14 @@ WITH_CONFIG = {"folder as text", "file beside config.json", "shards", "bin", "bi
 def test_every_source_gives_the_same_bits(kind, made, tmp_path):
     checkpoint, want = ast_jax.from_torch(SOURCES[kind](made, tmp_path)), ast_jax.load(made.folder)
     same(checkpoint.params, want.params)
-    conversion = checkpoint.metadata["conversion"]
-    assert (conversion["tensors"], conversion["ignored"]) == (len(made.live), {})
-    assert (conversion["dtype"], conversion["other_dtypes"]) == ("float32", {})
+    provenance = checkpoint.provenance
+    assert (provenance.num_tensors, provenance.ignored) == (len(made.live), ())
+    assert (provenance.dtype, provenance.other_dtypes) == ("float32", ())
     untold = {"id2label": (), "unknown_keys": "{}"}
     if kind not in WITH_CONFIG and "classifier" not in want.params:
         untold["num_labels"] = 7
     assert checkpoint.config.replace(**untold) == want.config.replace(**untold)
-    notes = "\n".join(conversion["notes"])
+    notes = "\n".join(provenance.notes)
     assert ("as in DataParallel" in notes) == ("DataParallel" in kind)
     for assumed in ("no config.json: eps 1e-12", "3 heads of 64", "strides 10 10 and 128 frames: as pub"):
         assert (assumed in notes) != (kind in WITH_CONFIG)
@@ -158,7 +159,7 @@ def test_what_only_a_live_models_config_tells():
 @pytest.mark.parametrize("kind", ["file alone", "names of version 4", "tensors in memory", "live model"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype, kind, tmp_path):
-    """Half precision is widened, which is exact, and what it was stands in the metadata."""
+    """Half precision is widened, which is exact, and the provenance says what it was."""
     model = torch_models.saved_model(tmp_path, "stride-10-10", num_hidden_layers=1).to(dtype)
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "new").mkdir()
@@ -168,8 +169,8 @@ def test_dtypes(dtype, kind, tmp_path):
     assert {leaf.dtype for leaf in flatten_dict(checkpoint.params, sep="/").values()} == {
         np.dtype(str(wide).removeprefix("torch."))
     }
-    conversion = checkpoint.metadata["conversion"]
-    assert (conversion["dtype"], conversion["other_dtypes"]) == (str(dtype).removeprefix("torch."), {})
+    provenance = checkpoint.provenance
+    assert (provenance.dtype, provenance.other_dtypes) == (str(dtype).removeprefix("torch."), ())
 
 
 MIXED = {  # format: a state dict, the name of a bias of q, k and v in it, and its name when going back
@@ -190,9 +191,10 @@ def test_mixed_dtypes(form, made):
     state = {key: tensor.to(torch.bfloat16) for key, tensor in get(made).items()}
     state[name] = get(made)[name].to(torch.float64) / 3
     checkpoint = ast_jax.from_torch(state)
-    params, conversion = flatten_dict(checkpoint.params, sep="/"), checkpoint.metadata["conversion"]
+    params, provenance = flatten_dict(checkpoint.params, sep="/"), checkpoint.provenance
     body = back.removeprefix("audio_spectrogram_transformer.").removeprefix("v.")  # the prefix may be another later
-    assert (conversion["dtype"], conversion["other_dtypes"]) == ("bfloat16", {body: "float64"})
+    assert (provenance.dtype, provenance.other_dtypes) == ("bfloat16", ((body, "float64"),))
+    assert (provenance.dtype_of(body), provenance.dtype_of("another")) == ("float64", "bfloat16")
     qkv = params.pop("layers/attention/qkv/bias")
     part = qkv[1] if form == "original" else qkv[1, 1]
     np.testing.assert_array_equal(part.ravel(), state[name].numpy())
@@ -216,16 +218,17 @@ def test_the_originals_files(prefix, tmp_path):
         parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True) if ".qkv." in name else [("qkv", tensor)]
         renamed |= {name.replace("qkv", part): piece for part, piece in parts if not name.startswith("v.head")}
     same(checkpoint.params, ast_jax.from_torch(renamed).params)
-    config, conversion = checkpoint.config, checkpoint.metadata["conversion"]
+    config, provenance = checkpoint.config, checkpoint.provenance
     assert (config.layer_norm_eps, config.head_eps) == (torch_original.BODY_EPS, torch_original.HEAD_EPS)
     assert (config.grid, config.max_length, config.num_labels, config.id2label) == ((12, 12), 128, 7, ())
     heads = sorted(f"v.head{which}.{what}" for which in ("", "_dist") for what in ("weight", "bias"))
-    assert list(conversion["ignored"]) == heads
-    assert all("ImageNet" in reason for reason in conversion["ignored"].values())
-    assert conversion["tensors"] == len(state) - 4
-    assert conversion["format"] == "original repository"
+    assert [name for name, _ in provenance.ignored] == heads
+    assert all("ImageNet" in reason for _, reason in provenance.ignored)
+    assert provenance.num_tensors == len(state) - 4
+    assert provenance.format is SourceFormat.ORIGINAL
+    assert not provenance.imagenet_only
     without_heads = {name: tensor for name, tensor in state.items() if name not in heads}
-    assert ast_jax.from_torch(without_heads).metadata["conversion"]["ignored"] == {}
+    assert ast_jax.from_torch(without_heads).provenance.ignored == ()
 
 
 def test_other_json_beside_the_originals_files(tmp_path):
@@ -243,10 +246,11 @@ def test_imagenet_weights(width, heads, hw, wrapped, tmp_path):
     state = {name: tensor.double() for name, tensor in torch_original.deit_state(width, 1, heads, hw).items()}
     torch.save({"model": state} if wrapped else state, tmp_path / "deit.pth")
     checkpoint = ast_jax.from_torch(tmp_path / "deit.pth")
-    config, conversion = checkpoint.config, checkpoint.metadata["conversion"]
+    config, provenance = checkpoint.config, checkpoint.provenance
     assert (config.grid, config.max_length, config.num_attention_heads) == ((12, 101), 1024, heads)
-    assert sorted(conversion["ignored"]) == ["head.bias", "head.weight", "head_dist.bias", "head_dist.weight"]
-    assert any(note.startswith("ImageNet initialisation") for note in conversion["notes"])
+    assert sorted(dict(provenance.ignored)) == ["head.bias", "head.weight", "head_dist.bias", "head_dist.weight"]
+    assert any(note.startswith("ImageNet initialisation") for note in provenance.notes)
+    assert (provenance.imagenet_only, provenance.grid_resized) == (True, True)
     want = OriginalAST.from_imagenet(state, width=width, depth=1, heads=heads).v.state_dict()
     want = flatten_dict(ast_jax.from_torch({f"v.{name}": tensor for name, tensor in want.items()}).params, sep="/")
     got = flatten_dict(checkpoint.params, sep="/")
@@ -273,7 +277,7 @@ LABELLED = {
 def test_known_labels_are_attached(count, kind):
     """LABEL_0, which is what transformers writes for want of a name, is none."""
     checkpoint, known = ast_jax.from_torch(LABELLED[kind](count)), label_set_of_size(count)
-    notes = [note for note in checkpoint.metadata["conversion"]["notes"] if "labels" in note]
+    notes = [note for note in checkpoint.provenance.notes if "labels" in note]
     said = f"the {count} labels bring no names; those of {known.name} are attached, for their number" if known else None
     assert [note.split(" alone")[0] for note in notes] == ([said] if known else [])
     assert checkpoint.config.labels == (known.labels if known else tuple(f"LABEL_{index}" for index in range(count)))
@@ -288,7 +292,7 @@ def test_labels_that_are_there_stay():
     for cls in (transformers.ASTForAudioClassification, transformers.ASTModel):
         checkpoint = ast_jax.from_torch(cls(config))
         assert checkpoint.config.id2label == tuple(names)
-        assert not any("labels" in note for note in checkpoint.metadata["conversion"]["notes"])
+        assert not any("labels" in note for note in checkpoint.provenance.notes)
     headless = transformers.ASTModel(torch_models.torch_config("stride-10-10", num_hidden_layers=1, num_labels=527))
     assert ast_jax.from_torch(headless).config.labels[0] == "LABEL_0"
 
@@ -321,7 +325,7 @@ def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
     torch_models.saved_model(tmp_path / "ast", "stride-10-10", num_hidden_layers=1)
     monkeypatch.chdir(tmp_path / "ast")
     for source in (".", "../ast", tmp_path / "ast"):
-        assert ast_jax.from_torch(source).metadata["converted_from"] == "ast"
+        assert ast_jax.from_torch(source).provenance.source == "ast"
 
 
 RESNET = {"conv1.weight": torch.zeros(2, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}
@@ -362,8 +366,8 @@ def test_the_report_says_what_was_found(tmp_path):
     assert done.exit_code == 0, done.stderr
     for line in (
         "mine_10_10_0.4.pth: original repository, float32",
-        "tensors: 23 used, 4 passed over",
-        "passed over: v.head.bias, v.head.weight, v.head_dist.bias, v.head_dist.weight: the classifier of 1,000",
+        "tensors: 23 used, 4 ignored",
+        "ignored: v.head.bias, v.head.weight, v.head_dist.bias, v.head_dist.weight: the classifier of 1,000",
         "note: names lie under `module.`, as in DataParallel",
         "note: strides 10 10 and 128 frames: from the file's name",
         "note: the 527 labels bring no names; those of audioset are attached, for their number alone "

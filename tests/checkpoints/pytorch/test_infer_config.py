@@ -14,7 +14,7 @@ from torch_original import OriginalAST
 import ast_jax
 from ast_jax import CheckpointError
 from ast_jax.checkpoints.pytorch.infer_config import Hints, config_from_shapes
-from ast_jax.checkpoints.pytorch.names import HF_PREFIX, LIVE, ORIGINAL, VIT
+from ast_jax.checkpoints.pytorch.names import DEIT, HF_PREFIX, LIVE, ORIGINAL
 
 FITTING = {  # patches of the published models, and of shorter inputs: strides and frames
     1212: (10, 1024), 850: (12, 1024), 657: (14, 1024), 512: (16, 1024), 600: (10, 512), 144: (10, 128),
@@ -176,7 +176,7 @@ def test_hints_that_are_none(field, value):
 def test_a_plain_vision_transformer_is_called_one():
     state = torch_original.deit_state(depth=1, hw=4)
     del state["dist_token"]
-    assert "expected a distilled vision transformer, got one without dist_token" in refused(state, form=VIT)
+    assert "expected a distilled vision transformer, got one without dist_token" in refused(state, form=DEIT)
 
 
 def test_an_unusual_depth_is_noted():
@@ -233,11 +233,11 @@ def test_tensors_of_another_rank(name, wrong):
 
 def test_imagenet_grids_are_square():
     state = torch_original.deit_state(depth=1, hw=5)
-    config = read(state, form=VIT)
+    config = read(state, form=DEIT)
     assert (config.grid, config.max_length, config.num_mel_bins) == ((5, 5), 80, 80)
     assert (config.layer_norm_eps, config.head_eps) == (1e-6, 1e-5)
     for patches in (24, 0):
-        message = refused(state | {"pos_embed": np.zeros((1, 2 + patches, 192))}, form=VIT)
+        message = refused(state | {"pos_embed": np.zeros((1, 2 + patches, 192))}, form=DEIT)
         assert f"expected a square grid of positions, got {patches} of them" in message
 
 

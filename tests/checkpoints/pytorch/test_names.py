@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 import ast_jax
 from ast_jax import ASTConfig, CheckpointError
 from ast_jax.checkpoints.pytorch.names import (
+    DEIT,
     DENSE,
     HEAD_BIAS,
     HEAD_KERNEL,
@@ -27,13 +28,12 @@ from ast_jax.checkpoints.pytorch.names import (
     QKV_KERNEL,
     RGB_PATCH,
     TOKEN,
-    VIT,
     detect,
 )
 from ast_jax.model.functional import param_shapes
 
 CONFIG = ASTConfig(192, 2, 3, 768, max_length=128, num_labels=7)
-HEADLESS = {"disk": HUGGING_FACE.with_prefix(""), "live": LIVE.with_prefix(""), "timm": VIT}
+HEADLESS = {"disk": HUGGING_FACE.with_prefix(""), "live": LIVE.with_prefix(""), "timm": DEIT}
 FORMATS = {"disk": HUGGING_FACE, "live": LIVE, "original": ORIGINAL}
 FOR_ALL = pytest.mark.parametrize(
     ("name", "form", "head"),

@@ -268,7 +268,7 @@ def test_a_hub_id_loads_as_its_folder_does(safe, fake_hub):
         got = read("owner/name")
         assert flatten_dict(got.params, sep="/").keys() == want.keys()
         assert all(np.array_equal(leaf, want[path]) for path, leaf in flatten_dict(got.params, sep="/").items())
-        assert got.metadata["converted_from"] == "owner/name"
+        assert got.provenance.source == "owner/name"
 
 
 @pytest.mark.parametrize(
