@@ -45,12 +45,12 @@ DATA_HELP = (
 PANELS = {
     "Learning rate": (
         "optimizer", "learning_rate", "schedule", "warmup_steps", "warmup_hold", "decay_start", "decay_step",
-        "decay_factor", "layer_decay", "head_multiplier", "freeze_layers", "linear_probe", "weight_decay", "clip_norm",
-        "beta1", "beta2",
+        "decay_factor", "layer_decay", "head_multiplier", "freeze_layers", "linear_probe", "weight_decay",
+        "max_grad_norm", "beta1", "beta2",
     ),
     "Augmentation": (
-        "balanced", "mixup", "frequency_mask", "time_mask", "frequency_shift", "time_shift", "noise", "ramp_epochs",
-        "patchout_frequency", "patchout_time", "patchout", "label_smoothing", "teacher_weight",
+        "balanced_sampling", "mixup", "frequency_mask", "time_mask", "frequency_shift", "time_shift", "noise",
+        "ramp_epochs", "patchout_frequency", "patchout_time", "patchout", "label_smoothing", "teacher_weight",
     ),
 }  # fmt: skip
 

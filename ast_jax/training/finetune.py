@@ -124,7 +124,7 @@ def _prepare(
     if kind == ProblemType.SINGLE_LABEL and dataset.multi_label:
         raise DataError(f"{source}: some examples have several labels or none, which {kind} cannot learn")
     parallel = METHODS[machine.parallel]()
-    parallel.check_batch_size(training.batch_size, training.accumulate)
+    parallel.check_batch_size(training.batch_size, training.grad_accum_steps)
     if len(dataset.splits["train"]) < training.batch_size:
         raise DataError(
             f"{source}: {len(dataset.splits['train'])} training examples are less than one batch of "

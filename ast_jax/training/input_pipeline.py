@@ -101,7 +101,7 @@ class _TrainItems:
 
     @functools.cached_property
     def _weights(self) -> np.ndarray | None:
-        return balanced_weights(self.examples.targets(), self.num_labels) if self.training.balanced else None
+        return balanced_weights(self.examples.targets(), self.num_labels) if self.training.balanced_sampling else None
 
     @functools.cached_property
     def _order(self) -> Any:
@@ -174,7 +174,7 @@ def train_batches(
         examples: the training split.
         frontend: says rate and length.
         num_labels: C.
-        training: batch size B over all processes, epochs, seed, `balanced`, `mixup`, `ramp_epochs`.
+        training: batch size B over all processes, epochs, seed, `balanced_sampling`, `mixup`, `ramp_epochs`.
         first_step: counted from 0 over the whole run.
         rows: of the whole batch, which this process loads; None means all.
         num_workers: processes that decode and mix; 0 does it in threads of this one.

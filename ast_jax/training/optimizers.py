@@ -84,7 +84,7 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
     adam = optax.scale_by_adam(config.beta1, config.beta2)
     learning = optax.chain(
         *([_scale(lambda layers: {"layers": _learning_blocks(config, layers)})] if config.freeze_layers else []),
-        *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []),
+        *([optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []),
         *([adam, decay] if config.optimizer == "adamw" else [decay, adam]),
         _scale(functools.partial(rate_multipliers, config)),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps_per_epoch)),

@@ -91,7 +91,7 @@ RECIPES = {
             description="AudioSet, about two million clips, weights averaged over all epochs",
             training={
                 **_AUDIOSET, "epochs": 5, "learning_rate": 1e-5, "decay_start": 2, "decay_step": 1,
-                "balanced": True, "average_from": 1,
+                "balanced_sampling": True, "average_from": 1,
             },
             frontend=_AUDIOSET_FRONTEND,
             problem_type=ProblemType.MULTI_LABEL,
@@ -103,7 +103,7 @@ RECIPES = {
             description="AudioSet's balanced subset, about 20,000 clips, weights averaged from epoch 6 on",
             training={
                 **_AUDIOSET, "epochs": 25, "learning_rate": 5e-5, "decay_start": 10, "decay_step": 5,
-                "balanced": False, "average_from": 6,
+                "balanced_sampling": False, "average_from": 6,
             },
             frontend=_AUDIOSET_FRONTEND,
             problem_type=ProblemType.MULTI_LABEL,
@@ -116,7 +116,7 @@ RECIPES = {
             training={
                 **_ADAM, "batch_size": 48, "epochs": 25, "learning_rate": 1e-5, "decay_start": 5, "decay_step": 1,
                 "decay_factor": 0.85, "frequency_mask": 24, "time_mask": 96, "mixup": 0.0, "noise": False,
-                "balanced": False,
+                "balanced_sampling": False,
             },
             frontend={"mean": -6.6268077, "std": 5.358466, "max_length": 512},
             problem_type=ProblemType.SINGLE_LABEL,
@@ -131,7 +131,7 @@ RECIPES = {
             training={
                 **_ADAM, "batch_size": 128, "epochs": 30, "learning_rate": 2.5e-4, "decay_start": 5, "decay_step": 1,
                 "decay_factor": 0.85, "frequency_mask": 48, "time_mask": 48, "mixup": 0.6, "noise": True,
-                "balanced": False,
+                "balanced_sampling": False,
             },
             frontend={"mean": -6.845978, "std": 5.5654526, "max_length": 128},
             problem_type=ProblemType.MULTI_LABEL,

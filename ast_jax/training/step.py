@@ -49,7 +49,7 @@ class TrainState:
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainState:
     """Return the state before the first step."""
-    ema_params = jax.tree.map(jnp.array, params) if config.ema else None
+    ema_params = jax.tree.map(jnp.array, params) if config.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params)
 
 
@@ -145,7 +145,7 @@ def train_step(
         The state after the step, and the mean loss over the whole batch.
 
     Raises:
-        ValueError: the settings do not fit the architecture, or b does not divide by `accumulate`.
+        ValueError: the settings do not fit the architecture, or b does not divide by `grad_accum_steps`.
     """
     check_fit(training, config)
     ramp_steps = training.ramp_epochs * steps_per_epoch
@@ -161,16 +161,16 @@ def train_step(
         return loss(logits, smooth(batch["labels"], training.label_smoothing, config), config)
 
     # By what learns alone, so that there is no backward pass below it.
-    value, gradients = _accumulated(jax.value_and_grad(mean_loss), learning, batch, training.accumulate)
+    value, gradients = _accumulated(jax.value_and_grad(mean_loss), learning, batch, training.grad_accum_steps)
     if axis is not None:
         value, gradients = jax.lax.pmean((value, gradients), axis)
     gradients = {**gradients, **jax.tree.map(jnp.zeros_like, fixed)}
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = {**optax.apply_updates(state.params, updates), **fixed}
     ema_params = state.ema_params
-    if training.ema:  # a lower decay at first, so that the initial parameters are soon forgotten
+    if training.ema_decay:  # a lower decay at first, so that the initial parameters are soon forgotten
         count = state.step.astype(float)
-        rate = 1 - jnp.minimum(training.ema, (count + 1) / (count + 10))
+        rate = 1 - jnp.minimum(training.ema_decay, (count + 1) / (count + 10))
         # In this form frozen parameters keep every bit.
         ema_params = jax.tree.map(lambda ema, new: ema + (rate * (new - ema)).astype(ema.dtype), ema_params, params)
     return TrainState(state.step + 1, params, opt_state, ema_params), value
@@ -207,7 +207,7 @@ def _accumulated(
         return value_and_grad(learning, batch)
     size = len(batch["global_index"])
     if size % parts:
-        raise ValueError(f"accumulate: expected a divisor of the {size} examples of a device, got {parts}")
+        raise ValueError(f"grad_accum_steps: expected a divisor of the {size} examples of a device, got {parts}")
     in_parts = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:

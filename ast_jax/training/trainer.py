@@ -130,7 +130,7 @@ class Loop:
         self.examples, self.validation = dataset.splits["train"], dataset.splits["validation"]
         self.test = dataset.splits["test"]
         self.parallel: DataParallel = METHODS[machine.parallel]()
-        self.parallel.check_batch_size(training.batch_size, training.accumulate)
+        self.parallel.check_batch_size(training.batch_size, training.grad_accum_steps)
         self.steps_per_epoch = len(self.examples) // training.batch_size
         if not self.steps_per_epoch:
             raise DataError(f"{run.data['source']}: its training examples have become less than one batch")
@@ -257,7 +257,7 @@ class Loop:
             raise FloatingPointError(
                 f"the loss is not finite at step {step} (epoch {step // self.steps_per_epoch + 1}), whose batch is "
                 f"{', '.join(names[:NAMED])}{more}; the last saved state is good, but goes the same way: start again "
-                "with a lower rate, or with clip_norm"
+                "with a lower rate, or with max_grad_norm"
             )
         self.record.loss_sum += value
 
@@ -377,7 +377,7 @@ class Loop:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
             raise FloatingPointError(
                 f"the parameters are not finite after step {self.record.step - 1}; the last saved state is good, but "
-                "goes the same way: start again with a lower rate, or with clip_norm"
+                "goes the same way: start again with a lower rate, or with max_grad_norm"
             )
 
     def _stop_if_asked(self, between_steps: bool = False) -> None:

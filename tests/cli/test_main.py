@@ -221,12 +221,13 @@ def test_user_errors_are_one_line(arguments, message, tmp_path):
 
 
 OTHERS = {  # a value other than the default for every setting
-    "batch_size": 12, "accumulate": 2, "epochs": 3, "patience": 2, "optimizer": "adamw", "learning_rate": 1e-3,
+    "batch_size": 12, "grad_accum_steps": 2, "epochs": 3, "patience": 2, "optimizer": "adamw", "learning_rate": 1e-3,
     "schedule": "cosine", "warmup_steps": 50, "warmup_hold": 5, "decay_start": 2, "decay_step": 3, "decay_factor": 0.3,
     "layer_decay": 0.8, "head_multiplier": 10.0, "freeze_layers": 1, "linear_probe": False, "weight_decay": 1e-4,
-    "clip_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "balanced": True, "mixup": 0.25, "frequency_mask": 7, "time_mask": 9,
+    "max_grad_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "balanced_sampling": True, "mixup": 0.25,
+    "frequency_mask": 7, "time_mask": 9,
     "frequency_shift": 2, "time_shift": 4, "noise": True, "ramp_epochs": 1.5, "patchout_frequency": 1,
-    "patchout_time": 2, "patchout": 3, "label_smoothing": 0.1, "teacher_weight": 0.75, "ema": 0.9, "average_from": 2,
+    "patchout_time": 2, "patchout": 3, "label_smoothing": 0.1, "teacher_weight": 0.75, "ema_decay": 0.9, "average_from": 2,
     "rematerialize": True, "dtype": "bfloat16", "strict": True, "seed": 11,
 }  # fmt: skip
 

@@ -10,18 +10,18 @@ from ast_jax.training.config import TrainConfig
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 BAD = {
-    "batch_size": (0, -1), "accumulate": (0,), "epochs": (0, 10_000), "patience": (-1,), "optimizer": ("sgd", ""),
+    "batch_size": (0, -1), "grad_accum_steps": (0,), "epochs": (0, 10_000), "patience": (-1,), "optimizer": ("sgd", ""),
     "learning_rate": (0.0, -1e-4), "schedule": ("linear",), "warmup_steps": (-1,), "warmup_hold": (-1,),
     "decay_start": (-1,), "decay_step": (0,), "decay_factor": (0.0, 1.5), "layer_decay": (0.0, 1.1),
-    "head_multiplier": (0.0,), "freeze_layers": (-1,), "weight_decay": (-1e-9,), "clip_norm": (-1.0,),
+    "head_multiplier": (0.0,), "freeze_layers": (-1,), "weight_decay": (-1e-9,), "max_grad_norm": (-1.0,),
     "beta1": (1.0, -0.1), "beta2": (1.0,), "mixup": (1.5, -0.1), "frequency_mask": (-1,), "time_mask": (-1,),
     "frequency_shift": (-1,), "time_shift": (-1,), "ramp_epochs": (-1.0,), "patchout_frequency": (-1,),
     "patchout_time": (-1,), "patchout": (-1,), "label_smoothing": (1.0, -0.1), "teacher_weight": (1.1,),
-    "ema": (1.0,), "average_from": (-1,), "dtype": ("float16",), "seed": (-1,),
+    "ema_decay": (1.0,), "average_from": (-1,), "dtype": ("float16",), "seed": (-1,),
 }  # fmt: skip
 EDGES = {
     "decay_factor": (1.0,), "layer_decay": (1.0, 0.1), "beta1": (0.0,), "mixup": (0.0, 1.0),
-    "teacher_weight": (0.0, 1.0), "ema": (0.0, 0.999), "label_smoothing": (0.0, 0.99), "epochs": (1, 9999),
+    "teacher_weight": (0.0, 1.0), "ema_decay": (0.0, 0.999), "label_smoothing": (0.0, 0.99), "epochs": (1, 9999),
     "decay_start": (0,), "seed": (2**31 - 1,),
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_edges_of_ranges_are_taken(name, value):
         ("batch_size", True, "an integer, got True"), ("noise", 1, "true or false, got 1"),
         ("learning_rate", True, "a finite number, got True"),
         ("learning_rate", float("nan"), "a finite number, got nan"),
-        ("clip_norm", float("inf"), "a finite number, got inf"), ("schedule", None, "a string, got None"),
+        ("max_grad_norm", float("inf"), "a finite number, got inf"), ("schedule", None, "a string, got None"),
         ("linear_probe", None, "true or false, got None"),
     ],
 )  # fmt: skip
@@ -75,7 +75,10 @@ def test_numbers_that_no_array_holds_are_refused(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 10, "accumulate": 4}, "accumulate: 4 is out of range; expected a divisor of batch_size 10"),
+        (
+            {"batch_size": 10, "grad_accum_steps": 4},
+            "grad_accum_steps: 4 is out of range; expected a divisor of batch_size 10",
+        ),
         ({"warmup_steps": 20, "warmup_hold": 50}, "warmup_hold: 50 .* at most warmup_steps, which is 20"),
         ({"epochs": 5, "average_from": 6}, "average_from: 6 .* at most epochs, which is 5"),
         ({"linear_probe": True, "freeze_layers": 2}, "freeze_layers: 2 .* expected 0 where linear_probe"),

@@ -42,7 +42,7 @@ SETTINGS = TrainConfig(
     time_shift=4,
     noise=True,
     ramp_epochs=1.0,
-    ema=0.8,
+    ema_decay=0.8,
 )
 TONES = {"low": 300.0, "high": 2500.0, "hiss": 0.0}
 

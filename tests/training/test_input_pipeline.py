@@ -110,7 +110,7 @@ def test_mixup_grows_over_the_ramp(examples):
 
 def test_balanced_sampling_draws_rare_labels_as_often(examples):
     rare = [Example(example.path, (0 if index else 1,)) for index, example in enumerate(examples)]
-    training = TrainConfig(batch_size=11, epochs=40, balanced=True)
+    training = TrainConfig(batch_size=11, epochs=40, balanced_sampling=True)
     labels = np.concatenate([batch["labels"] for batch in batches(rare, training)])
     assert abs(labels[:, 1].mean() - 0.5) < 0.08  # 440 draws of one half: standard deviation 0.024
 

@@ -54,7 +54,7 @@ def command(sounds, output, *options):
 def fresh(sounds):
     return [
         "--architecture", str(sounds.parent / "architecture.json"), "--epochs", str(EPOCHS), "--batch-size", "8",
-        "--mixup", "0.5", "--time-mask", "4", "--noise", "--ema", "0.9", "--average-from", "3", "--lr", "1e-3",
+        "--mixup", "0.5", "--time-mask", "4", "--noise", "--ema-decay", "0.9", "--average-from", "3", "--lr", "1e-3",
     ]  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def clip_to_one(tensors):
 )
 def test_only_what_learns_is_clipped_and_moved(changes, fixed, x64):
     """As torch without gradients for what is fixed; the decay is large, and would move that as well."""
-    training = TrainConfig(learning_rate=RATE, weight_decay=0.1, schedule="constant", clip_norm=1.0, **changes)
+    training = TrainConfig(learning_rate=RATE, weight_decay=0.1, schedule="constant", max_grad_norm=1.0, **changes)
     start, gradients = problem()
     got = run(training, start, gradients)
     want = torch_run(training, start, gradients, lambda *which: None if fixed(*which) else RATE, clip_to_one)
@@ -188,13 +188,13 @@ def test_only_what_learns_is_clipped_and_moved(changes, fixed, x64):
         assert same == fixed(part, block)
         moved += not same
     assert moved
-    assert differences(run(dataclasses.replace(training, clip_norm=0.0), start, gradients), want) > 1e-4
+    assert differences(run(dataclasses.replace(training, max_grad_norm=0.0), start, gradients), want) > 1e-4
 
 
 def test_short_gradients_are_not_clipped(x64):
     training = TrainConfig(learning_rate=RATE, schedule="constant")
     start, gradients = problem()
-    loose = dataclasses.replace(training, clip_norm=100.0)
+    loose = dataclasses.replace(training, max_grad_norm=100.0)
     assert differences(run(loose, start, gradients), run(training, start, gradients)) < TOLERANCE
 
 

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FRONTEND = FrontendConfig(max_length=32, num_mel_bins=32)
 TRAINING = TrainConfig(
     batch_size=16, learning_rate=1e-3, weight_decay=1e-6, frequency_mask=8, time_mask=8, noise=True, warmup_steps=3,
-    frequency_shift=3, time_shift=5, ema=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2, patchout_time=1,
-    clip_norm=1.0, accumulate=2, rematerialize=True,
+    frequency_shift=3, time_shift=5, ema_decay=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2, patchout_time=1,
+    max_grad_norm=1.0, grad_accum_steps=2, rematerialize=True,
 )  # fmt: skip
 
 

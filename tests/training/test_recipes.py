@@ -47,9 +47,9 @@ def test_settings_are_the_scripts(name, batch_size, epochs, masks, mixup, noise,
     settings = RECIPES[name].settings()
     assert (settings.batch_size, settings.epochs) == (batch_size, epochs)
     assert (settings.frequency_mask, settings.time_mask) == masks
-    assert (settings.mixup, settings.noise, settings.balanced) == (mixup, noise, balanced)
+    assert (settings.mixup, settings.noise, settings.balanced_sampling) == (mixup, noise, balanced)
     assert (settings.warmup_steps, settings.warmup_hold, settings.average_from) == (*warmup, averaged)
-    adam = (settings.optimizer, settings.beta1, settings.beta2, settings.weight_decay, settings.clip_norm)
+    adam = (settings.optimizer, settings.beta1, settings.beta2, settings.weight_decay, settings.max_grad_norm)
     assert adam == ("adam", 0.95, 0.999, 5e-7, 0.0)
 
 
@@ -87,14 +87,14 @@ def test_every_value_can_be_overridden():
 
 def test_lines_show_the_recipes_own_value_beside_another():
     recipe = RECIPES["speechcommands"]
-    plain, changed = recipe.lines(), recipe.lines({"epochs": 3, "mixup": 0.6, "ema": 0.99})
+    plain, changed = recipe.lines(), recipe.lines({"epochs": 3, "mixup": 0.6, "ema_decay": 0.99})
     rows = dict(line.split(maxsplit=1) for line in plain[1:])
     assert rows["learning_rate"] == "0.00025"
     assert rows["mean"] == "-6.845978"
     assert recipe.training.keys() <= rows.keys()
-    assert "ema" not in rows
+    assert "ema_decay" not in rows
     rows = dict(line.split(maxsplit=1) for line in changed[1:])
     assert rows["epochs"] == "3 (recipe: 30)"
-    assert rows["ema"] == "0.99 (recipe: 0.0)"
+    assert rows["ema_decay"] == "0.99 (recipe: 0.0)"
     assert rows["mixup"] == "0.6"
     assert "0.9813" in plain[0]

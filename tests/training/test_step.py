@@ -28,15 +28,16 @@ CONFIG = ast_jax.ASTConfig(
 FRONTEND = FrontendConfig(max_length=32, num_mel_bins=32)
 AUGMENTED = TrainConfig(
     batch_size=16, learning_rate=1e-3, weight_decay=1e-6, frequency_mask=8, time_mask=8, noise=True, warmup_steps=3,
-    frequency_shift=3, time_shift=5, ema=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2,
+    frequency_shift=3, time_shift=5, ema_decay=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2,
 )  # fmt: skip
 # All that a step knows, but for the linear probe, which excludes frozen blocks.
 EVERYTHING = dataclasses.replace(
-    AUGMENTED, optimizer="adamw", layer_decay=0.8, head_multiplier=3.0, freeze_layers=1, clip_norm=0.5, accumulate=2,
+    AUGMENTED, optimizer="adamw", layer_decay=0.8, head_multiplier=3.0, freeze_layers=1, max_grad_norm=0.5,
+    grad_accum_steps=2,
     label_smoothing=0.1, patchout_frequency=1, patchout_time=1, patchout=2, rematerialize=True, warmup_steps=4,
     warmup_hold=2,
 )  # fmt: skip
-PLAIN = TrainConfig(batch_size=16, learning_rate=3e-3, schedule="constant", beta1=0.9, ema=0.3)
+PLAIN = TrainConfig(batch_size=16, learning_rate=3e-3, schedule="constant", beta1=0.9, ema_decay=0.3)
 HALF = dataclasses.replace(PLAIN, dtype="bfloat16", label_smoothing=0.3)
 STEPS_PER_EPOCH = 5
 FORWARD = jax.jit(functools.partial(train.eval_step, config=CONFIG, frontend=FRONTEND))
@@ -116,7 +117,7 @@ DROPOUT = CONFIG.replace(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0
 def undivided():
     """Return parameters, and what ten steps on the whole batch, in one piece and nothing twice, make of them."""
     jax.config.update("jax_enable_x64", True)
-    training = dataclasses.replace(EVERYTHING, accumulate=1, rematerialize=False)
+    training = dataclasses.replace(EVERYTHING, grad_accum_steps=1, rematerialize=False)
     before, (state, values) = start(training, DROPOUT, np.float64).params, run(training, DROPOUT)
     jax.config.update("jax_enable_x64", False)
     return jax.tree.map(np.asarray, before), jax.tree.map(np.asarray, state), values
@@ -176,13 +177,13 @@ def test_parts_save_memory():
         program = compiled(training).lower(start(training), whole(next(batches(1)))).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert memory(dataclasses.replace(PLAIN, accumulate=8)) < 0.5 * memory(PLAIN)
+    assert memory(dataclasses.replace(PLAIN, grad_accum_steps=8)) < 0.5 * memory(PLAIN)
 
 
 def test_patchout_shortens_the_sequence_of_tokens():
     """Of 16 patches a row, a column and two more go: 7 and the two prefix tokens are left in every block."""
     text = {}
-    for name, training in (("all", AUGMENTED), ("some", dataclasses.replace(EVERYTHING, accumulate=1))):
+    for name, training in (("all", AUGMENTED), ("some", dataclasses.replace(EVERYTHING, grad_accum_steps=1))):
         text[name] = jax.jit(make_step(training)).lower(start(training), whole(next(batches(1)))).as_text()
     assert "tensor<16x18x64xf32>" in text["all"]  # [B, N, M]
     assert "tensor<16x9x64xf32>" in text["some"]
@@ -234,7 +235,7 @@ def test_labels_are_smoothed():
         ({"freeze_layers": 3}, "freeze_layers: expected 0 to 2, the model's blocks, got 3"),
         ({"patchout_frequency": 4}, "patchout_frequency: expected 0 to 3 of the patch grid's 4"),
         ({"patchout": 16}, "patchout: expected 0 to 15"),
-        ({"accumulate": 8}, "accumulate: expected a divisor of the 4 examples of a device, got 8"),
+        ({"grad_accum_steps": 8}, "grad_accum_steps: expected a divisor of the 4 examples of a device, got 8"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):
