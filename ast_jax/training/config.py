@@ -1,4 +1,4 @@
-"""Configuration of training: hyperparameters, and how a run is executed; each field with meaning and range, said once."""
+"""Hyperparameters of training and how a run is executed; each field has its meaning and range, said once."""
 
 from __future__ import annotations
 

@@ -227,8 +227,8 @@ OTHERS = {  # a value other than the default for every setting
     "max_grad_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "balanced_sampling": True, "mixup": 0.25,
     "frequency_mask": 7, "time_mask": 9,
     "frequency_shift": 2, "time_shift": 4, "noise": True, "ramp_epochs": 1.5, "patchout_frequency": 1,
-    "patchout_time": 2, "patchout": 3, "label_smoothing": 0.1, "teacher_weight": 0.75, "ema_decay": 0.9, "average_from": 2,
-    "rematerialize": True, "dtype": "bfloat16", "strict": True, "seed": 11,
+    "patchout_time": 2, "patchout": 3, "label_smoothing": 0.1, "teacher_weight": 0.75, "ema_decay": 0.9,
+    "average_from": 2, "rematerialize": True, "dtype": "bfloat16", "strict": True, "seed": 11,
 }  # fmt: skip
 
 
