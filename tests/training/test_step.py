@@ -212,7 +212,7 @@ def model_call(monkeypatch):
 
 def test_every_example_keeps_its_own_patches(model_call):
     """And the other options of the model follow the settings."""
-    training = dataclasses.replace(EVERYTHING, accumulate=1, dtype="bfloat16")
+    training = dataclasses.replace(EVERYTHING, grad_accum_steps=1, dtype="bfloat16")
     given = model_call(training, attention_implementation="chunked")
     assert given["patch_indices"].shape == (16, 7)
     assert len(np.unique(given["patch_indices"], axis=0)) > 10
