@@ -525,3 +525,4 @@ def base(**changes: Any) -> ASTConfig:
 
 
 PRESETS = {"tiny": tiny, "small": small, "base": base}
+"""The original's three model sizes by name; each value is a function of changes to `ASTConfig`."""

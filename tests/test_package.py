@@ -29,7 +29,7 @@ def test_public_names_exist_and_say_what_they_are(name):
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="No ast_jax attribute nonsense"):
         _ = ast_jax.nonsense
 
 
