@@ -1,7 +1,7 @@
-"""Distillation: a teacher hears what the student hears, and its scores soften the labels (Hinton et al. 2015).
+"""Knowledge distillation: a teacher's scores on the augmented batch are mixed into the labels (Hinton et al. 2015).
 
-A teacher is a model of this package, or any function of a waveform that `jax.export` wrote to a file: a convolutional
-teacher is what Gong et al. 2022 (CMKD) found best for a small spectrogram transformer.
+A teacher is a checkpoint of this package, or a program exported with `jax.export`. Gong et al. 2022 (CMKD) found
+convolutional teachers best for small spectrogram transformers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ EXPORTED = ".stablehlo"
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A model that marks the student's examples.
+    """A teacher model.
 
     Attributes:
-        params: what `logits` takes first; empty for an exported program.
-        logits: (params, batch) -> [b, C], in the order of the student's labels; the batch as `train_step` takes it.
+        params: parameters, the first argument of `logits`; empty for an exported program.
+        logits: (params, batch) -> [b, C], in the order of the student's labels; batch has "waveform" and "num_samples".
     """
 
     params: Any
@@ -41,18 +41,18 @@ class Teacher:
 def load_teacher(
     source: str | os.PathLike[str], student: ASTConfig, frontend: FrontendConfig, batch_size: int = 1
 ) -> Teacher:
-    """Load a teacher whose labels contain the student's; the others of its labels are left aside.
+    """Load a teacher whose labels include the student's; its other labels are ignored.
 
     Args:
-        source: a model as `load` takes it, or a file `*.stablehlo` in which `jax.export` wrote a function of
-            (waveform [b, S] float32 at the student's rate, zero-padded; num_samples [b] int32) -> {label: logits [b]}
-            with a symbolic or a fitting b and the student's S.
-        student: whose labels decide the columns.
-        frontend: of the student.
-        batch_size: of one device, which an exported program must take.
+        source: a model as for `load`, or a file `*.stablehlo` written with `jax.export`, a function of
+            (waveform [b, S] float32 at the student's sampling rate, zero-padded; num_samples [b] int32)
+            -> {label: logits [b]}, with a symbolic b or `batch_size`, and the student's S.
+        student: configuration of the student; its labels select the columns.
+        frontend: feature settings of the student.
+        batch_size: batch size of one device, which an exported program must accept.
 
     Raises:
-        ValueError: it does not know all the labels, works at another rate, or the file holds no such program.
+        ValueError: the teacher lacks labels or has another sampling rate, or the file holds no such program.
     """
     if pathlib.Path(source).suffix == EXPORTED:
         return _exported(pathlib.Path(source), student.labels, frontend, batch_size)
@@ -81,15 +81,14 @@ def soften(labels: np.ndarray, logits: np.ndarray, weight: float, config: ASTCon
 
 
 def _checkpoint(checkpoint: Checkpoint, columns: np.ndarray) -> Teacher:
-    """Return a model of this package as a teacher; it hears the beginning of what is longer than its input."""
+    """Return a checkpoint as a teacher; waveforms longer than its input are truncated."""
     size = checkpoint.frontend.max_samples
 
     def logits(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         waveform = batch["waveform"][:, :size]
         waveform = jnp.pad(waveform, ((0, 0), (0, size - waveform.shape[1])))
-        heard = {"waveform": waveform, "num_samples": jnp.minimum(batch["num_samples"], size)}
-        own = train.eval_step(params, heard, config=checkpoint.config, frontend=checkpoint.frontend)
-        return own[:, columns]
+        inputs = {"waveform": waveform, "num_samples": jnp.minimum(batch["num_samples"], size)}
+        return train.eval_step(params, inputs, config=checkpoint.config, frontend=checkpoint.frontend)[:, columns]
 
     return Teacher(checkpoint.params, logits)
 
@@ -101,10 +100,10 @@ def _exported(path: pathlib.Path, labels: Sequence[str], frontend: FrontendConfi
     platform = jax.default_backend()
     if {"gpu": "cuda"}.get(platform, platform) not in program.platforms:
         raise ValueError(
-            f"{path}: exported for {', '.join(program.platforms)}, but this machine computes on {platform}"
+            f"{path}: exported for {', '.join(program.platforms)}, but this machine runs on {platform}; export it again"
         )
     try:
-        marks = jax.eval_shape(
+        shapes = jax.eval_shape(
             program.call,
             jax.ShapeDtypeStruct((batch_size, frontend.max_samples), jnp.float32),
             jax.ShapeDtypeStruct((batch_size,), jnp.int32),
@@ -116,20 +115,20 @@ def _exported(path: pathlib.Path, labels: Sequence[str], frontend: FrontendConfi
             f"[{batch_size}] int32 ({reason[:200]})"
         ) from error
     for label in labels:
-        mark = marks[label]
-        if getattr(mark, "shape", None) != (batch_size,) or not jnp.issubdtype(mark.dtype, jnp.floating):
-            raise ValueError(f"{path}: expected floating-point logits [{batch_size}] for {label}, got {mark}")
+        output = shapes[label]
+        if getattr(output, "shape", None) != (batch_size,) or not jnp.issubdtype(output.dtype, jnp.floating):
+            raise ValueError(f"{path}: expected floating-point logits [{batch_size}] for {label}, got {output}")
 
     def logits(_: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        named = program.call(batch["waveform"], batch["num_samples"])
-        return jnp.stack([named[label] for label in labels], axis=-1)
+        by_label = program.call(batch["waveform"], batch["num_samples"])
+        return jnp.stack([by_label[label] for label in labels], axis=-1)
 
     return Teacher({}, logits)
 
 
 def _columns(source: Any, has: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """Return where the wanted labels stand among those that the teacher has."""
+    """Return the indices of the wanted labels among the teacher's."""
     missing = [label for label in wanted if label not in has]
     if missing:
-        raise ValueError(f"{source}: a teacher must know all labels of the data; it lacks {', '.join(missing)}")
+        raise ValueError(f"{source}: a teacher must have all labels of the data; it lacks {', '.join(missing)}")
     return np.array([list(has).index(label) for label in wanted])

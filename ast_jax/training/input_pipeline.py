@@ -1,7 +1,7 @@
-"""Examples to batches of waveforms, through Grain, in an order that (seed, step) alone decides.
+"""Input pipeline: examples to batches of waveforms with Grain, in an order that is a function of (seed, step).
 
-Batches hold waveforms, not features: those are computed on the device, inside the training step. The number of a batch
-is all there is to the position of the input, so that a run goes on from any step, with any number of worker processes.
+Batches hold waveforms; features are computed on the device, in the training step. The pipeline has no state but the
+index of the batch, so a run can resume from any step, with any number of worker processes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from ast_jax.data.mixup import MIXUP_ALPHA, mix_waveforms
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.sampling import balanced_weights, epoch_order
 
-MAX_SKIPPED = 8  # sounds in a row that cannot be read: more means that the data are not there
-THREADS = 4  # that decode ahead where there are no worker processes; each works on a batch of its own
+MAX_SKIPPED = 8  # consecutive unreadable files for one row, after which the data set is taken to be missing
+THREADS = 4  # decoding threads without worker processes; each prefetches a batch of its own
 WORKER_THREADS = 2
-WORKER_BUFFER = 2  # batches that a worker process keeps ready
+WORKER_BUFFER = 2  # batches that a worker process prefetches
 UNREADABLE = (AudioError, DataError, OSError)
 
 Batch = dict[str, np.ndarray]
 
 
 class PackedExamples:
-    """Many examples in a few arrays: two million take 100 bytes each, and reach a worker process in one piece."""
+    """Examples in a few arrays: about 100 bytes per example, pickled to worker processes as one object."""
 
     def __init__(self, examples: Sequence[Example]):
-        """Take the examples over; `group`, which training does not need, is left out."""
+        """Pack the examples; `group`, which training does not use, is dropped."""
         paths = [os.fsencode(example.path) for example in examples]
         self._paths, self._path_ends = b"".join(paths), np.cumsum([0, *map(len, paths)])
         targets = [example.targets for example in examples]
@@ -65,14 +65,14 @@ class PackedExamples:
         )
 
     def targets(self) -> list[tuple[int, ...]]:
-        """Return the labels of every example."""
+        """Return the label indices of every example."""
         return [tuple(some.tolist()) for some in np.split(self._targets, self._target_ends[1:-1])]
 
 
 def make_item(
     waveform: np.ndarray, targets: Mapping[int, float], frontend: FrontendConfig, num_labels: int
 ) -> dict[str, Any]:
-    """Return one example as fixed-size arrays: zero-padded waveform, its true length, and label weights [C]."""
+    """Return one example as fixed-size arrays: zero-padded waveform, number of samples, and soft labels [C]."""
     labels = np.zeros(num_labels, np.float32)
     for index, weight in targets.items():
         labels[index] = weight
@@ -83,14 +83,14 @@ def make_item(
 
 @dataclasses.dataclass(frozen=True)
 class _TrainItems:
-    """The training run as one long list: item number step * b + row is that row of this process's share of a step.
+    """Items of a whole training run: item step * b + row is that row of this process's share of a step's batch.
 
     Attributes:
         examples: the training split.
-        frontend: says rate and length.
+        frontend: sampling rate and length.
         num_labels: C.
         training: batch size, seed, sampling and mixup.
-        rows: of the whole batch, which this process loads.
+        rows: start and stop of this process's rows of the global batch.
     """
 
     examples: PackedExamples
@@ -105,23 +105,23 @@ class _TrainItems:
 
     @functools.cached_property
     def _order(self) -> Any:
-        @functools.lru_cache(maxsize=2)  # threads may be at work on both sides of an epoch's end
+        @functools.lru_cache(maxsize=2)  # threads may load the end of an epoch and the start of the next at once
         def order(epoch: int) -> np.ndarray:
             return epoch_order(len(self.examples), self.training.seed, epoch, self._weights)
 
         return order
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Load, and mix with another, what `number` stands for."""
+        """Load an item, and apply mixup."""
         first, stop = self.rows
         step, row = divmod(number, stop - first)
-        place = first + row
+        global_index = first + row
         steps_per_epoch = len(self.examples) // self.training.batch_size
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        rng = np.random.default_rng([self.training.seed, step, place])
+        rng = np.random.default_rng([self.training.seed, step, global_index])
         mixed = rng.random() < self.training.mixup * self._strength(step, steps_per_epoch)
         skipped: list[int] = []
-        chosen = int(self._order(epoch)[step_in_epoch * self.training.batch_size + place])
+        chosen = int(self._order(epoch)[step_in_epoch * self.training.batch_size + global_index])
         chosen, waveform = self._load(chosen, rng, skipped)
         targets = dict.fromkeys(self.examples[chosen].targets, 1.0)
         if mixed:
@@ -135,23 +135,23 @@ class _TrainItems:
         return {**item, "example": np.int64(chosen), "skipped": _padded(skipped)}
 
     def _strength(self, step: int, steps_per_epoch: int) -> float:
-        """Return how far the augmentation has grown."""
+        """Return the strength of mixup in [0, 1] at a step, which grows over `ramp_epochs`."""
         ramp = self.training.ramp_epochs * steps_per_epoch
         return min(1.0, step / ramp) if ramp else 1.0
 
     def _load(self, index: int, rng: np.random.Generator, skipped: list[int]) -> tuple[int, np.ndarray]:
-        """Return a sound and its number; another, drawn at random, for one that cannot be read."""
+        """Return an example's index and waveform; if it cannot be read, those of another one drawn at random."""
         while len(skipped) < MAX_SKIPPED:
             try:
                 return index, load_example(self.examples[index], self.frontend)
             except UNREADABLE:
                 skipped.append(index)
                 index = int(rng.integers(len(self.examples)))
-        return index, np.zeros(1, np.float32)  # whoever reads `skipped` stops here
+        return index, np.zeros(1, np.float32)  # `skipped` is full, at which the trainer stops
 
 
 def _padded(skipped: Sequence[int]) -> np.ndarray:
-    """Return the numbers [MAX_SKIPPED], filled up with -1."""
+    """Return indices [MAX_SKIPPED], padded with -1."""
     return np.array([*skipped, *[-1] * (MAX_SKIPPED - len(skipped))], np.int64)
 
 
@@ -165,23 +165,23 @@ def train_batches(
     rows: slice | None = None,
     num_workers: int = 0,
 ) -> Generator[Batch]:
-    """Yield the batches of a training run from a step on, over all its epochs; each epoch drops a short last batch.
+    """Yield the batches of a training run from a given step, over all epochs; a short last batch is dropped.
 
-    Order, mixup (partner uniform from all examples, weight from Beta(10, 10), as the original) and what stands in for
-    an unreadable sound depend on the seed, the step and the row alone.
+    The order, mixup (partner uniform over all examples, weight from Beta(10, 10), as in the original) and the
+    replacement of unreadable files are a function of the seed, the step and the row in the global batch.
 
     Args:
         examples: the training split.
-        frontend: says rate and length.
+        frontend: sampling rate and length.
         num_labels: C.
-        training: batch size B over all processes, epochs, seed, `balanced_sampling`, `mixup`, `ramp_epochs`.
+        training: global batch size B, epochs, seed, `balanced_sampling`, `mixup`, `ramp_epochs`.
         first_step: counted from 0 over the whole run.
-        rows: of the whole batch, which this process loads; None means all.
-        num_workers: processes that decode and mix; 0 does it in threads of this one.
+        rows: rows of the global batch that this process loads; None means all.
+        num_workers: worker processes; 0 loads in threads of this process.
 
     Yields:
-        {"waveform": [b, S], "num_samples": [b], "labels": [b, C], "example": [b] which one it is,
-        "skipped": [b, 8] numbers of unreadable ones in whose place others came, filled up with -1}, b rows.
+        {"waveform": [b, S], "num_samples": [b], "labels": [b, C], "example": [b] index of the example,
+        "skipped": [b, 8] indices of unreadable examples that were replaced, padded with -1}, b rows.
     """
     rows = rows or slice(0, training.batch_size)
     share = rows.stop - rows.start
@@ -192,7 +192,7 @@ def train_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _EvalItems:
-    """All examples in order, again and again, each time filled up to whole batches with silence."""
+    """Items of several passes over all examples in order, each pass padded to whole batches with silence."""
 
     examples: PackedExamples
     frontend: FrontendConfig
@@ -201,7 +201,7 @@ class _EvalItems:
     rows: tuple[int, int]
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Load what `number` stands for; what is unreadable or beyond the end is silence that is not `usable`."""
+        """Load an item; unreadable files and padding are silence that is not `usable`."""
         first, stop = self.rows
         batch, row = divmod(number, stop - first)
         index = batch % -(-len(self.examples) // self.batch_size) * self.batch_size + first + row
@@ -230,17 +230,17 @@ def eval_batches(
     """Yield all examples in order as batches of one size, `passes` times over.
 
     Args:
-        examples: of any split.
-        frontend: says rate and length.
+        examples: examples of any split.
+        frontend: sampling rate and length.
         num_labels: C.
-        batch_size: B over all processes.
-        passes: how often; ceil(len(examples) / B) batches each time.
+        batch_size: global batch size B.
+        passes: number of passes, of ceil(len(examples) / B) batches each.
         rows: as in `train_batches`.
         num_workers: as in `train_batches`.
 
     Yields:
-        {"waveform": [b, S], "num_samples": [b], "labels": [b, C], "usable": [b]}; not usable is what fills up the last
-        batch, and what cannot be read.
+        {"waveform": [b, S], "num_samples": [b], "labels": [b, C], "usable": [b]}; padding of the last batch and
+        unreadable files are not usable.
     """
     rows = rows or slice(0, batch_size)
     share = rows.stop - rows.start
@@ -250,7 +250,7 @@ def eval_batches(
 
 
 def _through_grain(numbers: range, items: Any, batch_size: int, num_workers: int) -> Generator[Batch]:
-    """Yield batches of `items(number)` in order, loaded ahead by threads or processes; closing ends these."""
+    """Yield batches of `items(number)` in order, prefetched by threads or processes, which end when it is closed."""
     import grain
     from absl import flags
 
@@ -259,31 +259,31 @@ def _through_grain(numbers: range, items: Any, batch_size: int, num_workers: int
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(items)
     dataset = dataset.batch(batch_size).to_iter_dataset(options)
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain asks for flags of a program that absl started
+        if not flags.FLAGS.is_parsed():  # Grain reads flags that only absl.app.run parses
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=WORKER_BUFFER)
         dataset = dataset.mp_prefetch(processes, worker_init_fn=_start_worker)
     try:
         with contextlib.closing(iter(dataset)) as batches:
-            for batch in batches:  # copied, as what comes from a process lies in shared memory until nobody holds it
+            for batch in batches:  # copied: arrays of worker processes are views of shared memory
                 yield {name: np.array(array) for name, array in batch.items()}
     finally:
         batch = batches = None
-        gc.collect()  # of Grain's iterator, a cycle: at the process's end it would be too late for what it holds
+        gc.collect()  # Grain's iterator is a reference cycle; at interpreter exit its workers could not be closed
 
 
 def _start_worker(*_: int) -> None:
-    """Leave signals to the parent, and end with it: a parent that was killed can tell its workers nothing."""
+    """Leave signals to the parent process, and exit with it, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def default_workers() -> int:

@@ -1,4 +1,4 @@
-"""The paper's recipes by name: what each data set was fine-tuned with, and what came of it.
+"""The paper's fine-tuning recipes: settings for each data set, and the published results.
 
 Values are those of the original's scripts (`egs/*/run*.sh`) and logs. Mixup is from Beta(10, 10) in all of them
 (`data.mixup.MIXUP_ALPHA`).
@@ -16,18 +16,18 @@ from ast_jax.training.config import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a data set is trained on.
+    """A fine-tuning recipe for one data set.
 
     Attributes:
-        name: as on the command line.
+        name: name on the command line.
         description: one line.
-        training: fields of `TrainConfig`; those not named keep their defaults.
+        training: fields of `TrainConfig` that differ from the defaults.
         frontend: fields of `FrontendConfig`: the data set's mean and standard deviation, and the length in frames.
-        problem_type: decides the loss.
-        cross_validate: train once for each fold of the data set, with that fold held out.
-        init: what to start from, in words.
-        published: what the original reached, in words.
-        learning_rate_from_scratch: the rate where the start has not heard AudioSet, if it differs.
+        problem_type: selects the loss.
+        cross_validate: whether to cross-validate over the folds of the data set.
+        init: description of the initial checkpoint.
+        published: description of the original's results.
+        learning_rate_from_scratch: learning rate for an initial model that was not trained on AudioSet, if different.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Recipe:
     learning_rate_from_scratch: float | None = None
 
     def settings(self, **overrides: Any) -> TrainConfig:
-        """Return the settings, some of them overridden.
+        """Return the recipe's training settings, with overrides.
 
         Raises:
-            ValueError: an unknown name, or a value out of its range.
+            ValueError: an unknown field, or a value out of its range.
         """
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         if unknown := sorted(overrides.keys() - known):
@@ -54,12 +54,12 @@ class Recipe:
     def lines(
         self, overrides: Mapping[str, Any] | None = None, frontend: Mapping[str, Any] | None = None, init: str = ""
     ) -> list[str]:
-        """Return what is used as text, with the recipe's own value beside what is another.
+        """Return the settings in use as lines of text, with the recipe's value beside each that differs.
 
         Args:
-            overrides: settings that are not the recipe's.
-            frontend: mean, std and max_length, as far as they are not the recipe's.
-            init: what is started from; else the recipe's words for it are printed.
+            overrides: training settings that override the recipe's.
+            frontend: mean, std and max_length where they override the recipe's.
+            init: the initial checkpoint; by default the recipe's description is printed.
         """
         overrides = overrides or {}
         own, used = {**vars(self.settings()), **self.frontend}, {**vars(self.settings(**overrides)), **self.frontend}
@@ -88,7 +88,7 @@ RECIPES = {
     for recipe in (
         Recipe(
             name="audioset-full",
-            description="AudioSet, about two million clips, weights averaged over all epochs",
+            description="AudioSet, about two million clips, weight averaging over all epochs",
             training={
                 **_AUDIOSET, "epochs": 5, "learning_rate": 1e-5, "decay_start": 2, "decay_step": 1,
                 "balanced_sampling": True, "average_from": 1,
@@ -100,7 +100,7 @@ RECIPES = {
         ),
         Recipe(
             name="audioset-balanced",
-            description="AudioSet's balanced subset, about 20,000 clips, weights averaged from epoch 6 on",
+            description="AudioSet's balanced subset, about 20,000 clips, weight averaging from epoch 6",
             training={
                 **_AUDIOSET, "epochs": 25, "learning_rate": 5e-5, "decay_start": 10, "decay_step": 5,
                 "balanced_sampling": False, "average_from": 6,

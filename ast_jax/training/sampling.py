@@ -1,4 +1,4 @@
-"""In which order an epoch draws its examples."""
+"""The order of examples in an epoch: shuffled, or weighted sampling for class balance."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 
 def balanced_weights(targets: Sequence[Sequence[int]], num_labels: int) -> np.ndarray:
-    """Return the weight [N] at which each example is drawn: the rarer its labels, the larger.
+    """Return sampling weights [N], larger for examples with rarer labels.
 
-    As in the original's `gen_weight_file.py` it is the sum over an example's labels of 1000 / (count + 0.01), the count
-    being how often the label occurs in all of them. An example without labels weighs nothing.
+    As in the original's `gen_weight_file.py`, a weight is the sum over an example's labels of 1000 / (count + 0.01),
+    where count is the number of examples with that label. An example without labels has a weight of 0.
 
     Args:
-        targets: the label indices of each of N examples.
+        targets: label indices of each of N examples.
         num_labels: C.
 
     Raises:
-        ValueError: an index that is no label.
+        ValueError: an index that is not in [0, C).
     """
     flat = np.array([index for labels in targets for index in labels], np.int64)
     if flat.size and (flat.min() < 0 or flat.max() >= num_labels):
@@ -28,13 +28,13 @@ def balanced_weights(targets: Sequence[Sequence[int]], num_labels: int) -> np.nd
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the example indices [N] of one epoch; (seed, epoch) alone decide them.
+    """Return the example indices [N] of one epoch, a function of (seed, epoch) only.
 
     Args:
         num_examples: N.
-        seed: of the run.
-        epoch: counts from 0.
-        weights: [N], to draw N times with replacement in proportion to them; None draws each example once.
+        seed: seed of the run.
+        epoch: counted from 0.
+        weights: [N] sampling weights, to draw N examples with replacement; None draws a permutation.
 
     Raises:
         ValueError: weights of another shape, negative, not finite, or all zero.

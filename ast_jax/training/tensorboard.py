@@ -1,4 +1,4 @@
-"""A run's metrics for TensorBoard."""
+"""TensorBoard event files of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-AXES = ("epoch",)  # what stands below the curves
+NOT_SCALARS = ("epoch",)  # columns of the history that are no metrics
 
 
 class Board:
-    """Event files of a run, made anew from its history when it goes on, so that no epoch stands there twice."""
+    """Write metrics to TensorBoard event files, rewritten from the history on resume so that no epoch occurs twice."""
 
     def __init__(self, folder: pathlib.Path, history: Sequence[Mapping[str, Any]], *, write: bool = True):
-        """Write the epochs there were; without `write` (the other processes of several) nothing is ever written."""
+        """Write the history; with `write=False`, for processes other than the first, write nothing at all."""
         self._writer = None
         if not write:
             return
@@ -34,10 +34,10 @@ class Board:
             self._writer.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write an epoch's numbers."""
+        """Write one epoch's metrics."""
         if self._writer is None:
             return
         for name, value in row.items():
-            if name not in AXES and isinstance(value, int | float) and math.isfinite(value):
+            if name not in NOT_SCALARS and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, row["epoch"])
         self._writer.flush()

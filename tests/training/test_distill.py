@@ -1,4 +1,4 @@
-"""Distillation: the softened targets by hand, teachers of both kinds, on 8 devices, and what is refused."""
+"""Distillation: softened targets, teachers of both kinds on 8 devices, and errors."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ SINGLE = STUDENT.replace(problem_type="single_label_classification")
 
 
 def write_program(path, labels=LABELS, slope=1.0):
-    """Export a program that scores label i by (i + 1) * slope * the sum of squares of the sound."""
+    """Export a program whose logit of label i is (i + 1) * slope * the sum of squares of the waveform."""
 
     def program(waveform, num_samples):
         inside = jnp.arange(waveform.shape[1]) < num_samples[:, None]
@@ -53,14 +53,14 @@ def some_batch(size=16):
 
 
 @pytest.mark.parametrize(
-    ("config", "scores"), [(STUDENT, jax.nn.sigmoid), (SINGLE, jax.nn.softmax)], ids=["sigmoid", "softmax"]
+    ("config", "scores_of"), [(STUDENT, jax.nn.sigmoid), (SINGLE, jax.nn.softmax)], ids=["sigmoid", "softmax"]
 )
-def test_softened_targets_are_the_weighted_mean_of_two_losses(config, scores, x64):
+def test_softened_targets_are_the_weighted_mean_of_two_losses(config, scores_of, x64):
     rng = np.random.default_rng(0)
     logits, teacher = rng.normal(0, 3, (2, 5, 3))
     labels = np.eye(3)[rng.integers(0, 3, 5)]
     got = losses.loss(logits, distill.soften(labels, teacher, 0.3, config), config)
-    want = 0.7 * losses.loss(logits, labels, config) + 0.3 * losses.loss(logits, scores(teacher), config)
+    want = 0.7 * losses.loss(logits, labels, config) + 0.3 * losses.loss(logits, scores_of(teacher), config)
     np.testing.assert_allclose(got, want, rtol=1e-12)
     extreme = distill.soften(labels, np.array([[1e4, -1e4, 0.0]] * 5), 1.0, config)
     assert np.isfinite(extreme).all()
@@ -106,7 +106,7 @@ def sounds(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
-    """Labels are drawn at random: only a teacher that says "c" of everything can make the student say so."""
+    """Labels are random: the student can learn to predict "c" for everything from the teacher only."""
     program = write_program(tmp_path / "t.stablehlo", ("b", "a", "c"), slope=1.0)
     settings = TrainConfig(batch_size=16, epochs=4, learning_rate=3e-3, teacher_weight=1.0)
     stopped = []
@@ -162,7 +162,7 @@ def test_teachers_that_do_not_fit_are_refused(sounds, tmp_path):
     ],
     ids=["one for the batch", "whole numbers", "nested"],
 )
-def test_programs_that_score_something_else_are_refused(tmp_path, program, message):
+def test_programs_with_other_outputs_are_refused(tmp_path, program, message):
     shapes = (jax.ShapeDtypeStruct((2, FRONTEND.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32))
     (tmp_path / "t.stablehlo").write_bytes(export.export(jax.jit(program))(*shapes).serialize())
     with pytest.raises(ValueError, match=message):
@@ -176,5 +176,5 @@ def test_programs_for_other_inputs_and_machines_are_refused(tmp_path):
     shapes = (jax.ShapeDtypeStruct((2, FRONTEND.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32))
     program = jax.jit(lambda wave, count: {label: wave.mean(1) for label in LABELS})
     path.write_bytes(export.export(program, platforms=["tpu"])(*shapes).serialize())
-    with pytest.raises(ValueError, match="exported for tpu, but this machine computes on cpu"):
+    with pytest.raises(ValueError, match="exported for tpu, but this machine runs on cpu; export it again"):
         distill.load_teacher(path, STUDENT, FRONTEND, 2)

@@ -1,4 +1,4 @@
-"""Batches: the same whatever loads them and from wherever a run goes on, bad sounds replaced, nothing left behind."""
+"""Batches: independent of workers and of the step to resume from; unreadable files replaced; bounded memory."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ SETTINGS = TrainConfig(batch_size=4, epochs=3, mixup=0.5, ramp_epochs=1.0, seed=
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    """Eleven sounds of one value each, their own, so that a batch tells whose they are."""
+    """Eleven files of a constant each, different for each, so that a batch shows which file it came from."""
     folder = tmp_path_factory.mktemp("sounds")
     made = []
     for index in range(11):
@@ -72,7 +72,7 @@ def test_worker_processes_change_nothing(examples, whole, num_workers):
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 6])
-def test_a_run_goes_on_from_any_step(examples, whole, first_step):
+def test_a_run_resumes_from_any_step(examples, whole, first_step):
     assert_equal(batches(examples, first_step=first_step), whole[first_step:])
 
 
@@ -86,7 +86,7 @@ def test_two_processes_load_the_two_halves(examples, whole):
 
 
 def test_mixup_takes_its_share_with_its_weights(examples):
-    """Of sounds of one value, the mean of a mixture is zero; labels are the weights of Beta(10, 10)."""
+    """A mixture of constant waveforms is zero, as means are removed; labels are the Beta(10, 10) weights."""
     training = TrainConfig(batch_size=11, epochs=60, mixup=0.4)
     found = batches(examples, training)
     labels = np.concatenate([batch["labels"] for batch in found])
@@ -121,13 +121,13 @@ def with_bad(examples, tmp_path):
     return [*examples, Example(tmp_path / "bad.wav", (0,)), Example(tmp_path / "gone.wav", (1,))]
 
 
-def test_unreadable_sounds_are_replaced_and_told(with_bad):
+def test_unreadable_files_are_replaced_and_listed(with_bad):
     training = TrainConfig(batch_size=13, epochs=4, mixup=0.5)
     found = batches(with_bad, training)
     assert all((batch["example"] < 11).all() for batch in found)
     skipped = np.concatenate([batch["skipped"].ravel() for batch in found])
     assert set(skipped.tolist()) == {-1, 11, 12}
-    assert_equal(batches(with_bad, training, first_step=2), found[2:])  # what stands in is drawn in the same way
+    assert_equal(batches(with_bad, training, first_step=2), found[2:])  # with the same replacements
 
 
 def test_nothing_readable_is_seen_in_the_batch(with_bad):
@@ -160,7 +160,7 @@ def test_packed_examples_are_the_examples():
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_memory_is_bounded_however_many_batches_wait(num_workers, tmp_path):
-    """A consumer that stands still is not read ahead of without end, and one that goes on leaves nothing behind."""
+    """Prefetching stops while the consumer waits, and consumed batches are freed."""
     path, frontend, batch_bytes = tmp_path / "long.wav", FrontendConfig(), 16 * 4 * 164_080
     assert batch_bytes == 16 * 4 * frontend.max_samples
     soundfile.write(path, np.full(160_000, 0.1), 16000)
@@ -182,7 +182,7 @@ def test_memory_is_bounded_however_many_batches_wait(num_workers, tmp_path):
 
 
 def _settled_memory():
-    """`_memory()` once it has not moved for a second: nothing more is read ahead. At most a minute."""
+    """Return `_memory()` once it has not changed for a second, when prefetching has stopped; wait at most a minute."""
     seen, still = _memory(), 0
     for _ in range(300):
         time.sleep(0.2)
@@ -195,9 +195,9 @@ def _settled_memory():
 
 
 def _memory():
-    """What this process and its children take, in bytes; what they share counts once.
+    """Return the memory of this process and its children in bytes; shared memory counts once.
 
-    Pages of files, such as libraries, are left out: their share changes as other processes on the machine come and go.
+    File-backed pages, such as libraries, are excluded: their share changes as other processes start and end.
     """
     rollups = [pathlib.Path(f"/proc/{pid}/smaps_rollup") for pid in [os.getpid(), *_children(os.getpid())]]
     taken = [re.findall(r"^Pss_(?:Anon|Shmem): +([0-9]+) kB", rollup.read_text(), re.M) for rollup in rollups]
@@ -206,18 +206,19 @@ def _memory():
 
 
 def test_workers_end_with_a_parent_that_was_killed(examples, tmp_path):
-    """A worker cannot be told by a parent that SIGKILL took; it follows by itself, and so does its shared memory."""
+    """After SIGKILL the parent cannot stop its workers; they exit by themselves, and their shared memory is freed."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, pathlib\n"
-        "from ast_jax import data\n"
         "from ast_jax.config import FrontendConfig\n"
         "from ast_jax.data.datasets import Example\n"
+        "from ast_jax.training import input_pipeline\n"
         "from ast_jax.training.config import TrainConfig\n"
         "if __name__ == '__main__':\n"
         f"    examples = [Example(pathlib.Path({str(examples[0].path)!r}), (0,))] * 4\n"
-        "    stream = data.train_batches(examples, FrontendConfig(max_length=20, num_mel_bins=32), 3,\n"
-        "                                TrainConfig(batch_size=4, epochs=9999), num_workers=1)\n"
+        "    frontend = FrontendConfig(max_length=20, num_mel_bins=32)\n"
+        "    training = TrainConfig(batch_size=4, epochs=9999)\n"
+        "    stream = input_pipeline.train_batches(examples, frontend, 3, training, num_workers=1)\n"
         "    next(stream)\n"
         "    print('ready', flush=True)\n"
         "    sys.stdin.read()\n"

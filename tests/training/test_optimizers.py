@@ -29,8 +29,8 @@ def test_warm_up_is_linear_and_does_not_move_the_decay():
     np.testing.assert_allclose([cosine(step) for step in (4, 10, 205, 400)], [0.5, 1.0, 0.5, 0.0], atol=1e-6)
 
 
-def test_every_fall_counts_however_long_the_warm_up():
-    """Falls at 200, 300 and 400 lie within a warm-up of 450 steps: an eighth of the rate is left after it."""
+def test_decays_during_warm_up_count():
+    """Decays at steps 200, 300 and 400 of a warm-up of 450: an eighth of the rate remains after it."""
     training = TrainConfig(epochs=5, learning_rate=1.0, warmup_steps=450, decay_start=2, decay_step=1)
     schedule = jax.jit(optimizers.learning_rate_schedule(training, 100))
     np.testing.assert_allclose([schedule(step) for step in (449, 450, 499)], 0.125, rtol=1e-6)
@@ -38,7 +38,7 @@ def test_every_fall_counts_however_long_the_warm_up():
 
 
 def test_warm_up_in_steps_is_the_originals():
-    """At steps 0, 50, 100, … 1000 the rate becomes step / 1000 of the peak and stays until the next of them."""
+    """At steps 0, 50, 100, … 1000 the rate is set to step / 1000 of the peak, and held until the next of them."""
     training = TrainConfig(epochs=1, learning_rate=1e-5, warmup_steps=1000, warmup_hold=50, schedule="constant")
     schedule = jax.jit(optimizers.learning_rate_schedule(training, 2000))
     want, rate = [], None
@@ -53,7 +53,7 @@ def test_warm_up_in_steps_is_the_originals():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_exact_in_float64(name, x64):
-    """The compiled schedule gives the host's rates; powers and cosines of two libraries differ by a rounding or two."""
+    """The compiled schedule equals the host's, to a rounding error or two of powers and cosines in two libraries."""
     training, steps = SCHEDULES[name], np.arange(9) * 5 + 4
     rates = jax.jit(optimizers.learning_rate_schedule(training, 5))(steps.astype(np.int32))
     assert rates.dtype == np.float64
@@ -71,7 +71,7 @@ def test_epoch_rates_are_those_of_the_last_steps():
 
 
 def tree(rng):
-    """Return a parameter tree in small: two tensors in the blocks, one in every other part."""
+    """Return a small parameter tree: two stacked tensors in the layers, one in the other modules."""
     shapes = {
         "embeddings": {"projection": (4, 2)}, "layers": {"mlp": {"kernel": (LAYERS, 3, 2), "bias": (LAYERS, 2)}},
         "layernorm": {"scale": (3,)}, "classifier": {"layernorm": {"bias": (2,)}, "dense": {"kernel": (2, 5)}},
@@ -80,7 +80,7 @@ def tree(rng):
 
 
 def torch_leaves(values):
-    """Return the tree's tensors as torch would hold them, each with its part and its block."""
+    """Return the tree's tensors as torch would hold them, each with its module and its layer."""
     found = []
     for path, leaf in jax.tree.leaves_with_path(values):
         part = path[0].key
@@ -90,7 +90,7 @@ def torch_leaves(values):
 
 
 def torch_run(training, start, gradients, rate_of, clip=lambda tensors: None):
-    """Return the tensors after torch's optimizer, whose groups have the rate `rate_of(part, block)`, None for fixed."""
+    """Return the tensors after torch's optimizer, with groups at the rate `rate_of(part, block)`, None for frozen."""
     leaves = torch_leaves(start)
     groups = [{"params": [leaf], "lr": rate_of(part, block)} for part, block, leaf in leaves]
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
@@ -137,7 +137,7 @@ def plain_rate(part, block):
 
 
 def layer_rate(part, block):
-    """By the definition, for a decay of 0.75 and a head at ten times the rate; three blocks."""
+    """Layer-wise decay of 0.75 and a head at ten times the rate by definition, for three layers."""
     of_part = {"embeddings": 0.75**4, "layernorm": 1.0, "classifier": 10.0}
     return RATE * (0.75 ** (LAYERS - block) if part == "layers" else of_part[part])
 
@@ -145,7 +145,7 @@ def layer_rate(part, block):
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 @pytest.mark.parametrize("rate_of", [plain_rate, layer_rate])
 def test_optimizers_are_torchs(optimizer, rate_of, x64):
-    """Adam with L2 in the gradient and AdamW with the decay apart, with one rate or with groups."""
+    """Adam with an L2 penalty and AdamW with decoupled weight decay, with one rate or with parameter groups."""
     changes = {"layer_decay": 0.75, "head_multiplier": 10.0} if rate_of is layer_rate else {}
     training = TrainConfig(optimizer=optimizer, learning_rate=RATE, weight_decay=0.1, schedule="constant", **changes)
     start, gradients = problem()
@@ -166,26 +166,26 @@ def clip_to_one(tensors):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fixed"),
+    ("changes", "frozen"),
     [
         ({}, lambda part, block: False),
         ({"freeze_layers": 2}, lambda part, block: part == "embeddings" or (part == "layers" and block < 2)),
         ({"freeze_layers": LAYERS}, lambda part, block: part in ("embeddings", "layers")),
         ({"linear_probe": True}, lambda part, block: part != "classifier"),
     ],
-    ids=["all", "two blocks frozen", "all blocks frozen", "linear probe"],
+    ids=["all", "two layers frozen", "all layers frozen", "linear probe"],
 )
-def test_only_what_learns_is_clipped_and_moved(changes, fixed, x64):
-    """As torch without gradients for what is fixed; the decay is large, and would move that as well."""
+def test_only_trainable_parameters_are_clipped_and_updated(changes, frozen, x64):
+    """As torch without gradients for frozen parameters; weight decay is large and would change them too."""
     training = TrainConfig(learning_rate=RATE, weight_decay=0.1, schedule="constant", max_grad_norm=1.0, **changes)
     start, gradients = problem()
     got = run(training, start, gradients)
-    want = torch_run(training, start, gradients, lambda *which: None if fixed(*which) else RATE, clip_to_one)
+    want = torch_run(training, start, gradients, lambda *which: None if frozen(*which) else RATE, clip_to_one)
     assert differences(got, want) < TOLERANCE
     moved = 0
     for (part, block, before), after in zip(torch_leaves(start), got, strict=True):
         same = np.array_equal(before.numpy(), after)
-        assert same == fixed(part, block)
+        assert same == frozen(part, block)
         moved += not same
     assert moved
     assert differences(run(dataclasses.replace(training, max_grad_norm=0.0), start, gradients), want) > 1e-4
@@ -198,7 +198,7 @@ def test_short_gradients_are_not_clipped(x64):
     assert differences(run(loose, start, gradients), run(training, start, gradients)) < TOLERANCE
 
 
-def test_state_is_arrays_and_none_of_whole_fixed_parts():
+def test_optimizer_state_is_arrays_and_excludes_frozen_modules():
     start, _ = problem()
     sizes = {}
     for name, changes in (("all", {}), ("frozen", {"freeze_layers": 1}), ("probe", {"linear_probe": True})):

@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation, or draws by the rarity of labels."""
+"""The order of an epoch: a permutation, or class-balanced sampling."""
 
 import numpy as np
 import pytest
