@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import functools
 import json
 import pathlib
 from typing import Any
+
+from ast_jax.runtime.tables import read_table
 
 _FOLDER = pathlib.Path(__file__).parent / "label_sets"
 LABEL_SETS = {"audioset": "audioset.csv", "speech-commands": "speech_commands.txt", "esc50": "esc50.txt"}
@@ -131,25 +132,10 @@ def _json_names(path: pathlib.Path) -> list[Any]:
 
 
 def _csv_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file with a column `display_name`, its indices checked."""
+    """Return the rows of a CSV file with a column `display_name`; a column `index` must count from 0."""
     rows: list[dict[str, str]] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            if "display_name" not in header or len(set(header)) != len(header):
-                raise ValueError(f"{path}: expected a column display_name, each column once, got {','.join(header)!r}")
-            for values in filter(None, reader):  # blank lines are skipped
-                where = f"{path}, line {reader.line_num}"
-                if len(values) != len(header):
-                    raise ValueError(
-                        f"{where}: expected {len(header)} fields as in the header, got {len(values)};"
-                        " names with commas stand in quotation marks"
-                    )
-                row = dict(zip(header, values, strict=True))
-                if row.get("index", str(len(rows))).strip() != str(len(rows)):
-                    raise ValueError(f"{where}: expected index {len(rows)}, got {row['index']!r}")
-                rows.append(row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: expected CSV ({error})") from error
+    for where, row in read_table(path, [("display_name",)]):
+        if row.get("index", str(len(rows))).strip() != str(len(rows)):
+            raise ValueError(f"{where}: expected index {len(rows)}, got {row['index']!r}")
+        rows.append(row)
     return rows

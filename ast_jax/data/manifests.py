@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import csv
 import json
 import math
 import pathlib
@@ -12,6 +10,7 @@ from typing import Any
 
 from ast_jax.audio.io import MIN_SECONDS
 from ast_jax.data.records import DataError, Listing, Row, checked_split, split_named
+from ast_jax.runtime import tables
 
 # In this order, where a folder holds several. `metadata` is the name in Hugging Face's audiofolder.
 MANIFESTS = ("manifest.csv", "manifest.tsv", "manifest.jsonl", "metadata.csv", "metadata.jsonl")
@@ -19,7 +18,6 @@ PATH_COLUMNS = ("path", "file_name")
 LABEL_COLUMNS = ("label", "labels")
 LABEL_SEPARATOR = ";"  # AudioSet's own names contain commas
 ID_SEPARATOR = ","  # its ids do not, and the original's JSON joins them so
-TAB_SUFFIXES = (".tsv", ".tab")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 
@@ -59,38 +57,17 @@ def _first_folder(path: pathlib.Path, folder: pathlib.Path) -> str:
 
 
 def read_table(path: pathlib.Path, required: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (file and line, row) of a CSV file, or of a tab-separated one, in UTF-8; blank lines are skipped.
-
-    Args:
-        path: the file.
-        required: columns that it must have, each with its aliases.
+    """Yield the rows of a CSV file, see `tables.read_table`.
 
     Raises:
-        DataError: another encoding, no CSV, a column missing or twice, or a row unlike the header.
+        DataError: the file is not such a table.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            tabs = path.suffix.lower() in TAB_SUFFIXES or ("\t" in first and "," not in first)
-            reader = csv.reader(file, delimiter="\t" if tabs else ",")
-            header = [name.strip() for name in next(reader, [])]
-            if missing := [names[0] for names in required if not set(names) & set(header)]:
-                expected = ", ".join(names[0] for names in required)
-                raise DataError(f"{path}: expected the columns {expected}; missing {', '.join(missing)}")
-            if doubled := sorted(name for name, count in collections.Counter(header).items() if count > 1):
-                raise DataError(f"{path}: expected each column once, got several of {', '.join(doubled)}")
-            for names in required:
-                _either(dict.fromkeys(header), names, path)
-            for values in filter(None, reader):
-                where = f"{path}, line {reader.line_num}"
-                if len(values) != len(header):
-                    raise DataError(f"{where}: expected {len(header)} fields as in the header, got {len(values)}")
-                yield where, dict(zip(header, values, strict=True))
+        yield from tables.read_table(path, required)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a CSV manifest in UTF-8 or a folder, got something else") from error
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: expected CSV ({error})") from error
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -112,20 +89,20 @@ def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: expected JSON lines in UTF-8, got something else") from error
 
 
-def _either(values: Mapping[str, Any], names: tuple[str, ...], where: object) -> Any:
-    """Return the value of the one of a column and its aliases that is there."""
-    found = [name for name in names if name in values]
-    if len(found) != 1:
-        raise DataError(f"{where}: expected {' or '.join(names)}, got {'both' if found else 'neither'}")
-    return values[found[0]]
+def _value(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> Any:
+    """Return the value of a column under its name or an alias."""
+    try:
+        return values[tables.one_of(names, values, where)]
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _row(values: Mapping[str, Any], where: str, folder: pathlib.Path) -> Row:
     """Check one row; CSV has texts only, JSONL also numbers, lists and null."""
-    path = _either(values, PATH_COLUMNS, where)
+    path = _value(values, PATH_COLUMNS, where)
     if not isinstance(path, str) or not path.strip():
         raise DataError(f"{where}: expected a path, got {repr(path) if path else 'nothing'}")
-    labels = _either(values, LABEL_COLUMNS, where)
+    labels = _value(values, LABEL_COLUMNS, where)
     names = labels.split(LABEL_SEPARATOR) if isinstance(labels, str) else labels
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: expected labels as text or as a list of texts, got {labels!r}")

@@ -177,7 +177,11 @@ BAD_MANIFESTS = [
     ("m.csv", "path,label,start\n1.wav,a,nan\n", r"line 2: expected start in seconds, 0 or more, got 'nan'$"),
     ("m.csv", "path,label,start,end\n1.wav,a,2,2.01\n", r"line 2: .* at least 25 ms after the start 2 s, got 2.01 s$"),
     ("m.csv", "path,label,split\n1.wav,a,holdout\n", r"line 2: expected split train, validation, test, got 'holdout'$"),
-    ("m.tsv", "path\tlabel\n1.wav\ta\tb\n", r"line 2: expected 2 fields as in the header, got 3$"),
+    (
+        "m.tsv",
+        "path\tlabel\n1.wav\ta\tb\n",
+        r"line 2: expected 2 fields as in the header, got 3; quote values that contain '\\t'$",
+    ),
     ("m.csv", b"path,label\n\xff.wav,a\n", r"m\.csv: expected a CSV manifest in UTF-8"),
     ("m.jsonl", b'{"path": "\xff"}', r"m\.jsonl: expected JSON lines in UTF-8"),
     ("m.jsonl", '{"path": "1.wav", "label": "a"}\n{"path"\n', r"line 2: expected a JSON object \("),
