@@ -120,7 +120,7 @@ def header_seconds(source: AudioSource) -> float:
         FileNotFoundError: no such file.
     """
     name = describe(source)
-    with _opened(_openable(source, name), name) as file:
+    with sound_file(_openable(source, name), name) as file:
         seconds = file.frames / file.samplerate
     check_extent(seconds, name)
     return seconds
@@ -141,7 +141,7 @@ def open_sound(source: AudioSource, name: str | None = None) -> Iterator[soundfi
     name = name or describe(source)
     source = _openable(source, name)
     piped = _is_mp3_of_unknown_length(source)
-    with _piped(source) if piped else contextlib.nullcontext(source) as opened, _opened(opened, name) as file:
+    with _piped(source) if piped else contextlib.nullcontext(source) as opened, sound_file(opened, name) as file:
         yield file
 
 
@@ -177,18 +177,27 @@ def _openable(source: AudioSource, name: str) -> str | bytes | BinaryIO:
 
 
 @contextlib.contextmanager
-def _opened(source: Any, name: str) -> Iterator[soundfile.SoundFile]:
-    """Open what `decode` has made of its source; whatever libsndfile says, now or while it reads, is an AudioError."""
+def sound_file(
+    source: Any, name: str, expected: str = "not a readable sound file", **options: Any
+) -> Iterator[soundfile.SoundFile]:
+    """Open a file with libsndfile; all its errors, now or while reading, become an AudioError.
+
+    Args:
+        source: path, file object or descriptor; a descriptor stays open.
+        name: of the sound, for messages.
+        expected: start of the message, before libsndfile's reason.
+        **options: of `soundfile.SoundFile`.
+    """
     try:
-        with soundfile.SoundFile(source, closefd=False) as file:  # a pipe's descriptor is `_piped`'s to close
+        with soundfile.SoundFile(source, closefd=False, **options) as file:
             if file.frames >= UNKNOWN_FRAMES and not isinstance(source, int):  # a pipe is read to its end
-                raise AudioError(f"{name}: its header does not say how long it is; encode it again into a file")
+                raise AudioError(f"{name}: the header does not hold the length; encode it again into a file")
             yield file
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
-        if reason.startswith("File does not exist"):  # libsndfile says so of an MP3 file without a frame
+        if not reason or reason.startswith("File does not exist"):  # as for an MP3 file without a frame
             reason = "Format not recognised"
-        raise AudioError(f"{name}: not a readable sound file ({reason})") from error
+        raise AudioError(f"{name}: {expected} ({reason})") from error
 
 
 def _is_mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bool:

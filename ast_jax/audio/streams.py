@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from ast_jax.audio.io import AudioError, check_extent, describe, open_sound, read_blocks
+from ast_jax.audio.io import AudioError, check_extent, describe, open_sound, read_blocks, sound_file
 
 BLOCK_SECONDS = 2.0
 LIVE_SECONDS = 0.05  # of a block that may still have to be played
@@ -87,24 +87,19 @@ def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) 
 
 @contextlib.contextmanager
 def _live(source: Live) -> Iterator[soundfile.SoundFile]:
-    """Open a pipe; whatever is wrong with it is an AudioError."""
-    options: dict[str, Any] = {}
-    if not source.encoding and stat.S_ISREG(os.fstat(source.descriptor).st_mode):  # as `< sound.mp3` makes it
-        with os.fdopen(os.dup(source.descriptor), "rb") as whole, open_sound(whole, source.name) as file:
+    """Open a pipe, or the file behind the descriptor."""
+    if not source.encoding and stat.S_ISREG(os.fstat(source.descriptor).st_mode):  # as `< sound.mp3` does
+        with os.fdopen(os.dup(source.descriptor), "rb") as file_object, open_sound(file_object, source.name) as file:
             yield file
         return
+    options: dict[str, Any] = {}
     if source.encoding:
         subtype, endian = ENCODINGS[source.encoding]
         options = {"format": "RAW", "subtype": subtype, "endian": endian, "channels": source.channels}
         options["samplerate"] = source.sampling_rate
-    try:
-        with soundfile.SoundFile(source.descriptor, closefd=False, **options) as file:
-            yield file
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".") or "Format not recognised"
-        raise AudioError(
-            f"{source.name}: expected WAV, or raw samples with their encoding, rate and channels ({reason})"
-        ) from error
+    expected = "expected WAV, or raw samples with their encoding, rate and channels"
+    with sound_file(source.descriptor, source.name, expected, **options) as file:
+        yield file
 
 
 def _checked(source: Any, rate: Any) -> tuple[np.ndarray, float]:

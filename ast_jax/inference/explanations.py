@@ -24,6 +24,7 @@ from ast_jax.inference import predict
 from ast_jax.inference.embeddings import patch_extents
 from ast_jax.model import functional as model
 from ast_jax.model.attention import fastest_implementation
+from ast_jax.model.scores import scores as to_scores
 from ast_jax.runtime.progress import progress, track
 
 KNOWN = 12  # labels that are named to one who asks for another
@@ -135,7 +136,7 @@ def explain(
     return Explanation(
         source=name,
         labels=tuple(config.labels[label] for label in wanted),
-        scores=np.asarray(predict.as_scores(outputs[None], config))[0, wanted],
+        scores=np.asarray(to_scores(outputs, config))[wanted],
         start=start,
         duration=len(waveform) / frontend.sampling_rate,
         spec=fbank.log_mel(waveform, frontend),

@@ -20,11 +20,12 @@ from ast_jax.audio.windows import window_grid
 from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.checkpoints.load import loaded
 from ast_jax.checkpoints.resize import resize
-from ast_jax.config import ASTConfig, FrontendConfig, ProblemType
+from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.inference.sliding_window import End, Part, by_sound, listen, one_or_all
 from ast_jax.inference.timeline import AGGREGATES, Analysis
 from ast_jax.model import functional as model
 from ast_jax.model.attention import fastest_implementation
+from ast_jax.model.scores import scores
 from ast_jax.runtime.progress import aside, progress
 
 logger = logging.getLogger(__name__)
@@ -142,8 +143,8 @@ def analyze_each(
             yield Analysis(end.name, error=end.error)
         else:
             times = np.array([[part.start, part.end] for part in parts])
-            scores = np.stack([part.output for part in parts])
-            yield Analysis(end.name, checkpoint.config.labels, times, scores, end.duration, aggregate)
+            outputs = np.stack([part.output for part in parts])
+            yield Analysis(end.name, checkpoint.config.labels, times, outputs, end.duration, aggregate)
 
 
 def _told(events: Iterable[Part | End], tell: Callable[[Part], None]) -> Iterator[Part | End]:
@@ -309,12 +310,4 @@ def _run(
 
 def _scores_of(params: Any, spec: jax.Array, config: ASTConfig, **options: Any) -> jax.Array:
     """Return the scores [B, C] of spectrograms."""
-    return as_scores(model.apply(params, spec, config, **options), config)
-
-
-def as_scores(outputs: jax.Array, config: ASTConfig) -> jax.Array:
-    """Return logits [B, C] as scores in the sense of the model's problem type."""
-    kind = config.resolved_problem_type
-    if kind == ProblemType.MULTI_LABEL:
-        return jax.nn.sigmoid(outputs)
-    return jax.nn.softmax(outputs) if kind == ProblemType.SINGLE_LABEL else outputs
+    return scores(model.apply(params, spec, config, **options), config)

@@ -1,4 +1,4 @@
-"""The training loss that belongs to a `problem_type`."""
+"""The training loss and label smoothing for each problem type."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
         logits: [B, C].
         labels: single-label: class indices [B] or probabilities [B, C] (mixup); multi-label: [B, C] in [0, 1];
             regression: [B, C], or [B] where C is 1.
-        config: whose `problem_type` chooses cross-entropy, binary cross-entropy with logits (mean over the classes
-            too), or mean squared error.
+        config: its `problem_type` selects cross-entropy, binary cross-entropy with logits (averaged over the classes
+            too) or mean squared error.
 
     Raises:
-        ValueError: labels of another shape, or a class index that is none; under `jit`, where values cannot be seen,
-            such an index gives NaN.
+        ValueError: labels of another shape, or a class index out of range; under `jit`, which hides values, such an
+            index gives NaN.
     """
     labels = jnp.asarray(labels)
     kind = config.resolved_problem_type
@@ -54,21 +54,21 @@ def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
 
 
 def smooth(labels: Array, amount: float, config: ASTConfig) -> Array:
-    """Return targets of which a share is spread evenly over the answers: the classes, or yes and no for each of them.
+    """Apply label smoothing: [B, C].
 
     Args:
         labels: [B, C] probabilities.
-        amount: the share s. Single-label: (1 - s) labels + s / C, as torch's `CrossEntropyLoss(label_smoothing=s)`;
-            multi-label: (1 - s) labels + s / 2.
-        config: whose `problem_type` decides.
+        amount: s. Single-label: (1 - s) labels + s / C, as torch's `CrossEntropyLoss(label_smoothing=s)`; multi-label:
+            (1 - s) labels + s / 2.
+        config: its `problem_type` decides.
 
     Raises:
-        ValueError: smoothing asked of a regression.
+        ValueError: `amount` is not 0 for a regression.
     """
     if not amount:
         return labels
     kind = config.resolved_problem_type
     if kind == ProblemType.REGRESSION:
-        raise ValueError(f"label_smoothing: expected 0 for regression, whose labels are no probabilities, got {amount}")
+        raise ValueError(f"label_smoothing: expected 0 for regression: its labels are not probabilities; got {amount}")
     choices = labels.shape[-1] if kind == ProblemType.SINGLE_LABEL else 2
     return (1 - amount) * labels + amount / choices

@@ -1,17 +1,17 @@
-"""Augmentation of one example, as pure functions with explicit keys; a batch is a `vmap` over examples and keys."""
+"""Augmentation of one example, as pure functions with explicit keys; `vmap` over examples and keys augments a batch."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-MAX_ROLL = 10  # frames, either way
+MAX_ROLL = 10  # frames, in either direction
 
 
 def mask_band(key: jax.Array, spec: jax.Array, max_width: jax.Array | float, axis: int) -> jax.Array:
     """Set one random band of `spec` [T, F] to zero along `axis` (SpecAugment).
 
-    As torchaudio draws it: width uniform in [0, max_width), start uniform in [0, size - width). The zero is written
+    Drawn as by torchaudio: width uniform in [0, max_width), start uniform in [0, size - width). Masks are applied
     before normalisation, as in the original.
     """
     size = spec.shape[axis]
@@ -26,16 +26,15 @@ def mask_band(key: jax.Array, spec: jax.Array, max_width: jax.Array | float, axi
 def mask_spec(
     key: jax.Array, spec: jax.Array, frequency_mask: jax.Array | float, time_mask: jax.Array | float
 ) -> jax.Array:
-    """Mask up to `frequency_mask` mel bins and up to `time_mask` frames of `spec` [T, F], one band each."""
+    """Mask one band of up to `frequency_mask` mel bins and one of up to `time_mask` frames of `spec` [T, F]."""
     frequency_key, time_key = jax.random.split(key)
     return mask_band(time_key, mask_band(frequency_key, spec, frequency_mask, 1), time_mask, 0)
 
 
 def shift_spec(key: jax.Array, spec: jax.Array, frequency_shift: int, time_shift: int) -> jax.Array:
-    """Move `spec` [T, F] by up to `frequency_shift` mel bins and `time_shift` frames, either way.
+    """Shift `spec` [T, F] by up to `frequency_shift` mel bins and `time_shift` frames, in either direction.
 
-    Along frequency the outermost bin is repeated, which sounds like another pitch; along time the end comes round to
-    the beginning.
+    Along frequency the edge bin is repeated, along time the shift is circular.
     """
     frequency_key, time_key = jax.random.split(key)
     bins = jax.random.randint(frequency_key, (), -frequency_shift, frequency_shift + 1)
@@ -53,42 +52,44 @@ def noise_and_roll(key: jax.Array, spec: jax.Array) -> jax.Array:
     return jnp.roll(spec + noise * level, shift, axis=0)
 
 
-def patchout_size(grid: tuple[int, int], frequency: int, time: int, unstructured: int) -> int:
-    """Return K, how many patches of `grid` (F', T') patchout keeps.
+def num_kept_patches(grid: tuple[int, int], frequency: int, time: int, unstructured: int) -> int:
+    """Return K, the number of patches of a grid (F', T') that patchout keeps.
 
     Raises:
-        ValueError: none would be left.
+        ValueError: no patch would remain.
     """
     for name, dropped, size in (("frequency", frequency, grid[0]), ("time", time, grid[1])):
         if dropped >= size:
             raise ValueError(
                 f"patchout_{name}: expected 0 to {size - 1} of the patch grid's {size} along {name}, got {dropped}"
             )
-    left = (grid[0] - frequency) * (grid[1] - time)
-    if unstructured >= left:
-        raise ValueError(f"patchout: expected 0 to {left - 1} of the {left} patches that remain, got {unstructured}")
-    return left - unstructured
+    remaining = (grid[0] - frequency) * (grid[1] - time)
+    if unstructured >= remaining:
+        raise ValueError(
+            f"patchout: expected 0 to {remaining - 1} of the {remaining} patches that remain, got {unstructured}"
+        )
+    return remaining - unstructured
 
 
-def patchout_tokens(key: jax.Array, grid: tuple[int, int], frequency: int, time: int, unstructured: int) -> jax.Array:
+def patchout_indices(key: jax.Array, grid: tuple[int, int], frequency: int, time: int, unstructured: int) -> jax.Array:
     """Draw the patches that a training step keeps (PaSST, Koutini et al. 2022, section 3.2).
 
     Args:
         key: random key.
         grid: rows and columns of patches (F', T').
-        frequency: whole rows left out (structured patchout).
-        time: whole columns left out.
-        unstructured: single patches left out of those that remain.
+        frequency: rows to drop (structured patchout).
+        time: columns to drop (structured patchout).
+        unstructured: single patches to drop from those that remain.
 
     Returns:
         [K] ascending indices into the F' T' patches, frequency-major; K depends on the arguments, not on the key.
 
     Raises:
-        ValueError: none would be left.
+        ValueError: no patch would remain.
     """
-    kept = patchout_size(grid, frequency, time, unstructured)
+    count = num_kept_patches(grid, frequency, time, unstructured)
     row_key, column_key, patch_key = jax.random.split(key, 3)
     rows = jax.random.permutation(row_key, grid[0])[frequency:]
     columns = jax.random.permutation(column_key, grid[1])[time:]
     patches = (rows[:, None] * grid[1] + columns).ravel()
-    return jnp.sort(jax.random.permutation(patch_key, patches)[:kept])
+    return jnp.sort(jax.random.permutation(patch_key, patches)[:count])

@@ -18,8 +18,9 @@ import numpy as np
 
 from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.checkpoints.load import load
-from ast_jax.config import ASTConfig, FrontendConfig, ProblemType
+from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.inference.export import read_exported
+from ast_jax.model.scores import scores
 from ast_jax.training import step as train
 
 EXPORTED = ".stablehlo"
@@ -71,13 +72,7 @@ def soften(labels: np.ndarray, logits: np.ndarray, weight: float, config: ASTCon
     Scores are a sigmoid or a softmax as `problem_type` says, and the logits themselves for regression. All three losses
     are linear in their targets (mean squared error up to a constant), so that this is the weighted mean of two losses.
     """
-    kind = config.resolved_problem_type
-    scores = logits.astype(np.float64)
-    if kind == ProblemType.MULTI_LABEL:
-        scores = np.exp(-np.logaddexp(0.0, -scores))
-    elif kind == ProblemType.SINGLE_LABEL:
-        scores = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
-    return ((1 - weight) * labels + weight * scores).astype(labels.dtype)
+    return ((1 - weight) * labels + weight * scores(np.asarray(logits), config)).astype(labels.dtype)
 
 
 def _checkpoint(checkpoint: Checkpoint, columns: np.ndarray) -> Teacher:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.cells import set_cell_size
 
 from ast_jax.config import ASTConfig, ProblemType
+from ast_jax.model.scores import scores as to_scores
 from ast_jax.runtime.progress import track
 
 Report = dict[str, Any]
@@ -18,25 +19,16 @@ _LOOK_AT = {"logits": "look at the model's parameters, or compute in float32", "
 
 
 def scores(logits: np.ndarray, config: ASTConfig) -> np.ndarray:
-    """Return what the model says in the units of its problem type: float64 [N, C].
-
-    Multi-label: probabilities of each class for itself (sigmoid); single-label: over all classes (softmax);
-    regression: the outputs themselves.
+    """Check logits and convert them to scores (see `ast_jax.model.scores`): float64 [N, C].
 
     Args:
         logits: [N, C], of any floating type.
-        config: whose `problem_type` decides.
+        config: its `problem_type` decides.
 
     Raises:
         ValueError: another shape, or values that are not finite.
     """
-    from scipy.special import expit, softmax
-
-    logits = _finite("logits", logits, config.num_labels)
-    kind = config.resolved_problem_type
-    if kind == ProblemType.REGRESSION:
-        return logits
-    return expit(logits) if kind == ProblemType.MULTI_LABEL else softmax(logits, axis=-1)
+    return to_scores(_finite("logits", logits, config.num_labels), config)
 
 
 def average_precisions(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Training: the state, and the step for one device's share of a batch.
+"""Training state, training step and evaluation step, each written for one device's share of the batch.
 
-The step is written for one device and averages its gradients over a named axis where there is one. Random keys fold in
-the seed, the step and an example's place in the whole batch, never the device, so that a run is the same on 1 and on 8.
+The step averages gradients over a named axis if there is one. Random keys fold in the seed, the step and an example's
+index in the whole batch, never the device, so a run on 1 device equals a run on 8.
 """
 
 from __future__ import annotations
@@ -54,20 +54,21 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, config: Tra
 
 
 def check_fit(training: TrainConfig, config: ASTConfig) -> None:
-    """Refuse settings that the architecture or its kind of labels cannot have; `train_step` calls this too.
+    """Check training settings against the architecture and its problem type; `train_step` calls this too.
 
     Raises:
-        ValueError: more frozen blocks than there are, no patch left, or smoothed labels in a regression.
+        ValueError: more frozen layers than the model has, patchout that leaves no patch, or label smoothing in a
+            regression.
     """
     layers = config.num_hidden_layers
     if training.freeze_layers > layers:
-        raise ValueError(f"freeze_layers: expected 0 to {layers}, the model's blocks, got {training.freeze_layers}")
-    augment.patchout_size(config.grid, *_patchout(training))
+        raise ValueError(f"freeze_layers: expected 0 to {layers}, the model's layers, got {training.freeze_layers}")
+    augment.num_kept_patches(config.grid, *_patchout(training))
     smooth(np.zeros((1, config.num_labels)), training.label_smoothing, config)
 
 
 def _patchout(training: TrainConfig) -> tuple[int, int, int]:
-    """Return how many rows, columns and further patches are left out."""
+    """Return the numbers of rows, of columns and of further single patches that patchout drops."""
     return training.patchout_frequency, training.patchout_time, training.patchout
 
 
@@ -77,11 +78,11 @@ def augmented_features(
     """Compute augmented, normalised features on the device.
 
     Args:
-        keys: [B], one an example.
+        keys: [B], one for each example.
         batch: "waveform" [B, S] and "num_samples" [B].
-        frontend: the features' settings.
-        config: the augmentation.
-        strength: scalar in [0, 1] on the width of the masks.
+        frontend: feature settings.
+        config: augmentation settings.
+        strength: scalar in [0, 1] that scales the maximum mask widths.
 
     Returns:
         [B, T, F].
@@ -93,8 +94,8 @@ def augmented_features(
         )
         spec = jax.vmap(shift)(_fold(keys, 4), spec)
     if config.frequency_mask or config.time_mask:
-        bounds = config.frequency_mask * strength, config.time_mask * strength
-        spec = jax.vmap(augment.mask_spec, in_axes=(0, 0, None, None))(_fold(keys, 1), spec, *bounds)
+        widths = config.frequency_mask * strength, config.time_mask * strength
+        spec = jax.vmap(augment.mask_spec, in_axes=(0, 0, None, None))(_fold(keys, 1), spec, *widths)
     spec = normalize(spec, frontend)
     if config.noise:
         spec = jax.vmap(augment.noise_and_roll)(_fold(keys, 2), spec)
@@ -102,12 +103,12 @@ def augmented_features(
 
 
 def _fold(keys: jax.Array, use: int) -> jax.Array:
-    """Return keys [B] for one of their uses: 0 dither, 1 masks, 2 noise, 3 dropout, 4 shifts, 5 patchout."""
+    """Return keys [B] for one purpose: 0 dither, 1 masks, 2 noise, 3 dropout, 4 shifts, 5 patchout."""
     return jax.vmap(lambda key: jax.random.fold_in(key, use))(keys)
 
 
 def _log_mel(batch: dict[str, jax.Array], frontend: FrontendConfig, keys: jax.Array) -> jax.Array:
-    """Return log-mel features [B, T, F] of a batch, not normalised; `keys` [B] serve dither only."""
+    """Return log-mel features [B, T, F] of a batch, not normalised; keys [B] are used for dither only."""
     noise = None
     if frontend.dither:
         shape = (frontend.max_length, frontend.window_samples)
@@ -127,46 +128,46 @@ def train_step(
     axis: str | None = None,
     attention_implementation: str = "auto",
 ) -> tuple[TrainState, jax.Array]:
-    """Take one optimizer step on one device's share of the batch, or on the whole of it.
+    """Take one optimizer step on one device's share of the batch, or on the whole batch.
 
     Args:
-        state: before the step.
-        batch: "waveform" [b, S], "num_samples" [b], "labels" [b, C] and "global_index" [b], each example's
-            index in the whole batch.
-        config: the architecture.
-        frontend: the features.
-        training: augmentation, what learns, and how it is computed.
+        state: state before the step.
+        batch: "waveform" [b, S], "num_samples" [b], "labels" [b, C] and "global_index" [b], each example's index in
+            the whole batch.
+        config: architecture.
+        frontend: feature settings.
+        training: training settings.
         optimizer: from `make_optimizer`.
-        steps_per_epoch: for the ramp of the augmentation.
-        axis: name of the axis to average gradients and loss over; None where the batch is whole.
+        steps_per_epoch: converts `ramp_epochs` to steps.
+        axis: name of the axis to average gradients and loss over; None if the batch is whole.
         attention_implementation: see `ast_jax.model.attention.dot_product_attention`.
 
     Returns:
         The state after the step, and the mean loss over the whole batch.
 
     Raises:
-        ValueError: the settings do not fit the architecture, or b does not divide by `grad_accum_steps`.
+        ValueError: the settings do not fit the architecture, or b is not divisible by `grad_accum_steps`.
     """
     check_fit(training, config)
     ramp_steps = training.ramp_epochs * steps_per_epoch
     strength = jnp.minimum(1.0, state.step / ramp_steps) if ramp_steps else jnp.ones(())
     step_key = jax.random.fold_in(jax.random.key(training.seed), state.step)
-    fixed = {part: tree for part, tree in state.params.items() if part in frozen_modules(training)}
-    learning = {part: tree for part, tree in state.params.items() if part not in fixed}
+    frozen = {name: tree for name, tree in state.params.items() if name in frozen_modules(training)}
+    trainable = {name: tree for name, tree in state.params.items() if name not in frozen}
 
-    def mean_loss(learning: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def mean_loss(trainable: Any, batch: dict[str, jax.Array]) -> jax.Array:
         keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(batch["global_index"])
         spec = augmented_features(keys, batch, frontend, training, strength)
-        logits = _logits({**fixed, **learning}, spec, keys, config, training, attention_implementation)
+        logits = _logits({**frozen, **trainable}, spec, keys, config, training, attention_implementation)
         return loss(logits, smooth(batch["labels"], training.label_smoothing, config), config)
 
-    # By what learns alone, so that there is no backward pass below it.
-    value, gradients = _accumulated(jax.value_and_grad(mean_loss), learning, batch, training.grad_accum_steps)
+    # With respect to the trainable modules only, so that the backward pass ends at the lowest of them.
+    value, gradients = _accumulate(jax.value_and_grad(mean_loss), trainable, batch, training.grad_accum_steps)
     if axis is not None:
         value, gradients = jax.lax.pmean((value, gradients), axis)
-    gradients = {**gradients, **jax.tree.map(jnp.zeros_like, fixed)}
+    gradients = {**gradients, **jax.tree.map(jnp.zeros_like, frozen)}
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = {**optax.apply_updates(state.params, updates), **fixed}
+    params = {**optax.apply_updates(state.params, updates), **frozen}
     ema_params = state.ema_params
     if training.ema_decay:  # a lower decay at first, so that the initial parameters are soon forgotten
         count = state.step.astype(float)
@@ -179,10 +180,10 @@ def train_step(
 def _logits(
     params: Any, spec: jax.Array, keys: jax.Array, config: ASTConfig, training: TrainConfig, attention: str
 ) -> jax.Array:
-    """Run the model in training on [b, T, F] with a key for each example; return [b, C]."""
+    """Return logits [b, C] of features [b, T, F] in training mode, with a key for each example."""
     patch_indices = None
     if any(dropped := _patchout(training)):
-        patch_indices = jax.vmap(lambda key: augment.patchout_tokens(key, config.grid, *dropped))(_fold(keys, 5))
+        patch_indices = jax.vmap(lambda key: augment.patchout_indices(key, config.grid, *dropped))(_fold(keys, 5))
     forward = functools.partial(
         model.apply, params, config=config, train=True, rematerialize=training.rematerialize,
         dtype=jnp.bfloat16 if training.dtype == "bfloat16" else None, attention_implementation=attention,
@@ -196,30 +197,31 @@ def _logits(
     return jax.vmap(one)(spec, patch_indices, _fold(keys, 3))
 
 
-def _accumulated(
-    value_and_grad: Callable[..., Any], learning: Any, batch: dict[str, jax.Array], parts: int
+def _accumulate(
+    value_and_grad: Callable[..., Any], params: Any, batch: dict[str, jax.Array], steps: int
 ) -> tuple[jax.Array, Any]:
-    """Return the mean loss and its gradient over a batch that is taken in equal parts, one after another.
+    """Return the mean loss of a batch and its gradient, accumulated over `steps` microbatches.
 
-    A part takes every so many-th example, so that a batch that lies split over devices has its parts split as well.
+    Microbatch i has the examples i, i + steps, i + 2 * steps, …: a batch that is sharded over devices then has
+    microbatches that are sharded too.
     """
-    if parts == 1:
-        return value_and_grad(learning, batch)
+    if steps == 1:
+        return value_and_grad(params, batch)
     size = len(batch["global_index"])
-    if size % parts:
-        raise ValueError(f"grad_accum_steps: expected a divisor of the {size} examples of a device, got {parts}")
-    in_parts = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    if size % steps:
+        raise ValueError(f"grad_accum_steps: expected a divisor of the {size} examples of a device, got {steps}")
+    microbatches = jax.tree.map(lambda x: x.reshape(size // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def add(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(learning, part)), None
+    def add(total: Any, microbatch: dict[str, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, microbatch)), None
 
-    shapes = jax.eval_shape(value_and_grad, learning, jax.tree.map(lambda x: x[0], in_parts))
-    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    total, _ = jax.lax.scan(add, nothing, in_parts)
-    return jax.tree.map(lambda x: x / parts, total)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
+    return jax.tree.map(lambda x: x / steps, total)
 
 
 def eval_step(params: Any, batch: dict[str, jax.Array], *, config: ASTConfig, frontend: FrontendConfig) -> jax.Array:
-    """Return logits [b, C] of one device's share of the batch, without augmentation or dither."""
+    """Return logits [b, C] of one device's share of the batch, without augmentation and dither."""
     spec = normalize(padded_log_mel(batch["waveform"], batch["num_samples"], frontend.replace(dither=0.0)), frontend)
     return model.apply(params, spec, config)

@@ -58,10 +58,10 @@ def test_noise_and_roll():
 def test_patchout_keeps_whole_rows_and_columns_but_for_single_patches(dropped):
     frequency, time, single = dropped
     size = (4 - frequency) * (6 - time) - single
-    draw = jax.jit(jax.vmap(lambda key: augment.patchout_tokens(key, GRID, *dropped)))
+    draw = jax.jit(jax.vmap(lambda key: augment.patchout_indices(key, GRID, *dropped)))
     tokens = np.asarray(draw(jax.random.split(jax.random.key(0), 200)))
     assert tokens.shape == (200, size)
-    assert augment.patchout_size(GRID, *dropped) == size
+    assert augment.num_kept_patches(GRID, *dropped) == size
     assert jnp.issubdtype(tokens.dtype, jnp.integer)
     assert (np.diff(tokens, axis=1) > 0).all()  # ascending, none twice
     assert tokens.min() >= 0
@@ -89,4 +89,4 @@ def test_patchout_keeps_whole_rows_and_columns_but_for_single_patches(dropped):
 )
 def test_patchout_leaves_something(dropped, message):
     with pytest.raises(ValueError, match=message):
-        augment.patchout_tokens(jax.random.key(0), GRID, *dropped)
+        augment.patchout_indices(jax.random.key(0), GRID, *dropped)

@@ -1,4 +1,4 @@
-"""The same run on 1, 2, 4 and 8 devices, by `pmap` and by `jit`, in one process and in two."""
+"""Data parallelism: the same run on 1, 2, 4 and 8 devices, with `pmap` and `jit`, in one process and in two."""
 
 import functools
 import os
@@ -41,7 +41,7 @@ def batches(count, dtype):
 
 
 def run(method, devices, dtype, steps=10):
-    """Return the state and the losses after some steps on so many devices."""
+    """Return the state and the losses after some steps on a number of devices."""
     optimizer = optimizers.make_optimizer(TRAINING, steps_per_epoch=5)
     parallel = method(jax.devices()[:devices])
     step = parallel.compile_train_step(
@@ -71,7 +71,7 @@ def on_one_in_float32():
     return run(DataParallel, 1, np.float32)
 
 
-MORE = [  # `pmap` on eight is also in test_train, with dropout, and `jit` on two in test_finetune
+MORE = [  # `pmap` on eight is also in test_step, with dropout, and `jit` on two in test_finetune
     (method, devices)
     for method in (DataParallel, ShardedJit)
     for devices in (1, 2, 4, 8)
@@ -95,14 +95,14 @@ def test_any_number_of_devices_gives_the_same_run(method, devices, on_one):
 @pytest.mark.parametrize("method", [DataParallel, ShardedJit])
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_losses_in_float32(method, devices, on_one_in_float32):
-    """To 1e-5: roundings of 1e-7 each, through ten steps."""
+    """To 1e-5: float32 rounding errors of 1e-7 each, through ten steps."""
     _, values = run(method, devices, np.float32)
     np.testing.assert_allclose(values, on_one_in_float32[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [DataParallel, ShardedJit])
 def test_a_step_is_compiled_once(method):
-    """What a step returns must be what it takes, its place on the devices too: compiling is what takes long."""
+    """The returned state must have the sharding of the state that the step takes, else the next step compiles again."""
     traces = []
 
     def step(state, batch, axis=None):
@@ -136,17 +136,21 @@ def test_evaluation_gives_the_rows_in_order(method):
 
 
 @pytest.mark.parametrize(
-    ("size", "parts", "message"),
+    ("size", "accumulate", "message"),
     [
         (12, 1, "12 does not divide over 8 devices; the nearest are 8 or 16"),
         (3, 1, "3 does not divide over 8 devices; the nearest are 8"),
-        (24, 2, "24 does not divide over 8 devices and 2 parts on each; the nearest are 16 or 32"),
+        (
+            24,
+            2,
+            "24 does not divide over 8 devices and 2 gradient accumulation steps on each; the nearest are 16 or 32",
+        ),
     ],
 )
-def test_indivisible_batch_names_the_nearest(size, parts, message):
+def test_indivisible_batch_names_the_nearest(size, accumulate, message):
     with pytest.raises(ValueError, match=message):
-        DataParallel().check_batch_size(size, parts)
-    DataParallel().check_batch_size(32, parts)
+        DataParallel().check_batch_size(size, accumulate)
+    DataParallel().check_batch_size(32, accumulate)
 
 
 WORKER = """
@@ -173,7 +177,7 @@ np.savez(sys.argv[5], losses=losses, first=first["number"], **flat)
 
 
 def spawn(count, method, folder):
-    """Run the same training in `count` processes with four devices in all; return what each found."""
+    """Run the same training in `count` processes with four devices in total; return the results of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -200,10 +204,10 @@ def spawn(count, method, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pmap", "jit"])
 def test_two_processes_give_what_one_gives(method, tmp_path):
-    """For real, over loopback: each loads its half of every batch."""
+    """`jax.distributed` over the loopback interface: each process loads its half of every batch."""
     (alone,) = spawn(1, method, tmp_path)
     for number, found in enumerate(spawn(2, method, tmp_path)):
-        assert found.pop("first") == 0, number  # what the first process says is what all know
+        assert found.pop("first") == 0, number  # broadcast from the first process
         assert found.keys() == alone.keys() - {"first"}
         for name, leaf in found.items():
             np.testing.assert_allclose(leaf, alone[name], rtol=0, atol=1e-9, err_msg=f"{number} {name}")

@@ -1,4 +1,4 @@
-"""The training step: the same on any devices and in any parts, what learns and what stays, and that it all lowers."""
+"""The training step: independent of devices and gradient accumulation; frozen modules; lowering for accelerators."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ AUGMENTED = TrainConfig(
     batch_size=16, learning_rate=1e-3, weight_decay=1e-6, frequency_mask=8, time_mask=8, noise=True, warmup_steps=3,
     frequency_shift=3, time_shift=5, ema_decay=0.9, ramp_epochs=1.0, schedule="cosine", epochs=2,
 )  # fmt: skip
-# All that a step knows, but for the linear probe, which excludes frozen blocks.
+# Every setting of a step except the linear probe, which excludes frozen layers.
 EVERYTHING = dataclasses.replace(
     AUGMENTED, optimizer="adamw", layer_decay=0.8, head_multiplier=3.0, freeze_layers=1, max_grad_norm=0.5,
     grad_accum_steps=2,
@@ -54,7 +54,7 @@ def batches(count, size=16, dtype=np.float32):
 
 
 def whole(batch):
-    """Return a batch as one device takes it: every example in its place."""
+    """Return a whole batch as one device takes it, with global indices."""
     return {**batch, "global_index": np.arange(len(batch["labels"]), dtype=np.int32)}
 
 
@@ -81,7 +81,7 @@ def start(training, config=CONFIG, dtype=np.float32):
 
 
 def run(training, config=CONFIG, steps=10, dtype=np.float64, method=None):
-    """Return the state and the losses after some steps, in one program or with a method on eight devices."""
+    """Return the state and the losses after some steps, in one program, or with one of `METHODS` on eight devices."""
     state, values = start(training, config, dtype), []
     if method is None:
         step = jax.jit(make_step(training, config))
@@ -101,7 +101,7 @@ def assert_same_state(got, want):
 
 
 def changed(before, after):
-    """Return the paths of the leaves of which any bit changed; those of blocks by block."""
+    """Return the paths of the leaves in which any bit changed, for stacked layers one path for each layer."""
     paths = set()
     for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -115,7 +115,7 @@ DROPOUT = CONFIG.replace(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0
 
 @pytest.fixture(scope="module")
 def undivided():
-    """Return parameters, and what ten steps on the whole batch, in one piece and nothing twice, make of them."""
+    """Return parameters, and the state and losses after ten steps without accumulation and rematerialisation."""
     jax.config.update("jax_enable_x64", True)
     training = dataclasses.replace(EVERYTHING, grad_accum_steps=1, rematerialize=False)
     before, (state, values) = start(training, DROPOUT, np.float64).params, run(training, DROPOUT)
@@ -124,8 +124,8 @@ def undivided():
 
 
 @pytest.mark.parametrize("method", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
-def test_parts_on_eight_devices_give_the_run_of_one(method, undivided, x64):
-    """Augmentation, patchout, dropout and all; every device takes its two examples one after the other.
+def test_gradient_accumulation_on_eight_devices_gives_the_run_of_one(method, undivided, x64):
+    """With every augmentation, patchout and dropout; each device accumulates over its two examples.
 
     The key bias too, whose true gradient is zero: rounding is far below Adam's eps of 1e-8, and stays there as long as
     learning rate × weight decay / eps, by which each step multiplies it, is below 1.
@@ -138,20 +138,20 @@ def test_parts_on_eight_devices_give_the_run_of_one(method, undivided, x64):
     assert_same_state(state, want)
 
 
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(undivided):
-    """In the average too; with frozen embeddings and one frozen block of two."""
+def test_frozen_parameters_keep_every_bit_and_the_others_change(undivided):
+    """In the moving average too; with frozen embeddings and one frozen layer of two."""
     before, state, _ = undivided
     names = changed(jax.tree.map(np.zeros_like, before), jax.tree.map(np.ones_like, before))
-    fixed = {name for name in names if name.startswith("embeddings/") or name.endswith(" 0")}
-    assert len(fixed) == 5 + 12
-    assert changed(before, state.params) == names - fixed
-    assert changed(before, state.ema_params) == names - fixed
-    assert changed(state.params, state.ema_params) == names - fixed
+    frozen = {name for name in names if name.startswith("embeddings/") or name.endswith(" 0")}
+    assert len(frozen) == 5 + 12
+    assert changed(before, state.params) == names - frozen
+    assert changed(before, state.ema_params) == names - frozen
+    assert changed(state.params, state.ema_params) == names - frozen
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float64)}
 
 
-def test_linear_probe_moves_the_classifier_alone_and_has_no_backward_pass():
-    """Its step of the classifier is that of full training; of products it has the forward pass's and the head's."""
+def test_linear_probe_changes_the_classifier_only_and_has_no_backward_pass_below():
+    """The classifier's update equals full training's; matrix products are the forward pass's and the head's."""
     probe, batch = dataclasses.replace(PLAIN, linear_probe=True), whole(next(batches(1)))
     before, step = start(probe), compiled(probe)
     after, value = step(before, batch)
@@ -164,14 +164,14 @@ def test_linear_probe_moves_the_classifier_alone_and_has_no_backward_pass():
     heads = (jax.tree.leaves(done.params["classifier"]) for done in (after, full))
     for one, other in zip(*heads, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-5)  # a hundredth of the step; float32 in two programs
-    heard = {name: batch[name] for name in ("waveform", "num_samples")}
-    texts = str(step.trace(before, batch).jaxpr), str(FORWARD.trace(before.params, heard).jaxpr)
+    inputs = {name: batch[name] for name in ("waveform", "num_samples")}
+    texts = str(step.trace(before, batch).jaxpr), str(FORWARD.trace(before.params, inputs).jaxpr)
     products = [text.count("dot_general[") + text.count("conv_general_dilated[") for text in texts]
     assert products[0] == products[1] + 2  # the gradient of the kernel, and of what the dense layer takes
 
 
-def test_parts_save_memory():
-    """What the compiled step needs beside its arguments."""
+def test_gradient_accumulation_saves_memory():
+    """Temporary memory of the compiled step, beside its arguments."""
 
     def memory(training):
         program = compiled(training).lower(start(training), whole(next(batches(1)))).compile()
@@ -181,7 +181,7 @@ def test_parts_save_memory():
 
 
 def test_patchout_shortens_the_sequence_of_tokens():
-    """Of 16 patches a row, a column and two more go: 7 and the two prefix tokens are left in every block."""
+    """Of 16 patches a row, a column and two more are dropped: 7 and the two prefix tokens remain in every layer."""
     text = {}
     for name, training in (("all", AUGMENTED), ("some", dataclasses.replace(EVERYTHING, grad_accum_steps=1))):
         text[name] = jax.jit(make_step(training)).lower(start(training), whole(next(batches(1)))).as_text()
@@ -190,22 +190,40 @@ def test_patchout_shortens_the_sequence_of_tokens():
     assert "x18x64x" not in text["some"]
 
 
-def test_every_example_keeps_its_own_patches(monkeypatch):
-    """And what else reaches the model."""
-    given = {}
-    monkeypatch.setattr(train.model, "apply", lambda params, spec, **options: given.update(options))
-    spec, keys = jnp.zeros((16, 32, 32)), jax.random.split(jax.random.key(0), 16)
-    train._logits({}, spec, keys, CONFIG, dataclasses.replace(EVERYTHING, dtype="bfloat16"), "chunked")
+@pytest.fixture
+def model_call(monkeypatch):
+    """Return a function that takes a step on blank features and returns the options that reach the model."""
+
+    class SeenError(Exception):
+        pass
+
+    def apply(params, spec, **options):
+        raise SeenError(options)
+
+    def call(training, **options):
+        with pytest.raises(SeenError) as caught:
+            make_step(training)(start(training), whole(next(batches(1))), **options)
+        return caught.value.args[0]
+
+    monkeypatch.setattr(train, "augmented_features", lambda *_: jnp.zeros((16, 32, 32)))
+    monkeypatch.setattr(train.model, "apply", apply)
+    return call
+
+
+def test_every_example_keeps_its_own_patches(model_call):
+    """And the other options of the model follow the settings."""
+    training = dataclasses.replace(EVERYTHING, grad_accum_steps=1, dtype="bfloat16")
+    given = model_call(training, attention_implementation="chunked")
     assert given["patch_indices"].shape == (16, 7)
     assert len(np.unique(given["patch_indices"], axis=0)) > 10
     assert (given["train"], given["rematerialize"], given["dtype"]) == (True, True, jnp.bfloat16)
     assert given["attention_implementation"] == "chunked"
-    train._logits({}, spec, keys, CONFIG, PLAIN, "auto")
+    given = model_call(PLAIN)
     assert (given["patch_indices"], given["rematerialize"], given["dtype"]) == (None, False, None)
     assert given["attention_implementation"] == "auto"
 
 
-def test_bfloat16_is_of_the_computation_alone():
+def test_bfloat16_is_for_the_computation_only():
     batch = whole(next(batches(1)))
     step, state = compiled(HALF), start(HALF)
     after, value = step(state, batch)
@@ -218,7 +236,7 @@ def test_bfloat16_is_of_the_computation_alone():
 
 
 def test_labels_are_smoothed():
-    """Nothing is augmented here: the loss is that of the evaluation's logits, of a head that is sure, and right."""
+    """Without augmentation the loss is that of the evaluation logits; the head's are large and right."""
     state, batch = start(HALF), whole(next(batches(1)))
     state.params["classifier"]["dense"]["kernel"] *= 50
     logits = FORWARD(state.params, {name: batch[name] for name in ("waveform", "num_samples")})
@@ -232,7 +250,7 @@ def test_labels_are_smoothed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"freeze_layers": 3}, "freeze_layers: expected 0 to 2, the model's blocks, got 3"),
+        ({"freeze_layers": 3}, "freeze_layers: expected 0 to 2, the model's layers, got 3"),
         ({"patchout_frequency": 4}, "patchout_frequency: expected 0 to 3 of the patch grid's 4"),
         ({"patchout": 16}, "patchout: expected 0 to 15"),
         ({"grad_accum_steps": 8}, "grad_accum_steps: expected a divisor of the 4 examples of a device, got 8"),
@@ -256,7 +274,7 @@ def test_settings_are_checked_without_a_step():
 
 
 def test_training_learns():
-    """Four tones with labels at random, again and again: the optimizer can bring the loss to nothing."""
+    """The same four tones with random labels at every step: the model can overfit them."""
     step, state = compiled(PLAIN), start(PLAIN)
     seconds = np.arange(FRONTEND.max_samples) / FRONTEND.sampling_rate
     tones = np.sin(2 * np.pi * np.array([[200], [600], [2000], [6000]]) * seconds)
@@ -274,7 +292,7 @@ def test_training_learns():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_train_step_lowers_for_accelerators(platform):
-    """Features, augmentation, gradient and update, all settings on, in one program for machines that are not here."""
+    """Features, augmentation, gradient and update with every setting, lowered for TPU and GPU without one."""
     training = dataclasses.replace(EVERYTHING, dtype="bfloat16")
     state = jax.eval_shape(functools.partial(start, training, DROPOUT))
     lowered = (
@@ -317,7 +335,7 @@ def test_losses_equal_torch():
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_smoothed_losses_equal_torch(share):
-    """Cross-entropy by torch's own option; the binary one by the definition, half a share on either side."""
+    """Cross-entropy with torch's own option; binary cross-entropy by definition, half on either side."""
     rng = np.random.default_rng(0)
     logits, soft = rng.standard_normal((6, 4)).astype(np.float32), rng.random((6, 4)).astype(np.float32)
     soft /= soft.sum(1, keepdims=True)
@@ -331,7 +349,7 @@ def test_smoothed_losses_equal_torch(share):
 
 
 @pytest.mark.parametrize(("ramp_epochs", "first", "later"), [(0.0, 1.0, 1.0), (2.0, 0.0, 0.3)])
-def test_masks_grow_over_the_ramp_and_are_whole_without_one(ramp_epochs, first, later, monkeypatch):
+def test_masks_grow_over_the_ramp_and_have_full_strength_without_one(ramp_epochs, first, later, monkeypatch):
     class SeenError(Exception):
         pass
 
@@ -360,7 +378,7 @@ def test_every_augmentation_changes_the_features(field):
 
 
 def test_moving_average_of_the_parameters():
-    """Against the definition; float32 rounding of values near 1, a few times over."""
+    """Against the definition, to the float32 rounding of values near 1, a few times over."""
     step, state = compiled(PLAIN), start(PLAIN)
     want = state.params
     for number, batch in enumerate(batches(5)):
