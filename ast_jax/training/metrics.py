@@ -1,9 +1,9 @@
-"""How good predictions are, from logits: NumPy, and scikit-learn's curves."""
+"""Metrics of predictions, computed from logits and labels with scikit-learn, and their report as data and as text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,11 @@ def scores(logits: np.ndarray, config: ASTConfig) -> np.ndarray:
 
 
 def average_precisions(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the average precision of each class [C]; NaN where a class has no positive or nothing but positives.
+    """Return the average precision of each class [C]; NaN for a class without positives or without negatives.
 
     Args:
-        logits: [N, C]; any monotone function of them gives the same.
-        labels: [N, C], positive where at least 0.5.
+        logits: [N, C]; only their order matters.
+        labels: [N, C], positive if at least 0.5.
 
     Raises:
         ValueError: shapes that differ, or values that are not finite.
@@ -47,46 +47,46 @@ def average_precisions(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def aucs(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the area under each class's ROC curve [C]; arguments, NaN and errors as in `average_precisions`."""
+    """Return the ROC AUC of each class [C]; arguments, NaN and errors as in `average_precisions`."""
     from sklearn.metrics import roc_auc_score
 
     return _by_class(roc_auc_score, logits, labels)
 
 
 def d_prime(auc: float) -> float:
-    """Return the distance between two unit normals whose ROC curve has this area, sqrt(2) times the inverse CDF.
+    """Return d' of a ROC AUC, sqrt(2) times the inverse of the standard normal CDF.
 
-    The area is in [0, 1]; 1 gives infinity, 0.5 zero, NaN NaN. As in the original's `stats.py`, it is the d' of the
-    mean area that is reported, not the mean of the classes' d'.
+    An AUC of 1 gives infinity, 0.5 gives 0, NaN gives NaN. As in the original's `stats.py`, metrics report the d' of
+    the mean AUC, not the mean of the classes' d'.
 
     Raises:
-        ValueError: an area out of its range.
+        ValueError: an AUC outside [0, 1].
     """
     from scipy.special import ndtri
 
     if not (0 <= auc <= 1 or math.isnan(auc)):
-        raise ValueError(f"auc: expected an area from 0 to 1, got {auc}")
+        raise ValueError(f"auc: expected an AUC from 0 to 1, got {auc}")
     return math.sqrt(2) * float(ndtri(auc))
 
 
 def evaluate_logits(logits: np.ndarray, labels: np.ndarray, config: ASTConfig) -> dict[str, float]:
-    """Return the metrics that belong to the problem type, the one that chooses the best epoch first.
+    """Return the metrics of a problem type; the first of them selects the best epoch.
 
-    Where every example has exactly one label: "accuracy", "mAP", "mAUC", "d_prime", whichever loss was used, as Speech
-    Commands is trained with binary cross-entropy and judged by accuracy; else "mAP", "mAUC", "d_prime"; regression:
+    If every example has exactly one label: "accuracy", "mAP", "mAUC", "d_prime", whatever the loss (Speech Commands is
+    trained with binary cross-entropy and evaluated by accuracy); otherwise "mAP", "mAUC", "d_prime"; for regression
     "negative_mse".
 
-    mAP and mAUC are means over the classes that have positives and negatives, NaN where there are none such. Each class
-    is ranked against the rest by its logits, for a single-label model by the softmax: unlike the original, which takes
-    the sigmoid of the logits there too, although only their differences mean something.
+    mAP and mAUC are means over the classes that have positives and negatives, NaN if no class has both. Examples are
+    ranked by a class's logits, for a single-label model by its softmax scores. (The original ranks by the sigmoid of
+    the logits there too, but a softmax model's logits are comparable within an example only.)
 
     Args:
         logits: [N, C].
-        labels: [N, C]; multi-label: positive where at least 0.5; single-label: the largest is the true class.
-        config: whose `problem_type` decides.
+        labels: [N, C]; multi-label: positive if at least 0.5; single-label: the largest is the true class.
+        config: its `problem_type` decides.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, or single-label examples without a label.
+        ValueError: shapes that do not match, values that are not finite, or single-label examples without a label.
     """
     logits, labels = _pair(logits, labels, config.num_labels)
     if config.resolved_problem_type == ProblemType.REGRESSION:
@@ -97,23 +97,23 @@ def evaluate_logits(logits: np.ndarray, labels: np.ndarray, config: ASTConfig) -
 
 
 def report(logits: np.ndarray, labels: np.ndarray, config: ASTConfig, threshold: float = 0.5) -> Report:
-    """Return everything there is to say about predictions, ready for JSON: None stands for what is not a finite number.
+    """Return the report of predictions as JSON-serialisable data; None stands for a number that is not finite.
 
-    Keys: "problem_type"; "examples", their count; "threshold", None where the best class is what counts; "metrics", as
-    `evaluate_logits` has them; "classes", a list in index order of "name", "positives", "average_precision", "auc",
-    "precision", "recall" and "f1"; "ranked_classes", how many of them have an average precision; "micro" and "macro",
-    with "precision", "recall" and "f1"; "confusion" [C][C], counts with a row for each true and a column for each best
-    class, None unless every example has exactly one label.
+    Keys: "problem_type"; "examples", their number; "threshold", None for a single-label model, which predicts the class
+    of the highest score; "metrics" of `evaluate_logits`; "classes", a list in index order with "name", "positives",
+    "average_precision", "auc", "precision", "recall" and "f1"; "ranked_classes", the number of classes with an average
+    precision; "micro" and "macro" averages of "precision", "recall" and "f1"; "confusion" [C][C], counts with true
+    classes as rows and predicted classes as columns, None unless every example has exactly one label.
 
-    Macro is the mean over the classes that have positives, where a class that is never predicted counts with a
-    precision of zero; for the class itself that precision is None, as is the recall of one without positives. For
-    regression there are "problem_type", "examples", "metrics" and "classes" with "name" and "mean_squared_error".
+    Macro averages are over the classes with positives; there a class that is never predicted has a precision of 0. In
+    "classes" that precision is None, and so is the recall of a class without positives. For regression the keys are
+    "problem_type", "examples", "metrics" and "classes" with "name" and "mean_squared_error".
 
     Args:
         logits: [N, C].
         labels: [N, C], as in `evaluate_logits`.
-        config: whose `problem_type` decides, and whose labels name the classes.
-        threshold: the score from which on a multi-label model is taken to say yes.
+        config: its `problem_type` decides, and its labels name the classes.
+        threshold: the lowest score that is a positive prediction of a multi-label model.
 
     Raises:
         ValueError: as in `evaluate_logits`, or a threshold outside [0, 1].
@@ -131,7 +131,7 @@ def report(logits: np.ndarray, labels: np.ndarray, config: ASTConfig, threshold:
     ranking = _ranking(logits, config)
     precisions, areas = average_precisions(ranking, positive), aucs(ranking, positive)
     single = kind == ProblemType.SINGLE_LABEL
-    predicted = _one_hot(logits.argmax(-1), config) if single else scores(logits, config) >= threshold
+    predicted = _one_hot(logits.argmax(-1), config) if single else to_scores(logits, config) >= threshold
     return {
         **begin,
         "threshold": None if single else float(threshold),
@@ -139,18 +139,21 @@ def report(logits: np.ndarray, labels: np.ndarray, config: ASTConfig, threshold:
             name: _json(value) for name, value in _overall(logits, positive, config, precisions, areas).items()
         },
         "ranked_classes": int(np.isfinite(precisions).sum()),
-        **_decisions(positive, predicted),
+        "micro": _averaged(positive, predicted, range(config.num_labels), average="micro", zero_division=np.nan),
+        "macro": _averaged(
+            positive, predicted, np.flatnonzero(positive.any(0)).tolist(), average="macro", zero_division=0.0
+        ),
         "classes": _classes(config.labels, positive, predicted, precisions, areas),
         "confusion": _confusion(logits, positive) if _exclusive(positive) else None,
     }
 
 
 def report_lines(found: Report, limit: int = 20) -> list[str]:
-    """Return a report for the terminal: the metrics, the classes from best to worst, the most frequent confusions.
+    """Return a report as lines of text: metrics, classes by descending average precision, most frequent confusions.
 
     Args:
-        found: what `report` returned.
-        limit: how many classes to show, at least 2; of more the best half and the worst half are shown.
+        found: a report of `report`.
+        limit: maximum number of classes, at least 2; of more, the best and the worst are shown.
 
     Raises:
         ValueError: a limit below 2.
@@ -179,7 +182,7 @@ def report_lines(found: Report, limit: int = 20) -> list[str]:
 
 
 def _confusion_lines(found: Report, limit: int = 5) -> list[str]:
-    """Return the most frequent confusions, where every example has exactly one label."""
+    """Return the most frequent confusions, if the report has a confusion matrix."""
     if found["confusion"] is None:
         return []
     names = [" ".join(entry["name"].split()) for entry in found["classes"]]
@@ -192,25 +195,25 @@ def _confusion_lines(found: Report, limit: int = 5) -> list[str]:
 
 
 def _figures(entry: dict[str, Any]) -> str:
-    """Return the columns of a class, or those of a mean, which has no ranking."""
+    """Return the columns of a class, or of an average, which has no AP and no AUC."""
     keys = [key for key in ("precision", "recall", "f1", "average_precision", "auc") if key in entry]
     return f" {_cell(entry[keys[0]]):>8} " + " ".join(f"{_cell(entry[key]):>8}" for key in keys[1:])
 
 
 def _cell(value: float | None) -> str:
-    """Return a metric with four decimals, "-" where there is none."""
+    """Return a metric with four decimals, "-" for None."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def _name(text: str) -> str:
-    """Return a name as wide as a column: wide characters take two places of a terminal."""
+    """Return a name padded or cut to the column's width; wide characters take two terminal cells."""
     return set_cell_size(" ".join(text.split()), 32)
 
 
 def _overall(
     logits: np.ndarray, positive: np.ndarray, config: ASTConfig, precisions: np.ndarray, areas: np.ndarray
 ) -> dict[str, float]:
-    """Return the metrics of a classification in their order."""
+    """Return the metrics of a classification; the first selects the best epoch."""
     usable = np.isfinite(precisions)
     mean_area = float(areas[usable].mean()) if usable.any() else math.nan
     means = {"mAP": float(precisions[usable].mean()) if usable.any() else math.nan, "mAUC": mean_area}
@@ -221,39 +224,39 @@ def _overall(
     return {**accuracy, **means}
 
 
-def _decisions(positive: np.ndarray, predicted: np.ndarray) -> Report:
-    """Return precision, recall and F1 over all decisions together, and their means over the classes with positives."""
-    hits, said, true = (positive & predicted).sum(0), predicted.sum(0), positive.sum(0)
-    rates = [np.nan_to_num(rate[true > 0]) for rate in _rates(hits, said, true)]
-    macro = [rate.mean() if rate.size else math.nan for rate in rates]
-    return {"micro": _prf(*map(float, _rates(hits.sum(), said.sum(), true.sum()))), "macro": _prf(*macro)}
-
-
 def _classes(
     names: tuple[str, ...], positive: np.ndarray, predicted: np.ndarray, precisions: np.ndarray, areas: np.ndarray
 ) -> list[Report]:
-    """Return what there is to say about each class."""
-    counts = positive.sum(0)
-    rates = _rates((positive & predicted).sum(0), predicted.sum(0), counts)
+    """Return the report of each class."""
+    rates = _rates(positive, predicted, range(len(names)), average=None, zero_division=np.nan)
+    columns = zip(names, positive.sum(0), precisions, areas, *rates, strict=True)
     return [
-        {"name": name, "positives": int(count), "average_precision": _json(ap), "auc": _json(area), **_prf(*found)}
-        for name, count, ap, area, *found in zip(names, counts, precisions, areas, *rates, strict=True)
+        {"name": name, "positives": int(count), "average_precision": _json(ap), "auc": _json(area), **_by_name(*found)}
+        for name, count, ap, area, *found in columns
     ]
 
 
-def _rates(hits: np.ndarray, said: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return precision, recall and F1 from counts, NaN for nothing out of nothing."""
-    with np.errstate(invalid="ignore"):
-        return hits / said, hits / true, 2 * hits / (said + true)
+def _averaged(positive: np.ndarray, predicted: np.ndarray, classes: Sequence[int], **options: Any) -> Report:
+    """Return averages of precision, recall and F1 over some classes, None if there are no classes."""
+    return _by_name(*(_rates(positive, predicted, classes, **options) if len(classes) else [math.nan] * 3))
 
 
-def _prf(precision: float, recall: float, f1: float) -> Report:
-    """Return the three by name, ready for JSON."""
+def _rates(positive: np.ndarray, predicted: np.ndarray, classes: Sequence[int], **options: Any) -> Any:
+    """Return scikit-learn's precision, recall and F1 of some classes."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    if positive.shape[1] == 1:  # scikit-learn takes a single column for a binary problem with the classes 0 and 1
+        positive, predicted, classes = positive[:, 0], predicted[:, 0], [1]
+    return precision_recall_fscore_support(positive, predicted, labels=classes, **options)[:3]
+
+
+def _by_name(precision: float, recall: float, f1: float) -> Report:
+    """Return the three rates by name, JSON-serialisable."""
     return {"precision": _json(precision), "recall": _json(recall), "f1": _json(f1)}
 
 
 def _confusion(logits: np.ndarray, positive: np.ndarray) -> list[list[int]]:
-    """Return counts [C][C], a row for each true class and a column for each best class."""
+    """Return the confusion matrix [C][C], true classes as rows and predicted classes as columns."""
     from sklearn.metrics import confusion_matrix
 
     classes = np.arange(positive.shape[1])
@@ -261,17 +264,17 @@ def _confusion(logits: np.ndarray, positive: np.ndarray) -> list[list[int]]:
 
 
 def _json(value: float) -> float | None:
-    """Return a plain number, or None for what JSON has no word for."""
+    """Return a Python float, or None for a value that JSON cannot represent."""
     return float(value) if math.isfinite(value) else None
 
 
 def _ranking(logits: np.ndarray, config: ASTConfig) -> np.ndarray:
-    """Return [N, C], by which the examples are ranked for each class: logits where a sigmoid would only make ties."""
-    return logits if config.resolved_problem_type == ProblemType.MULTI_LABEL else scores(logits, config)
+    """Return [N, C] that rank the examples of each class: logits, where a sigmoid would add ties, or softmax scores."""
+    return logits if config.resolved_problem_type == ProblemType.MULTI_LABEL else to_scores(logits, config)
 
 
 def _positive(labels: np.ndarray, config: ASTConfig) -> np.ndarray:
-    """Return which classes an example has: bool [N, C]."""
+    """Return the true classes of each example: bool [N, C]."""
     if config.resolved_problem_type == ProblemType.MULTI_LABEL:
         return labels >= 0.5
     if several := int(((labels >= 0.5).sum(-1) > 1).sum()):
@@ -283,7 +286,7 @@ def _positive(labels: np.ndarray, config: ASTConfig) -> np.ndarray:
 
 
 def _one_hot(classes: np.ndarray, config: ASTConfig) -> np.ndarray:
-    """Return bool [N, C] with one True a row."""
+    """Return class indices [N] as one-hot rows: bool [N, C]."""
     return classes[:, None] == np.arange(config.num_labels)
 
 
@@ -293,7 +296,7 @@ def _exclusive(positive: np.ndarray) -> bool:
 
 
 def _by_class(metric: Callable[[np.ndarray, np.ndarray], float], logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the metric of each class's truth and scores [C], NaN where a class has no positives or no negatives."""
+    """Return a metric of labels and scores for each class [C], NaN for a class without positives or negatives."""
     logits, labels = _pair(logits, labels)
     pairs = zip((labels >= 0.5).T, logits.T, strict=True)
     return np.array(
@@ -305,7 +308,7 @@ def _by_class(metric: Callable[[np.ndarray, np.ndarray], float], logits: np.ndar
 
 
 def _pair(logits: np.ndarray, labels: np.ndarray, num_labels: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return both as float64 [N, C]."""
+    """Check logits and labels, and return them as float64 [N, C]."""
     logits, labels = _finite("logits", logits, num_labels), _finite("labels", labels)
     if labels.shape != logits.shape:
         raise ValueError(f"labels: expected the logits' shape {logits.shape}, got {labels.shape}")
@@ -313,7 +316,7 @@ def _pair(logits: np.ndarray, labels: np.ndarray, num_labels: int | None = None)
 
 
 def _finite(name: str, values: np.ndarray, num_labels: int | None = None) -> np.ndarray:
-    """Return values as float64 [N, C], at least one of them and all of them finite."""
+    """Check that values are [N, C], N at least 1, and finite; return them as float64."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size or num_labels not in (None, values.shape[1]):
         expected = "C" if num_labels is None else num_labels

@@ -1,4 +1,4 @@
-"""Metrics against definitions written as plain loops and scikit-learn called another way, and the report of them."""
+"""Metrics against their definitions as plain loops and against scikit-learn called another way, and their report."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def config(kind, classes, **changes):
 
 
 def multi_label(rng, examples=60, classes=7, levels=None):
-    """Return logits, of a few levels where ties are wanted, and labels of which every class has both kinds."""
+    """Return logits, rounded to a few levels for ties, and labels with positives and negatives of every class."""
     logits = rng.normal(size=(examples, classes))
     if levels:
         logits = np.round(logits * levels) / levels
@@ -40,7 +40,7 @@ def single_label(rng, examples=60, classes=5):
 
 
 def average_precision(truth, scores):
-    """Return the precision at each score that occurs, weighted by the recall it adds."""
+    """Return the mean of the precision at each score, weighted by the increase in recall."""
     found, area = 0, 0.0
     for score in sorted(set(scores), reverse=True):
         chosen = [positive for positive, other in zip(truth, scores, strict=True) if other >= score]
@@ -50,7 +50,7 @@ def average_precision(truth, scores):
 
 
 def auc(truth, scores):
-    """Return how often a positive is above a negative, a tie counting half."""
+    """Return the probability that a positive ranks above a negative; a tie counts as half."""
     pairs = [
         1.0 if above > below else 0.5 if above == below else 0.0
         for positive, above in zip(truth, scores, strict=True)
@@ -62,7 +62,7 @@ def auc(truth, scores):
 
 
 def precision_recall_f1(truth, predicted):
-    """Return the three by counting, None for nothing out of nothing."""
+    """Return the three rates from counts, None for 0 / 0."""
     hits = said = true = 0
     for one, other in zip(truth, predicted, strict=True):
         hits, said, true = hits + bool(one and other), said + bool(other), true + bool(one)
@@ -219,7 +219,7 @@ def test_scores_of_large_logits_neither_overflow_nor_vanish():
     ],
 )  # fmt: skip
 def test_d_prime_of_the_published_models(area, expected):
-    """Some area that is printed so has a d' that is printed so: both are known to half a unit of their last digit."""
+    """An AUC that rounds to the printed one has a d' that rounds to the printed one."""
     half_area, half = (0.5 * 10.0 ** -len(text.partition(".")[2]) for text in (area, expected))
     low, high = metrics.d_prime(float(area) - half_area), metrics.d_prime(float(area) + half_area)
     assert low - half <= float(expected) <= high + half
@@ -232,7 +232,7 @@ def test_d_prime_at_the_ends_and_outside():
     assert math.isnan(metrics.d_prime(math.nan))
     # The distance of two unit normals by its definition: the area is the normal CDF of d' over the root of two.
     np.testing.assert_allclose(0.5 * (1 + math.erf(metrics.d_prime(0.9) / 2)), 0.9, **SAME)
-    with pytest.raises(ValueError, match=r"auc: expected an area from 0 to 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"auc: expected an AUC from 0 to 1, got 1\.5"):
         metrics.d_prime(1.5)
 
 
