@@ -1,7 +1,7 @@
-"""Figures of a run and of a report: curves, confusion matrix, average precision by class.
+"""Figures of a run and of a report: training curves, confusion matrix, average precision by class.
 
-Each has a function that returns the figure and one that writes it as a PNG. Colours are those of Okabe and Ito, which
-are told apart without colour vision too, and a map that grows darker throughout.
+For each a function returns the figure and another one writes it as a PNG. Line colours are the colour-blind safe
+palette of Okabe and Ito, and the colour map is perceptually ordered.
 """
 
 from __future__ import annotations
@@ -24,32 +24,38 @@ if TYPE_CHECKING:
     from ast_jax.training.metrics import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-METRICS = ("accuracy", "mAP", "mAUC", "d_prime", "negative_mse")  # what has a panel beside losses and learning rate
-MANY_EPOCHS = 40  # up to which every epoch has a dot
-MANY_CLASSES = 100  # up to which a confusion matrix has names at its sides
-MANY_COUNTS = 20  # classes up to which it has counts in its cells
-END_CLASSES = 20  # of the best, and of the worst, where there are more than both
+METRICS = (
+    "accuracy",
+    "mAP",
+    "mAUC",
+    "d_prime",
+    "negative_mse",
+)  # metrics with a panel, beside losses and learning rate
+MANY_EPOCHS = 40  # up to this many, every epoch has a marker
+MANY_CLASSES = 100  # up to this many, a confusion matrix has tick labels
+MANY_COUNTS = 20  # up to this many classes, its cells have counts
+END_CLASSES = 20  # of more than twice as many classes, the best and the worst have bars
 
 
 def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path) -> None:
-    """Write `curves_figure` as a PNG, whole or not at all."""
+    """Write `curves_figure` as a PNG file, atomically."""
     save_figure(curves_figure(history), path)
 
 
 def confusion(
     matrix: Sequence[Sequence[int]], labels: Sequence[str], path: str | pathlib.Path, title: str = ""
 ) -> None:
-    """Write `confusion_figure` as a PNG, whole or not at all."""
+    """Write `confusion_figure` as a PNG file, atomically."""
     save_figure(confusion_figure(matrix, labels, title), path)
 
 
 def ranked_classes(report: Report, path: str | pathlib.Path, title: str = "") -> None:
-    """Write `ranked_classes_figure` as a PNG, whole or not at all."""
+    """Write `ranked_classes_figure` as a PNG file, atomically."""
     save_figure(ranked_classes_figure(report, title), path)
 
 
 def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return losses, metrics and learning rate against the epoch, a panel for each.
+    """Plot losses, metrics and the learning rate against the epoch, in a panel each.
 
     Values that are missing, None or not finite leave gaps. A line marks the epoch that was the best by the first of
     `METRICS` in the rows, where `evaluate_logits` puts the one that chooses, or by the lowest "train_loss" where there
@@ -57,7 +63,7 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
         history: a row an epoch: "epoch", "learning_rate", whatever has "loss" in its name, and metrics whose
-            names end in one of `METRICS`. Other columns are passed over.
+            names end in one of `METRICS`. Other columns are ignored.
 
     Raises:
         ValueError: no rows, a row without an epoch, or matplotlib is missing.
@@ -89,18 +95,18 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str], title: str = "") -> Figure:
-    """Return a confusion matrix, each cell the darker the larger its share of the row.
+    """Plot a confusion matrix, coloured by the share of the row.
 
-    Rows without an example are grey. Counts stand in the cells up to `MANY_COUNTS` classes, names at the sides up to
-    `MANY_CLASSES`.
+    Rows without examples are grey. Up to `MANY_COUNTS` classes cells have counts, up to `MANY_CLASSES` axes have tick
+    labels.
 
     Args:
-        matrix: counts [C][C], rows are the true classes.
-        labels: the C names.
-        title: what was measured; the number of examples and the share of those that are right follow it.
+        matrix: counts [C][C], with true classes as rows.
+        labels: C names.
+        title: what was measured; the number of examples and the accuracy are appended.
 
     Raises:
-        ValueError: not a square of counts, another number of labels, or matplotlib is missing.
+        ValueError: not a square matrix of counts, another number of labels, or matplotlib is missing.
     """
     counts = np.asarray(matrix)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
@@ -115,7 +121,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str], tit
     shares = np.ma.masked_array(counts / np.maximum(totals, 1), np.broadcast_to(totals == 0, counts.shape))
     cell = 0.3 + 0.07 * len(f"{counts.max():,}") if size <= MANY_COUNTS else 0.2 if size <= MANY_CLASSES else 9 / size
     side = max(3.0, cell * size)
-    margin = 0.07 * max(map(cell_len, names)) if size <= MANY_CLASSES else 0.0  # inches for names
+    margin = 0.07 * max(map(cell_len, names)) if size <= MANY_CLASSES else 0.0  # inches for tick labels
     with drawing():
         import matplotlib
         from matplotlib.colors import PowerNorm
@@ -123,8 +129,8 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str], tit
         figure = new_figure(side + margin + 1.8, side + margin + 1.0)
         axes = figure.subplots()
         blues = matplotlib.colormaps["Blues"].with_extremes(bad="#d9d9d9")
-        image = axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 1))  # the root, so that rare confusions show
-        bar = figure.colorbar(image, label="share of the true class (scale: its root)", shrink=0.8, aspect=30)
+        image = axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 1))  # square root: rare confusions show
+        bar = figure.colorbar(image, label="share of the true class (square root scale)", shrink=0.8, aspect=30)
         bar.outline.set_visible(False)
         axes.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
         if size <= MANY_CLASSES:
@@ -136,18 +142,18 @@ def confusion_figure(matrix: Sequence[Sequence[int]], labels: Sequence[str], tit
                 color = "white" if shares[row, column] > 0.3 else "black" if count else "#999999"
                 axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
         right = np.trace(counts) / max(1, counts.sum())
-        axes.set_title(_title(title, f"{counts.sum():,} examples, {right:.1%} right"))
+        axes.set_title(_title(title, f"{counts.sum():,} examples, accuracy {right:.1%}"))
     return figure
 
 
 def ranked_classes_figure(report: Report, title: str = "") -> Figure:
-    """Return each class's average precision as a bar, from the best to the worst; of many, both ends.
+    """Plot each class's average precision as a bar, in descending order; of many classes, the best and the worst.
 
-    Classes without an average precision are left out, and counted.
+    Classes without an average precision are left out; the title has their number.
 
     Args:
-        report: what `metrics.report` returned for a classification.
-        title: what was measured; mAP and the number of classes follow it.
+        report: report of a classification, from `metrics.report`.
+        title: what was measured; mAP and the number of classes are appended.
 
     Raises:
         ValueError: no class has an average precision, or matplotlib is missing.
@@ -155,7 +161,7 @@ def ranked_classes_figure(report: Report, title: str = "") -> Figure:
     ranked = [entry for entry in report["classes"] if entry.get("average_precision") is not None]
     if not ranked:
         raise ValueError(
-            "report: expected a class with an average precision, got none; it takes positives and negatives"
+            "report: expected a class with an average precision, got none; a class needs positives and negatives"
         )
     ranked.sort(key=lambda entry: entry["average_precision"], reverse=True)
     between = max(0, len(ranked) - 2 * END_CLASSES)
@@ -184,14 +190,14 @@ def ranked_classes_figure(report: Report, title: str = "") -> Figure:
 
 
 def _draw_lines(axes: Axes, title: str, epochs: np.ndarray, lines: dict[str, np.ndarray], best: int | None) -> None:
-    """Draw a panel: a line for each column, its gaps left open, and the best epoch."""
+    """Draw a panel: a line for each column, with gaps for missing values, and a mark at the best epoch."""
     from matplotlib.ticker import MaxNLocator
 
     for (name, values), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
         known = np.pad(np.isfinite(values), 1)
-        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two gaps, where a line shows nothing
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two gaps, where a line is invisible
         dots = np.flatnonzero(alone | (len(epochs) <= MANY_EPOCHS))
-        style = ":" if name.startswith("cumulative") else "-"  # so that the line below it shows where they agree
+        style = ":" if name.startswith("cumulative") else "-"  # where it coincides with another line, both are visible
         axes.plot(
             epochs, values, style, color=color, marker="o", markersize=3, markevery=dots.tolist(), label=_words(name)
         )
@@ -206,7 +212,7 @@ def _draw_lines(axes: Axes, title: str, epochs: np.ndarray, lines: dict[str, np.
 
 
 def _column(history: Sequence[Mapping[str, Any]], epochs: np.ndarray, name: str) -> np.ndarray:
-    """Return a column of the history [epochs], NaN where there is no finite number."""
+    """Return a column of the history [epochs], NaN for values that are missing or not finite."""
     values = np.full(len(epochs), np.nan)
     for row in history:
         value = row.get(name)
@@ -216,7 +222,7 @@ def _column(history: Sequence[Mapping[str, Any]], epochs: np.ndarray, name: str)
 
 
 def _best(columns: dict[str, np.ndarray]) -> tuple[str, int] | None:
-    """Return the column that chooses and the index of the best epoch, None where nothing is known."""
+    """Return the name of the selecting column and the index of the best epoch, or None without finite values."""
     for name, values in columns.items():
         if name in METRICS and np.isfinite(values).any():
             return name, int(np.nanargmax(values))
@@ -225,10 +231,10 @@ def _best(columns: dict[str, np.ndarray]) -> tuple[str, int] | None:
 
 
 def _title(beginning: str, end: str) -> str:
-    """Return a title of two lines, the first of which is the caller's."""
+    """Return a title of two lines, the first of them the caller's."""
     return f"{' '.join(beginning.split())}\n{end}" if beginning else end
 
 
 def _words(name: str) -> str:
-    """Return a column's name as text."""
+    """Return a column's name in words."""
     return name.replace("_", " ")

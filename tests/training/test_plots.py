@@ -1,4 +1,4 @@
-"""Pictures: what is in the figures, that it all lies inside and apart, and that files are whole PNGs."""
+"""Figures: their content, that texts neither overlap nor leave the figure, and that files are complete PNGs."""
 
 import math
 import struct
@@ -42,7 +42,7 @@ def of_classes(size, examples=400):
 
 
 def ranked_report(classes, names=(), **changes):
-    """Return the report of a multi-label model that is better at the later classes."""
+    """Return the report of a multi-label model that is better at classes with a higher index."""
     rng = np.random.default_rng(1)
     labels = rng.random((200, classes)) < 0.2
     logits = rng.normal(size=labels.shape) + labels * np.linspace(0, 3, classes)
@@ -51,7 +51,7 @@ def ranked_report(classes, names=(), **changes):
 
 
 def texts(figure):
-    """Return the texts that are seen in a figure, after laying it out."""
+    """Return the visible texts of a figure, after its layout."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.draw_without_rendering()
@@ -67,7 +67,7 @@ def texts(figure):
 
 
 def assert_inside_and_apart(figure):
-    """Assert that no text leaves the figure and no two texts overlap, but for the pixel that boxes are rounded by."""
+    """Assert that no text leaves the figure and no two texts overlap, up to a pixel of rounding."""
     found = texts(figure)
     boxes = np.array([text.get_window_extent().get_points() for text in found])  # [n, low and high, x and y]
     low, high = boxes[:, 0], boxes[:, 1]
@@ -79,7 +79,7 @@ def assert_inside_and_apart(figure):
 
 
 def lines(figure):
-    """Return the values of each panel's lines by name, the best epoch's mark left out."""
+    """Return the values of each panel's lines by name, without the mark of the best epoch."""
     return {
         axes.get_title(): {
             line.get_label(): line.get_ydata().tolist() for line in axes.lines if line.get_label()[0] != "_"
@@ -89,14 +89,14 @@ def lines(figure):
 
 
 def marks(figure):
-    """Return where the best epoch is marked, which is the same in every panel."""
+    """Return the marked epoch, which is the same in every panel."""
     found = {line.get_xdata()[0] for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"}
     assert len(found) <= 1
     return found.pop() if found else None
 
 
 def png_size(path):
-    """Return width and height of a PNG, which its header says after the signature."""
+    """Return width and height of a PNG from its header."""
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert content[-8:-4] == b"IEND"
@@ -183,7 +183,7 @@ def test_a_small_confusion_matrix_has_names_and_counts(size):
     cells = {found.get_position(): found.get_text() for found in axes.texts}
     assert cells == {(column, row): str(counts[row][column]) for row in range(size) for column in range(size)}
     right = sum(counts[index][index] for index in range(size)) / 400
-    assert axes.get_title() == f"400 examples, {right:.1%} right"
+    assert axes.get_title() == f"400 examples, accuracy {right:.1%}"
     assert_inside_and_apart(figure)
 
 
@@ -203,9 +203,9 @@ def test_a_confusion_matrix_of_very_many_classes_has_no_names():
     shares = figure.axes[1].get_yticklabels()
     written = [found.get_text() for found in texts(figure) if found not in shares]
     assert sorted(written) == [
-        "400 examples, 81.5% right",
+        "400 examples, accuracy 81.5%",
         "predicted class",
-        "share of the true class (scale: its root)",
+        "share of the true class (square root scale)",
         "true class",
     ]
     assert_inside_and_apart(figure)
@@ -269,7 +269,7 @@ def test_refusals_of_confusion(matrix, names, message):
 
 
 def bars(figure):
-    """Return the length of each bar by its name, from above."""
+    """Return the length of each bar by its name, from the top."""
     axes = figure.axes[0]
     names = {
         round(tick): label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
