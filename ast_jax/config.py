@@ -172,32 +172,32 @@ def check_types(config: DataclassInstance) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ASTConfig:
-    """What an Audio Spectrogram Transformer looks like (Gong, Chung, Glass 2021, section 2).
+    """Configuration of an Audio Spectrogram Transformer (Gong, Chung, Glass 2021, section 2).
 
     Args:
-        hidden_size: D, width of every token.
+        hidden_size: D, width of the token embeddings.
         num_hidden_layers: L, number of transformer blocks.
         num_attention_heads: H, must divide `hidden_size`.
-        intermediate_size: M, width inside the MLP of a block.
-        hidden_act: activation of the MLP, one of `HIDDEN_ACTS`; "gelu" is the exact erf form.
-        hidden_dropout_prob: dropout after the embeddings, the attention and the MLP, in training only.
-        attention_probs_dropout_prob: dropout on the attention weights, in training only.
+        intermediate_size: M, hidden width of the MLP in a block.
+        hidden_act: activation of the MLP, one of `HIDDEN_ACTS`; "gelu" is the exact (erf) form.
+        hidden_dropout_prob: dropout rate after the embeddings, the attention and the MLP, in training only.
+        attention_probs_dropout_prob: dropout rate of the attention weights, in training only.
         initializer_range: standard deviation of the tokens and of the classifier in `init`.
         layer_norm_eps: eps of every LayerNorm (transformers 1e-12, the original repository 1e-6).
-        patch_size: patch side in bins and frames, or the pair (frequency, time).
-        qkv_bias: whether query, key and value have a bias.
-        frequency_stride: step between patches in mel bins.
-        time_stride: step between patches in frames.
+        patch_size: side of a square patch in mel bins and frames, or the pair (frequency, time).
+        qkv_bias: whether the query, key and value projections have a bias.
+        frequency_stride: stride of the patches in mel bins.
+        time_stride: stride of the patches in frames.
         max_length: T, input length in frames.
         num_mel_bins: F, number of mel bins.
         num_labels: C, number of classes.
-        id2label: class names in index order; empty where nobody named them.
+        id2label: class names in index order; empty if there are none.
         problem_type: a `ProblemType` or its value; None: multi-label for AudioSet's 527 classes, else single-label.
         head_layer_norm_eps: eps of the LayerNorm before the classifier; None means `layer_norm_eps`.
-        unknown_keys: JSON text of the `config.json` keys that are not fields here.
+        unknown_keys: the other keys of `config.json`, as a JSON string.
 
     Raises:
-        ValueError: a field is out of its range; the message has what was expected and what came.
+        ValueError: a field of the wrong type or out of range; the message has the expected and the given value.
     """
 
     hidden_size: int = 768
@@ -227,8 +227,8 @@ class ASTConfig:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels",
                      "frequency_stride", "time_stride", "max_length", "num_mel_bins"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name, most in _MODEL_BOUNDS.items():
-            _require(getattr(self, name) <= most, name, f"at most {most:,}", getattr(self, name))
+        for name, bound in _MODEL_BOUNDS.items():
+            _require(getattr(self, name) <= bound, name, f"at most {bound:,}", getattr(self, name))
         for name in ("layer_norm_eps", "head_layer_norm_eps"):
             _require((getattr(self, name) or 0) >= 0, name, "0 or more", getattr(self, name))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -241,7 +241,7 @@ class ASTConfig:
         frequency, time = self.patch_shape
         _require(1 <= frequency <= self.num_mel_bins, "patch_size", f"1 to {self.num_mel_bins} mel bins", frequency)
         _require(1 <= time <= self.max_length, "patch_size", f"1 to {self.max_length} frames", time)
-        _require(self.num_tokens <= MOST_TOKENS, "max_length and the strides", f"at most {MOST_TOKENS:,} tokens",
+        _require(self.num_tokens <= MAX_TOKENS, "max_length and the strides", f"at most {MAX_TOKENS:,} tokens",
                  self.num_tokens)  # fmt: skip
 
     @property
@@ -260,7 +260,7 @@ class ASTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """N: the class token, the distillation token and one token a patch."""
+        """N: the class token, the distillation token and one token per patch."""
         return 2 + self.grid[0] * self.grid[1]
 
     @property
@@ -277,7 +277,7 @@ class ASTConfig:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in index order, "LABEL_0", "LABEL_1", ... where none are known (as transformers names them)."""
+        """Class names in index order; without `id2label` "LABEL_0", "LABEL_1", ... as in transformers."""
         return self.id2label or tuple(f"LABEL_{index}" for index in range(self.num_labels))
 
     def replace(self, **changes: Any) -> Self:
@@ -286,12 +286,12 @@ class ASTConfig:
 
     @classmethod
     def from_json_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read the content of a Hugging Face `config.json`.
+        """Return the configuration in a parsed Hugging Face `config.json`.
 
-        As in transformers, a file that names neither `id2label` nor `num_labels` means two classes.
+        As in transformers, a file with neither `id2label` nor `num_labels` has two classes.
 
         Raises:
-            ValueError: another kind of model, or a field out of its range.
+            ValueError: another `model_type`, or a field of the wrong type or out of range.
         """
         values = dict(values)
         kind = values.pop("model_type", MODEL_TYPE)
@@ -312,7 +312,7 @@ class ASTConfig:
         return _from_known(cls, values)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`, as transformers reads it."""
+        """Return the content of a `config.json` that transformers can read."""
         values = _known(self)
         if isinstance(self.patch_size, tuple):
             values["patch_size"] = list(self.patch_size)
@@ -326,40 +326,40 @@ class ASTConfig:
 
 
 MODEL_TYPE = "audio-spectrogram-transformer"
-# Beyond these lie typing errors and damaged files, which would ask for more memory than there is.
+# Larger values are typing errors or damaged files, and would exhaust the memory.
 _MODEL_BOUNDS = {
     "hidden_size": 1_000_000, "num_hidden_layers": 10_000, "intermediate_size": 10_000_000, "num_labels": 10_000_000,
     "max_length": 10_000_000, "num_mel_bins": 10_000,
 }  # fmt: skip
-MOST_TOKENS = 1_000_000  # two hours of sound in one piece
+MAX_TOKENS = 1_000_000  # two hours of audio in one input
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontendConfig:
-    """How sound becomes the model's input: the settings of Kaldi's filter bank, length, and normalisation.
+    """Settings of the features: Kaldi's filter bank, input length and normalisation.
 
     Args:
-        feature_size: always 1; kept because transformers writes it.
+        feature_size: always 1; transformers writes it.
         sampling_rate: Hz.
         num_mel_bins: F (Kaldi `--num-mel-bins`).
-        max_length: T, frames; shorter input is padded, longer input cut.
-        padding_value: what a padded frame holds before normalisation.
+        max_length: T, frames; shorter input is padded, longer input truncated.
+        padding_value: value of padded frames before normalisation.
         do_normalize: whether to compute (x - mean) / (2 std).
-        mean: mean of the log-mel values of the data set.
-        std: their standard deviation. Note the 2 in front of it, as in the original.
+        mean: mean of the data set's log-mel values.
+        std: their standard deviation; as in the original, normalisation divides by twice this.
         return_attention_mask: whether the extractor also returns the valid frames by default.
         frame_length: ms (Kaldi `--frame-length`).
         frame_shift: ms (Kaldi `--frame-shift`).
-        low_freq: lower edge of the first mel triangle, Hz (Kaldi `--low-freq`).
-        high_freq: upper edge of the last one, Hz; 0 or less counts from the Nyquist frequency (Kaldi `--high-freq`).
+        low_freq: lower edge of the lowest mel filter, Hz (Kaldi `--low-freq`).
+        high_freq: upper edge of the highest one, Hz; 0 or less is relative to Nyquist (Kaldi `--high-freq`).
         window_type: one of `WINDOW_TYPES` (Kaldi `--window-type`).
         preemphasis_coefficient: Kaldi `--preemphasis-coefficient`.
-        dither: standard deviation of the noise added to each sample, 0 for none (Kaldi `--dither`).
+        dither: standard deviation of the noise added to each sample; 0: none (Kaldi `--dither`).
         remove_dc_offset: subtract each frame's mean (Kaldi `--remove-dc-offset`).
-        unknown_keys: JSON text of the `preprocessor_config.json` keys that are not fields here.
+        unknown_keys: the other keys of `preprocessor_config.json`, as a JSON string.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field of the wrong type or out of range.
     """
 
     feature_size: int = 1
@@ -382,12 +382,12 @@ class FrontendConfig:
     unknown_keys: str = "{}"
 
     def __post_init__(self) -> None:
-        """Check the types and the ranges of the fields."""
+        """Check types and ranges, and convert the fields to plain values."""
         check_types(self)
         for name in ("sampling_rate", "num_mel_bins", "max_length", "std", "frame_length", "frame_shift"):
             _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
-        for name, most in _FRONTEND_BOUNDS.items():
-            _require(getattr(self, name) <= most, name, f"at most {most:,}", getattr(self, name))
+        for name, bound in _FRONTEND_BOUNDS.items():
+            _require(getattr(self, name) <= bound, name, f"at most {bound:,}", getattr(self, name))
         _require(self.window_samples >= 2, "frame_length", "at least two samples", f"{self.frame_length} ms")
         _require(self.shift_samples >= 1, "frame_shift", "at least one sample", f"{self.frame_shift} ms")
         _require(0 <= self.preemphasis_coefficient <= 1, "preemphasis_coefficient", "a number in [0, 1]",
@@ -400,22 +400,22 @@ class FrontendConfig:
 
     @property
     def window_samples(self) -> int:
-        """Samples in a frame: 400."""
+        """Frame length in samples; 400 by default."""
         return int(self.sampling_rate * self.frame_length * 0.001)
 
     @property
     def shift_samples(self) -> int:
-        """Samples from one frame to the next: 160."""
+        """Frame shift in samples; 160 by default."""
         return int(self.sampling_rate * self.frame_shift * 0.001)
 
     @property
     def top_frequency(self) -> float:
-        """`high_freq` in Hz, counted from the Nyquist frequency where it is 0 or less."""
+        """Upper edge of the highest mel filter in Hz, `high_freq` resolved."""
         return self.high_freq if self.high_freq > 0 else self.sampling_rate / 2 + self.high_freq
 
     @property
     def max_samples(self) -> int:
-        """Samples that fill `max_length` frames exactly."""
+        """Number of samples that give exactly `max_length` frames."""
         return self.window_samples + (self.max_length - 1) * self.shift_samples
 
     @property
@@ -429,10 +429,10 @@ class FrontendConfig:
 
     @classmethod
     def from_json_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read the content of a Hugging Face `preprocessor_config.json`.
+        """Return the configuration in a parsed Hugging Face `preprocessor_config.json`.
 
         Raises:
-            ValueError: another kind of extractor, or a field out of its range.
+            ValueError: another `feature_extractor_type`, or a field of the wrong type or out of range.
         """
         values = dict(values)
         kind = values.pop("feature_extractor_type", EXTRACTOR_TYPE)
@@ -442,12 +442,12 @@ class FrontendConfig:
         return _from_known(cls, values)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Return the content of `preprocessor_config.json`, as transformers reads it."""
+        """Return the content of a `preprocessor_config.json` that transformers can read."""
         return {"feature_extractor_type": EXTRACTOR_TYPE, **_known(self)}
 
 
 EXTRACTOR_TYPE = "ASTFeatureExtractor"
-# Beyond these lie typing errors, which would ask for more memory than there is.
+# Larger values are typing errors, and would exhaust the memory.
 _FRONTEND_BOUNDS = {
     "sampling_rate": 1_000_000, "num_mel_bins": 10_000, "max_length": 10_000_000, "frame_length": 60_000,
     "frame_shift": 60_000,
@@ -458,7 +458,7 @@ _Read = TypeVar("_Read", ASTConfig, FrontendConfig)
 
 
 def _from_known(cls: type[_Config], values: dict[str, Any]) -> _Config:
-    """Split a JSON object into fields and the rest."""
+    """Return a configuration from a JSON object, with keys that are not fields in `unknown_keys`."""
     names = {field.name for field in dataclasses.fields(cls)} - {"unknown_keys"}
     known = {key: value for key, value in values.items() if key in names}
     unknown = {key: value for key, value in values.items() if key not in names}
@@ -466,7 +466,7 @@ def _from_known(cls: type[_Config], values: dict[str, Any]) -> _Config:
 
 
 def _known(config: ASTConfig | FrontendConfig) -> dict[str, Any]:
-    """Return fields and unknown keys as one JSON object."""
+    """Return the fields and the unknown keys as one JSON object."""
     values = dataclasses.asdict(config)
     return {**json.loads(values.pop("unknown_keys")), **values}
 
@@ -475,7 +475,7 @@ def read_config(kind: type[_Read], path: pathlib.Path) -> _Read:
     """Read `config.json` or `preprocessor_config.json`.
 
     Raises:
-        ValueError: missing, not a JSON object, or a value of the wrong type or out of its range.
+        ValueError: the file is missing or not a JSON object, or a value has the wrong type or is out of range.
     """
     content = read_json(path)
     try:
@@ -488,7 +488,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: missing, or not a JSON object.
+        ValueError: the file is missing or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -500,7 +500,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _preset(hidden_size: int, num_attention_heads: int, **changes: Any) -> ASTConfig:
-    """Return a DeiT-shaped model: heads of 64, an MLP of four times the width, 12 layers."""
+    """Return a DeiT-shaped configuration: head dimension 64, MLP ratio 4, 12 layers."""
     return ASTConfig(**{
         "hidden_size": hidden_size,
         "num_attention_heads": num_attention_heads,
@@ -525,4 +525,4 @@ def base(**changes: Any) -> ASTConfig:
 
 
 PRESETS = {"tiny": tiny, "small": small, "base": base}
-"""The original's three model sizes by name; each value is a function of changes to `ASTConfig`."""
+"""The original's three model sizes: name to a function that returns an `ASTConfig` with the given fields changed."""

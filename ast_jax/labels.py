@@ -1,6 +1,6 @@
-"""Names of classes in index order: the three label sets that come with the package, and label files of users.
+"""Class names in index order: the three label sets in the package, and users' label files.
 
-`label_sets/LICENSES.md` says where the sets come from and whose index order each has.
+`label_sets/LICENSES.md` has the source of each set and of its index order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LabelSet:
 
     Args:
         name: a key of `LABEL_SETS`.
-        labels: names of the classes in index order.
+        labels: class names in index order.
     """
 
     name: str
@@ -33,13 +33,13 @@ class LabelSet:
 
 @functools.cache
 def label_set(name: str) -> LabelSet:
-    """Return a label set that comes with the package.
+    """Return a label set of the package.
 
     Args:
         name: "audioset" (527 classes), "speech-commands" (35) or "esc50" (50).
 
     Raises:
-        ValueError: there is no such set.
+        ValueError: an unknown name.
     """
     if name not in LABEL_SETS:
         raise ValueError(f"label set: expected one of {', '.join(LABEL_SETS)}, got {name!r}")
@@ -47,22 +47,22 @@ def label_set(name: str) -> LabelSet:
 
 
 def label_set_of_size(num_labels: int) -> LabelSet | None:
-    """Return the label set with so many classes (527, 35, 50), None where there is none."""
+    """Return the label set with `num_labels` classes (527, 35 or 50), or None."""
     return next((found for found in map(label_set, LABEL_SETS) if len(found.labels) == num_labels), None)
 
 
 def read_labels(path: str | pathlib.Path) -> tuple[str, ...]:
-    """Read the names of classes, in index order and without the white space around them.
+    """Read class names in index order; surrounding white space is stripped.
 
-    The file's ending tells its format; all are UTF-8:
-      .json  a list of names, or an object with a name for each index "0" to "n-1", Hugging Face's `id2label`
-      .csv   a column `display_name`, and `index`, where there is one, from 0 to n-1 in this order: the
-             `class_labels_indices.csv` of AudioSet and of the original AST repository
-      other  a name a line; blank lines are skipped
+    The suffix decides the format; all are UTF-8:
+      .json  a list of names, or Hugging Face's `id2label`, an object with the keys "0" to "n-1"
+      .csv   a column `display_name`, and optionally `index`, which counts from 0: the `class_labels_indices.csv` of
+             AudioSet and of the original AST repository
+      other  one name per line; blank lines are skipped
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no such file, has no names, or has a name twice; the message has what was expected and came.
+        ValueError: another format or encoding, no names, or a name twice.
     """
     path = pathlib.Path(path)
     ending = path.suffix.lower()
@@ -75,9 +75,9 @@ def read_labels(path: str | pathlib.Path) -> tuple[str, ...]:
             with path.open(encoding="utf-8-sig") as file:
                 names = [line for line in file if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected names of classes in UTF-8, got another encoding ({error})") from error
+        raise ValueError(f"{path}: expected class names in UTF-8, got another encoding ({error})") from error
     if not names:
-        raise ValueError(f"{path}: expected names of classes, got none")
+        raise ValueError(f"{path}: expected class names, got none")
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{path}: expected a name for class {index}, got {name!r}")
@@ -89,14 +89,14 @@ def read_labels(path: str | pathlib.Path) -> tuple[str, ...]:
 
 
 def read_label_ids(path: str | pathlib.Path) -> dict[str, str]:
-    """Read the ids of the classes in a `.csv` file for `read_labels`: the column `mid` where there is one.
+    """Read the class ids in the optional column `mid` of a `.csv` label file.
 
     Returns:
-        {id: name}, empty for files of other kinds and without that column.
+        {id: name}; empty without that column and for other formats.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no such file, or has an id twice.
+        ValueError: another format, or an id twice.
     """
     path = pathlib.Path(path)
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else []
@@ -108,12 +108,12 @@ def read_label_ids(path: str | pathlib.Path) -> dict[str, str]:
 
 @functools.cache
 def audioset_ids() -> dict[str, str]:
-    """Return the names of AudioSet's 527 classes by their ids, such as "/m/09x0r" for Speech."""
+    """Return {id: name} of AudioSet's 527 classes; the id of Speech is "/m/09x0r"."""
     return read_label_ids(_FOLDER / LABEL_SETS["audioset"])
 
 
 def _json_names(path: pathlib.Path) -> list[Any]:
-    """Return what stands for the names in a JSON list or an `id2label`, in index order."""
+    """Return the unchecked names in a JSON list or an `id2label`, in index order."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -121,8 +121,8 @@ def _json_names(path: pathlib.Path) -> list[Any]:
     if isinstance(content, dict):
         indices = [str(index) for index in range(len(content))]
         if content.keys() != set(indices):
-            odd = next(key for key in content if key not in indices)
-            raise ValueError(f"{path}: expected the indices 0 to {len(content) - 1} as keys, got {odd!r}")
+            other = next(key for key in content if key not in indices)
+            raise ValueError(f"{path}: expected the indices 0 to {len(content) - 1} as keys, got {other!r}")
         return [content[index] for index in indices]
     if not isinstance(content, list):
         raise ValueError(

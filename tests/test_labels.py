@@ -1,4 +1,4 @@
-"""The label sets that come with the package, and label files of users in every format."""
+"""The label sets of the package, and users' label files in every format."""
 
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ def write(tmp_path):
 
 
 def fails(path):
-    """Return the message with which a file is turned down, without its path; it must be one line and name the file."""
+    """Return the error for a file, without its path; it must be one line that begins with the path."""
     with pytest.raises(ValueError, match="expected") as caught:
         read_labels(path)
     assert type(caught.value) is ValueError  # not UnicodeDecodeError, nor JSONDecodeError
@@ -184,11 +184,11 @@ def test_audioset_survives_every_format(write, kind):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "", ": expected names of classes, got none"),
-        ("a.txt", "\n  \n", ": expected names of classes, got none"),
-        ("a.json", "[]", ": expected names of classes, got none"),
-        ("a.json", "{}", ": expected names of classes, got none"),
-        ("a.csv", "index,mid,display_name\n", ": expected names of classes, got none"),
+        ("a.txt", "", ": expected class names, got none"),
+        ("a.txt", "\n  \n", ": expected class names, got none"),
+        ("a.json", "[]", ": expected class names, got none"),
+        ("a.json", "{}", ": expected class names, got none"),
+        ("a.csv", "index,mid,display_name\n", ": expected class names, got none"),
         ("a.txt", "dog\ncat\n dog", ": expected each name once, got 2 of 'dog'"),
         ("a.json", '["b", "a", "b", "a", "a"]', ": expected each name once, got 3 of 'a'"),
         ("a.json", '{"0": "dog", "1": "dog"}', ": expected each name once, got 2 of 'dog'"),
@@ -223,7 +223,7 @@ def test_read_labels_says_what_is_wrong(write, name, content, message):
 def test_read_labels_wants_utf_8(write, name):
     content = {"a.txt": "Grüße", "a.json": '["Grüße"]', "a.csv": "display_name\nGrüße\n"}[name]
     message = fails(write(name, content.encode("latin-1")))
-    assert message.startswith(": expected names of classes in UTF-8, got another encoding")
+    assert message.startswith(": expected class names in UTF-8, got another encoding")
 
 
 def test_read_labels_of_broken_json(write):
