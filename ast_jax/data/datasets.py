@@ -1,4 +1,4 @@
-"""Data sets on disk to examples: files, labels and splits, whatever the layout."""
+"""`read_dataset`: a data set of any layout to labelled examples by split."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ast_jax.data.records import SPLITS, DataError, Listing, Row
 from ast_jax.labels import audioset_ids, label_set, read_label_ids, read_labels
 from ast_jax.runtime.progress import progress
 
-HELD_OUT = 10  # one example in so many of each label becomes validation where the data set names no split
+HELD_OUT = 10  # one in 10 examples of each label is held out for validation if the data set names no split
 PATHS = ("source", "validation", "test", "label_file")  # fields of `DatasetConfig` that are paths
-ID_MARK = "/"  # what AudioSet's ids begin with: /m/09x0r, /t/dd00003
+ID_PREFIX = "/"  # of AudioSet's ids: /m/09x0r, /t/dd00003
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One sound and the indices of its labels.
+    """A clip and the indices of its labels.
 
     Attributes:
-        path: its file, or the folder of a split that Hugging Face's `datasets` saved.
-        targets: indices of its labels.
-        start: seconds into the file at which it begins.
-        end: seconds into the file at which it ends; None for the file's end.
-        row: of such a folder, where `path` is one.
-        group: what it shares with others that must not stand in two splits: a speaker, a source recording.
+        path: the audio file, or the folder of a split saved by Hugging Face's `datasets`.
+        targets: indices of the labels.
+        start: seconds from the beginning of the file.
+        end: seconds from the beginning of the file; None: its end.
+        row: index into a saved split.
+        group: the speaker or source recording, which must not be in two splits.
     """
 
     path: pathlib.Path
@@ -44,14 +44,14 @@ class Example:
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """The clip's name in messages."""
         row = "" if self.row is None else f", row {self.row}"
         end = "its end" if self.end is None else f"{self.end:g} s"
         return f"{self.path}{row}{f', {self.start:g} s to {end}' if self.start or self.end is not None else ''}"
 
     @property
     def source(self) -> AudioSource:
-        """What `audio.decode` reads: its file, or the bytes of one."""
+        """The audio file that `audio.io.decode` reads: its path or its bytes."""
         return self.path if self.row is None else hf_folder.read_row(self.path, self.row)
 
 
@@ -60,11 +60,11 @@ class DataSet:
     """Examples by split.
 
     Attributes:
-        labels: the class names in index order.
-        splits: examples of each of `SPLITS`.
-        passed_over: files of its folder that are no sounds of a class.
-        folds: of cross-validation, in their order; empty where it has none.
-        notes: lines for the user about what was left out or chosen.
+        labels: class names in index order.
+        splits: the examples of each of `SPLITS`.
+        passed_over: files in the folder that are not audio files of a class.
+        folds: the cross-validation folds in order; empty if there are none.
+        notes: lines for the user about files left out and choices made.
     """
 
     labels: tuple[str, ...]
@@ -75,7 +75,7 @@ class DataSet:
 
     @property
     def multi_label(self) -> bool:
-        """Whether any example has other than exactly one label."""
+        """Whether any example has several labels or none."""
         return any(len(example.targets) != 1 for examples in self.splits.values() for example in examples)
 
     def reordered(self, labels: Sequence[str]) -> DataSet:
@@ -90,11 +90,11 @@ class DataSet:
 
 
 def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
-    """Return the beginning of a sound, at most as much as fills the model's input: [<= frontend.max_samples].
+    """Return the samples of an example, truncated to the model's input: [<= frontend.max_samples].
 
     Raises:
-        AudioError: it cannot be used, see `audio.read_audio`, or it ends before its `start`.
-        FileNotFoundError: its file is gone.
+        AudioError: an unusable file, see `read_audio`, or one that ends before `start`.
+        FileNotFoundError: the file does not exist.
     """
     length = frontend.max_seconds if example.end is None else min(frontend.max_seconds, example.end - example.start)
     sound = decode(example.source, frontend.sampling_rate, length, example.start)
@@ -103,17 +103,17 @@ def load_example(example: Example, frontend: FrontendConfig) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Where sounds and labels are, and how they are split; `read_dataset` says which layouts there are.
+    """The audio files, labels and splits of a data set; `read_dataset` lists the layouts.
 
     Args:
         source: file or folder.
-        validation: another source of any layout for the validation split. Of a source with several splits, only the one
-            of this name is used.
+        validation: another source, of any layout, for the validation split; if it has several splits, its validation
+            split.
         test: likewise for the test split.
-        label_file: fixes the classes and their order, see `labels.read_labels`; its ids may stand for names. By default
-            the layout's own order (ESC-50, ClassLabel), AudioSet's for its ids, or alphabetical order.
-        fold: the cross-validation fold to validate on; all others but a test split are for training. By default the
-            last fold where no split is named, and `DataSet.notes` say so.
+        label_file: the classes and their order, see `labels.read_labels`; labels may be its names or its ids. By
+            default the layout's own order (ESC-50, ClassLabel), AudioSet's for its ids, or alphabetical order.
+        fold: the cross-validation fold to validate on; all others, except a test split, are for training. By default
+            the last fold if no split is named, which `DataSet.notes` report.
 
     Raises:
         ValueError: a field of another type.
@@ -126,7 +126,7 @@ class DatasetConfig:
     fold: str | int | None = None
 
     def __post_init__(self) -> None:
-        """Make every field text, as `run.json` keeps it."""
+        """Check the types, and convert every field to a string for JSON."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, os.PathLike):
@@ -139,7 +139,7 @@ class DatasetConfig:
 
     @classmethod
     def of(cls, data: DatasetConfig | str | os.PathLike[str]) -> DatasetConfig:
-        """Return a configuration as it is, or that of a path alone."""
+        """Return a configuration unchanged, or one with a path as its source."""
         return data if isinstance(data, DatasetConfig) else cls(data)
 
     def absolute(self) -> DatasetConfig:
@@ -149,10 +149,10 @@ class DatasetConfig:
         return dataclasses.replace(self, **known)
 
     def moved_to(self, other: DatasetConfig | str | os.PathLike[str] | None) -> DatasetConfig:
-        """Return the same data at the paths that `other` gives; what it leaves out stays where it was.
+        """Return the same data set at the paths given by `other`; its empty fields keep their paths.
 
         Raises:
-            ValueError: `other` names a source that these data do not have, or another fold.
+            ValueError: `other` has a source that this data set does not have, or another fold.
         """
         if other is None:
             return self
@@ -162,8 +162,8 @@ class DatasetConfig:
             wrong = getattr(self, name) is None if name in PATHS else getattr(new, name) != getattr(self, name)
             if getattr(new, name) is not None and wrong:
                 raise ValueError(
-                    f"{name}: expected a new place of data that the run was started with, got {getattr(new, name)!r}, "
-                    f"where the run has {getattr(self, name)!r}"
+                    f"{name}: expected the new path of a source of this run, got {getattr(new, name)!r} where the run "
+                    f"has {getattr(self, name)!r}"
                 )
         given = {name: getattr(new, name) for name in PATHS if getattr(new, name) is not None}
         return dataclasses.replace(self, **given)
@@ -174,25 +174,23 @@ def read_dataset(data: DatasetConfig | str | os.PathLike[str], seed: int = 0) ->
     """Read a data set; its layout is detected from the files.
 
     - A folder with one folder per class, or with folders train, validation and test that have one per class. Files
-      without a sound file's ending are passed over, and hidden ones without a word.
-    - A CSV, TSV or JSONL manifest, or a folder that holds one as manifest.* or metadata.*, see
-      `manifests.read_manifest`.
-    - A JSON file of the original AST repository, see `manifests.read_original`. Its label file is looked for beside it.
+      with another suffix than an audio file's are listed and ignored, hidden files ignored.
+    - A CSV, TSV or JSONL manifest, or a folder with one as manifest.* or metadata.*, see `manifests.read_manifest`.
+    - A JSON file of the original AST repository, see `manifests.read_original`, with its label file beside it.
     - ESC-50 and Speech Commands v2 as downloaded.
-    - A folder that Hugging Face's `datasets` saved, see `hf_folder.read_saved`.
+    - A folder saved by Hugging Face's `datasets`, see `hf_folder.read_saved`.
 
-    Where neither splits nor folds are named, about a tenth of the examples of every label, drawn by `seed`, becomes
-    validation: at least one where there are two or more, none of a single one. Parts of one file, and examples of one
-    group, stay together.
+    If the data set names neither splits nor folds, about a tenth of the examples of each label, drawn with `seed`, is
+    held out for validation: at least one of two or more. Segments of one file and examples of one group stay together.
 
     Args:
-        data: where sounds and labels are; a path alone is its `source`.
-        seed: decides which examples are held out.
+        data: the data set; a path is its `source`.
+        seed: of the held-out examples.
 
     Raises:
-        DataError: nothing to train on or to tell apart, missing or doubled columns, missing files, a row that cannot be
-            read, an unknown split or fold, or a label that the label file does not have.
-        ValueError: the label file cannot be read.
+        DataError: no training example, a single class, missing or duplicate columns, missing files, an invalid row, an
+            unknown split or fold, or a label that is not in the label file.
+        ValueError: an invalid label file.
         FileNotFoundError: a source does not exist.
     """
     data = DatasetConfig.of(data)
@@ -250,17 +248,17 @@ def _read(source: pathlib.Path) -> Listing:
 
 
 def _natural(fold: str) -> tuple[bool, int, str]:
-    """Return what sorts 2 before 10, and both before words."""
+    """Return a sort key that puts 2 before 10, and numbers before words."""
     return not fold.isdecimal(), int(fold) if fold.isdecimal() else 0, fold
 
 
 def _in_fold(row: Row, fold: str) -> Row:
-    """Return a row in the split that it has where one fold is for validation."""
+    """Return a row with the split that it has if `fold` is for validation."""
     return row if row.split == "test" else row._replace(split="validation" if row.fold == fold else "train")
 
 
 def _of_split(rows: list[Row], split: str, source: str | pathlib.Path) -> list[Row]:
-    """Return what another source has for a split: that split where it names several, else all of it."""
+    """Return the rows of another source for a split: that split if the source names several, else all rows."""
     names = {row.split for row in rows}
     if len(names) > 1:
         if split not in names:
@@ -270,7 +268,7 @@ def _of_split(rows: list[Row], split: str, source: str | pathlib.Path) -> list[R
 
 
 def _check_files(rows: list[Row], source: str | pathlib.Path) -> None:
-    """Refuse missing files; the message counts them."""
+    """Raise if files are missing; the message counts them."""
     paths = dict.fromkeys(row.path for row in rows if row.row is None)
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -289,7 +287,7 @@ def _label_index(
         labels, ids = read_labels(label_file), read_label_ids(label_file)
     elif not labels:
         labels = tuple(sorted({name for row in rows for name in row.names}))
-        marked = [name for name in labels if name.startswith(ID_MARK)]
+        marked = [name for name in labels if name.startswith(ID_PREFIX)]
         if marked and audioset_ids().keys() >= set(marked):
             labels, ids = label_set("audioset").labels, audioset_ids()
         elif marked:
@@ -298,7 +296,7 @@ def _label_index(
                 "give the class_labels_indices.csv with --labels"
             )
     if not labels:
-        raise DataError(f"{source}: expected at least one label, but every sound's is empty")
+        raise DataError(f"{source}: expected at least one label, but all are empty")
     numbers = {name: number for number, name in enumerate(labels)}
     return labels, {id: numbers[name] for id, name in ids.items()} | numbers
 
@@ -321,13 +319,13 @@ def _split(
 
 
 def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """Split off about a tenth of the examples of each label, in an order drawn by `seed`.
+    """Return the training examples, and about a tenth of the examples of each label, held out for validation.
 
-    Labels take their turn from the rarest to the most common, as in iterative stratification (Sechidis, Tsoumakas,
-    Vlahavas 2011). Each holds a tenth of its examples, at least one of two or more; those that earlier labels held
-    count. What belongs together is held together: parts of a file, or a group. What has more of a label than is wanted,
-    or other labels that have their tenth already, comes last, and nothing is held that is a label's last in training.
-    Examples without any label count as a label of their own.
+    Labels are handled from the rarest to the most common, as in iterative stratification (Sechidis, Tsoumakas,
+    Vlahavas 2011). A tenth of a label's examples is held out, at least one of two or more, including those held out for
+    rarer labels. The unit is a group, or all segments of a file. Units with more examples of a label than still needed,
+    or with labels that already have their tenth, are taken last, in an order drawn with `seed`; the last training
+    example of a label is never held out. Examples without labels count as a label of their own.
     """
     together = collections.defaultdict(list)
     for number, example in enumerate(examples):
@@ -345,7 +343,7 @@ def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[E
     for key in sorted(members, key=lambda key: (total[key], key)):
         order = np.random.default_rng([seed, *key]).permutation(len(members[key]))
         left = max(1, wanted[key] - count[key])
-        ranks = {  # whether it has too much of this label, and how much of others that have their tenth
+        ranks = {  # has more of this label than needed; examples of labels that already have their tenth
             unit: (keys[unit].count(key) > left, sum(count[other] >= wanted[other] for other in keys[unit]))
             for unit in (members[key][index] for index in order)
         }
@@ -362,5 +360,5 @@ def _hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[E
 
 
 def _keys(example: Example) -> list[tuple[int, ...]]:
-    """Return what an example counts for in `_hold_out`: its labels, or having none."""
+    """Return the labels of an example as `_hold_out` counts them; an empty key for none."""
     return [(target,) for target in example.targets] or [()]

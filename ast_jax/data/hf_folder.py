@@ -1,6 +1,6 @@
-"""Folders that Hugging Face's `datasets` wrote (`save_to_disk`), and one row of them at a time.
+"""Folders written by `save_to_disk` of Hugging Face's `datasets`: their labels, and single rows.
 
-The library is imported where such a folder is met, and decodes nothing: sounds come as the bytes of their files.
+The library is imported on demand and does not decode: audio is read as the bytes of its files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LABEL_COLUMNS = ("label", "labels", "category", "categories", "class", "classes"
 
 
 class NamedBytes(io.BytesIO):
-    """The bytes of a sound file, with a name for messages."""
+    """The bytes of an audio file, with a name for messages."""
 
     def __init__(self, content: bytes, name: str):
         super().__init__(content)
@@ -27,15 +27,15 @@ class NamedBytes(io.BytesIO):
 
 
 def is_saved(folder: pathlib.Path) -> bool:
-    """Whether a folder is one that `save_to_disk` wrote."""
+    """Whether a folder was written by `save_to_disk`."""
     return (folder / STATE_FILE).is_file() or (folder / SPLITS_FILE).is_file()
 
 
 def read_saved(folder: pathlib.Path) -> Listing:
-    """Read the labels of a saved `Dataset`, or of a `DatasetDict` with the splits that its names tell.
+    """Read the labels of a saved `Dataset`, or of a `DatasetDict`, whose keys are the splits.
 
-    The sounds are the column of type Audio. The labels are the column named `label`, `labels`, `category`, `class`, or
-    the only one of type ClassLabel: ClassLabel or text, or lists of these. Columns `fold` and `group` are read too.
+    The audio is the column of type Audio. The labels are the column named as in `LABEL_COLUMNS`, or the only one of
+    type ClassLabel, and hold ClassLabel or strings, or lists of these. Columns `fold` and `group` are read too.
 
     Raises:
         DataError: the library is missing, the folder is damaged, or a column is missing or of another type.
@@ -51,12 +51,12 @@ def read_saved(folder: pathlib.Path) -> Listing:
 
 
 def read_row(folder: pathlib.Path, row: int) -> pathlib.Path | NamedBytes:
-    """Return the sound in a row: the bytes of its file, or the path where the folder only refers to one.
+    """Return the audio file in a row: its bytes, or its path if the data set only refers to it.
 
-    Folders stay open in the process that has read a row of them.
+    Folders stay open in a process that has read a row.
 
     Raises:
-        DataError: see `read_saved`; also where the row has no sound.
+        DataError: as `read_saved`, or the row has no audio.
     """
     dataset, column = _open_sounds(folder)
     sound = dataset[row][column]
@@ -64,40 +64,40 @@ def read_row(folder: pathlib.Path, row: int) -> pathlib.Path | NamedBytes:
         return NamedBytes(sound["bytes"], f"{folder}, row {row}")
     if sound and sound["path"]:
         return folder / sound["path"]
-    raise DataError(f"{folder}, row {row}: expected a sound, got none")
+    raise DataError(f"{folder}, row {row}: expected audio, got none")
 
 
 def _library() -> ModuleType:
-    """Return the library."""
+    """Import the library."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            "a folder that Hugging Face's datasets wrote needs that library: pip install datasets"
+            "reading a folder of Hugging Face's datasets needs that library: pip install datasets"
         ) from error
     return datasets
 
 
 def _load(folder: pathlib.Path) -> Any:
-    """Open one split; its tables stay on disk."""
+    """Open one split, memory-mapped."""
     library = _library()
     try:
         return library.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # what JSON and Arrow files that are damaged raise
+    except (OSError, ValueError, KeyError, TypeError) as error:  # from damaged JSON and Arrow files
         reason = " ".join(str(error).split())
-        raise DataError(f"{folder}: expected a folder that save_to_disk wrote, got a damaged one ({reason})") from error
+        raise DataError(f"{folder}: expected a folder written by save_to_disk, got a damaged one ({reason})") from error
 
 
 @functools.lru_cache(maxsize=64)
 def _open_sounds(folder: pathlib.Path) -> tuple[Any, str]:
-    """Return one split with its sounds as {"bytes", "path"}, and the name of that column."""
+    """Return one split with its audio column as {"bytes", "path"}, and the column's name."""
     dataset, library = _load(folder), _library()
     name = _audio_column(dataset, folder)
     return dataset.select_columns([name]).with_format(None).cast_column(name, library.Audio(decode=False)), name
 
 
 def _audio_column(dataset: Any, folder: pathlib.Path) -> str:
-    """Return the name of the column of sounds."""
+    """Return the name of the audio column."""
     found = [name for name, feature in dataset.features.items() if isinstance(feature, _library().Audio)]
     if len(found) != 1:
         raise DataError(
@@ -119,7 +119,7 @@ def _read_split(folder: pathlib.Path, split: str) -> Listing:
     for number, value in enumerate(columns[label]):
         values = value if isinstance(value, list) else [value]
         if names:
-            valid = all(isinstance(one, int) and 0 <= one < len(names) for one in values)  # -1 stands for unknown
+            valid = all(isinstance(one, int) and 0 <= one < len(names) for one in values)  # -1 means unknown
             values = [names[one] for one in values] if valid else [None]
         if not all(isinstance(one, str) for one in values):
             raise DataError(f"{folder}, row {number}: expected labels, got {value!r}")
@@ -130,12 +130,12 @@ def _read_split(folder: pathlib.Path, split: str) -> Listing:
 
 
 def _element(feature: Any) -> Any:
-    """Return what a list holds, or what is no list itself."""
+    """Return the type of a list's elements, or a type that is not a list itself."""
     return getattr(feature, "feature", feature)
 
 
 def _label_column(dataset: Any, folder: pathlib.Path) -> str:
-    """Return the name of the column of labels."""
+    """Return the name of the label column."""
     library = _library()
     by_type = [name for name, one in dataset.features.items() if isinstance(_element(one), library.ClassLabel)]
     by_name = [name for name in LABEL_COLUMNS if name in dataset.features]
@@ -148,7 +148,7 @@ def _label_column(dataset: Any, folder: pathlib.Path) -> str:
     is_text = getattr(element, "dtype", None) in ("string", "large_string")
     if not is_text and not isinstance(element, library.ClassLabel):
         raise DataError(
-            f"{folder}: expected names in the column {chosen!r} (ClassLabel or text), got {element}; "
+            f"{folder}: expected names in the column {chosen!r} (ClassLabel or string), got {element}; "
             "use cast_column with datasets.ClassLabel(names=...), then save again"
         )
     return chosen

@@ -1,4 +1,4 @@
-"""Lists of sounds: CSV, TSV and JSONL manifests, and the JSON files of the original AST repository."""
+"""Manifests: CSV, TSV and JSONL, and the JSON files of the original AST repository."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from ast_jax.audio.io import MIN_SECONDS
 from ast_jax.data.records import DataError, Listing, Row, checked_split, split_named
 from ast_jax.runtime import tables
 
-# In this order, where a folder holds several. `metadata` is the name in Hugging Face's audiofolder.
+# By precedence. `metadata` is the name in Hugging Face's audiofolder.
 MANIFESTS = ("manifest.csv", "manifest.tsv", "manifest.jsonl", "metadata.csv", "metadata.jsonl")
 PATH_COLUMNS = ("path", "file_name")
 LABEL_COLUMNS = ("label", "labels")
 LABEL_SEPARATOR = ";"  # AudioSet's own names contain commas
-ID_SEPARATOR = ","  # its ids do not, and the original's JSON joins them so
+ID_SEPARATOR = ","  # between ids, in the original's JSON
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 
 def find_manifests(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the manifests in a folder, the one to read first."""
+    """Return the manifests in a folder by precedence."""
     return [folder / name for name in MANIFESTS if (folder / name).is_file()]
 
 
 def read_manifest(path: pathlib.Path, split: str = "") -> Listing:
-    """Read a manifest; its ending, and for tab-separated ones its header, tells which kind it is.
+    """Read a manifest; the suffix decides its format, see `tables.read_table` for tab-separated files.
 
     Columns, or keys of the JSON objects in JSONL: `path` or `file_name`, relative to the manifest; `label` or `labels`,
-    several joined by ";" or in JSONL a list; and where they are there `split`, `start` and `end` in seconds, `fold` and
-    `group`. Others are passed over.
+    several separated by ";" or in JSONL a list; optionally `split`, `start` and `end` in seconds, `fold` and `group`.
+    Other columns are ignored.
 
     Args:
         path: the file.
-        split: of the rows that name none. Without it, a first folder `train`, `validation` or `test` of the paths in
-            a `metadata` file tells theirs, as Hugging Face's audiofolder has it.
+        split: the split of rows without one. By default that is the first folder of the paths in a `metadata` file, if
+            it is `train`, `validation` or `test`, as in Hugging Face's audiofolder.
 
     Raises:
-        DataError: a missing or doubled column, or a row that cannot be read; the message names file and line.
+        DataError: a missing or duplicate column, or an invalid row; the message names file and line.
     """
     is_lines = path.suffix.lower() in LINE_SUFFIXES
     fields = _read_lines(path) if is_lines else read_table(path, (PATH_COLUMNS, LABEL_COLUMNS))
@@ -52,15 +52,15 @@ def read_manifest(path: pathlib.Path, split: str = "") -> Listing:
 
 
 def _first_folder(path: pathlib.Path, folder: pathlib.Path) -> str:
-    """Return the split that the first part of a path below a folder names."""
+    """Return the split named by the first component of a path below a folder."""
     return split_named(path.relative_to(folder).parts[0]) if path.is_relative_to(folder) else ""
 
 
 def read_table(path: pathlib.Path, required: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a CSV file, see `tables.read_table`.
+    """Yield (file and line, row) of a CSV file, see `tables.read_table`.
 
     Raises:
-        DataError: the file is not such a table.
+        DataError: in place of its ValueError.
     """
     try:
         yield from tables.read_table(path, required)
@@ -98,14 +98,14 @@ def _value(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> Any
 
 
 def _row(values: Mapping[str, Any], where: str, folder: pathlib.Path) -> Row:
-    """Check one row; CSV has texts only, JSONL also numbers, lists and null."""
+    """Check one row; CSV has strings only, JSONL also numbers, lists and null."""
     path = _value(values, PATH_COLUMNS, where)
     if not isinstance(path, str) or not path.strip():
         raise DataError(f"{where}: expected a path, got {repr(path) if path else 'nothing'}")
     labels = _value(values, LABEL_COLUMNS, where)
     names = labels.split(LABEL_SEPARATOR) if isinstance(labels, str) else labels
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where}: expected labels as text or as a list of texts, got {labels!r}")
+        raise DataError(f"{where}: expected labels as a string or a list of strings, got {labels!r}")
     start = _seconds(values.get("start"), "start", where) or 0.0
     end = _seconds(values.get("end"), "end", where)
     if end is not None and end - start < MIN_SECONDS:
@@ -124,16 +124,16 @@ def _row(values: Mapping[str, Any], where: str, folder: pathlib.Path) -> Row:
 
 
 def _text(value: Any, name: str, where: str) -> str:
-    """Return a text or a whole number as text; nothing is the empty one."""
+    """Return a string or an integer as a string; None becomes empty."""
     if value is None:
         return ""
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise DataError(f"{where}: expected a text as {name}, got {value!r}")
+        raise DataError(f"{where}: expected a string as {name}, got {value!r}")
     return str(value).strip()
 
 
 def _seconds(value: Any, name: str, where: str) -> float | None:
-    """Return seconds, None where nothing stands."""
+    """Return seconds, or None for an empty value."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
@@ -148,11 +148,11 @@ def _seconds(value: Any, name: str, where: str) -> float | None:
 def read_original(path: pathlib.Path) -> Listing:
     """Read a JSON file of the original AST repository: {"data": [{"wav": path, "labels": "/m/09x0r,/m/05zppz"}]}.
 
-    Labels are ids (or names without commas), joined by ","; a path may be relative to the file. Source:
-    `src/dataloader.py` and the `egs/*/prep_*.py` of github.com/YuanGongND/ast.
+    Labels are ids (or names without commas), separated by ","; paths may be relative to the file. Source:
+    `src/dataloader.py` and `egs/*/prep_*.py` of github.com/YuanGongND/ast.
 
     Raises:
-        DataError: another JSON file, or an entry that cannot be read; the message counts entries from 1.
+        DataError: another JSON file, or an invalid entry; the message counts entries from 1.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -165,17 +165,17 @@ def read_original(path: pathlib.Path) -> Listing:
     for number, entry in enumerate(entries, 1):
         wav, labels = (entry.get(key) if isinstance(entry, dict) else None for key in ("wav", "labels"))
         if not isinstance(wav, str) or not isinstance(labels, str) or not wav.strip():
-            raise DataError(f'{path}, entry {number}: expected "wav" and "labels" as texts, got {str(entry)[:100]}')
+            raise DataError(f'{path}, entry {number}: expected "wav" and "labels" as strings, got {str(entry)[:100]}')
         names = (name.strip() for name in labels.split(ID_SEPARATOR))
         rows.append(Row(path.parent / wav, tuple(filter(None, names))))
     return Listing(rows)
 
 
 def find_label_file(path: pathlib.Path) -> pathlib.Path | None:
-    """Return the label CSV beside one of the original's JSON files, or in the folder above, where its recipes keep it.
+    """Return the label CSV beside one of the original's JSON files or in its parent folder, where its recipes keep it.
 
     Raises:
-        DataError: there are several.
+        DataError: several label files.
     """
     for folder in (path.absolute().parent, path.absolute().parent.parent):
         found = sorted(folder.glob("*class_labels_indices*.csv"))

@@ -1,4 +1,4 @@
-"""Mixup of waveforms, on the host, as the original mixes before it computes features."""
+"""Waveform mixup on the host; the original mixes waveforms, not features."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ MIXUP_ALPHA = 10.0  # the paper's Beta(10, 10)
 
 
 def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """Return weight * first + (1 - weight) * second, each and the sum freed of its mean (on the host).
+    """Return weight * first + (1 - weight) * second; the mean of each and of the sum is subtracted.
 
-    The second waveform is cut or zero-padded to the first's length, as in the original.
+    As in the original, the second waveform is truncated or zero-padded to the length of the first.
     """
     second = second[: len(first)] - second.mean()
     mixed = weight * (first - first.mean())

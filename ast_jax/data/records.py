@@ -1,4 +1,4 @@
-"""What every layout of a data set is read into: one row a sound, with the names of its labels as they stand there."""
+"""`Row` and `Listing`, into which every data set layout is read: one row per clip, with its label names."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; the message is one line and names the file and what to change."""
+    """An unusable data set; the message is one line and names the file and what to change."""
 
 
 class Row(NamedTuple):
-    """One sound; see `datasets.Example` for `path`, `start`, `end`, `row` and `group`.
+    """One clip; see `datasets.Example` for `path`, `start`, `end`, `row` and `group`.
 
     Attributes:
-        path: its file, or the folder of a saved split.
-        names: its labels, by name or by id.
-        split: one of `SPLITS`; empty where none is named.
-        fold: of cross-validation; empty where there is none.
+        path: the audio file, or the folder of a saved split.
+        names: the labels, by name or by id.
+        split: one of `SPLITS`; empty if the data set does not name one.
+        fold: the cross-validation fold; empty if there are none.
         start: seconds.
         end: seconds.
-        row: of a saved split.
+        row: index into a saved split.
         group: speaker or source recording.
     """
 
@@ -43,13 +43,13 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class Listing:
-    """A data set as it lies on disk.
+    """The content of a data set on disk.
 
     Attributes:
-        rows: its sounds.
-        labels: names of the classes in index order, where the layout has one; else empty.
-        notes: lines for the user about what was left out or chosen.
-        passed_over: files without a class or a sound file's ending.
+        rows: its clips.
+        labels: class names in index order if the layout defines one, else empty.
+        notes: lines for the user about files left out and choices made.
+        passed_over: files without a class or with another suffix than an audio file's.
     """
 
     rows: list[Row]
@@ -59,17 +59,17 @@ class Listing:
 
 
 def split_named(name: str) -> str:
-    """Return the split that a name or an alias of it stands for, empty where it stands for none."""
+    """Return the split with this name or alias, or an empty string."""
     name = name.strip().lower()
     name = SPLIT_ALIASES.get(name, name)
     return name if name in SPLITS else ""
 
 
 def checked_split(name: str, where: object) -> str:
-    """Return what `split_named` does; no name is no split.
+    """Return the split with this name or alias; an empty name gives an empty string.
 
     Raises:
-        DataError: it stands for none; the message begins with `where`.
+        DataError: an unknown name; the message begins with `where`.
     """
     split = split_named(name)
     if name.strip() and not split:
@@ -78,10 +78,10 @@ def checked_split(name: str, where: object) -> str:
 
 
 def visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files in a folder and the folders in it, but for hidden ones, in the order of their parts."""
+    """Return the files in a folder and its subfolders except hidden ones, sorted by path components."""
 
     def stop(error: OSError) -> None:
-        raise error  # a folder that may not be read would be missed silently
+        raise error  # by default os.walk skips an unreadable folder silently
 
     found = []
     for root, folders, names in os.walk(folder, onerror=stop):

@@ -72,7 +72,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
     ("names", "message"),
     [
         (("train/a/1.wav", "test/b/1.wav", "extra/c/1.wav"), "got both, 'extra' among the splits; move it away"),
-        (("train/a/1.wav", "val/b/1.wav", "valid/b/1.wav"), "one folder a split, got several for 'validation'"),
+        (("train/a/1.wav", "val/b/1.wav", "valid/b/1.wav"), "one folder per split, got several for 'validation'"),
         (("train/1.wav", "test/2.wav"), "test: expected folders of sound files, one for each class, or a manifest"),
     ],
 )
@@ -165,7 +165,7 @@ def test_of_several_manifests_one_is_read_and_this_is_said(tmp_path):
     write_all(tmp_path, "1.wav", "2.wav")
     (tmp_path / "manifest.csv").write_text("path,label\n1.wav,a\n2.wav,b\n")
     (tmp_path / "metadata.csv").write_text("nothing of the kind")
-    assert read_dataset(tmp_path).notes == (f"{tmp_path / 'manifest.csv'} is read; metadata.csv beside it is not",)
+    assert read_dataset(tmp_path).notes == (f"{tmp_path / 'manifest.csv'} is read; metadata.csv beside it is ignored",)
 
 
 BAD_MANIFESTS = [
@@ -190,11 +190,11 @@ BAD_MANIFESTS = [
     ("m.jsonl", '{"path": "1.wav"}', r"line 1: expected label or labels, got neither$"),
     ("m.jsonl", '{"path": "1.wav", "label": "a", "labels": ["a"]}', r"line 1: expected label or labels, got both$"),
     ("m.jsonl", '{"path": 3, "label": "a"}', r"line 1: expected a path, got 3$"),
-    ("m.jsonl", '{"path": "1.wav", "label": 3}', r"line 1: expected labels as text or as a list of texts, got 3$"),
-    ("m.jsonl", '{"path": "1.wav", "label": ["a", 3]}', r"line 1: expected labels as text or as a list of texts"),
+    ("m.jsonl", '{"path": "1.wav", "label": 3}', r"line 1: expected labels as a string or a list of strings, got 3$"),
+    ("m.jsonl", '{"path": "1.wav", "label": ["a", 3]}', r"line 1: expected labels as a string or a list of strings"),
     ("m.jsonl", '{"path": "1.wav", "label": "a", "start": true}', r"line 1: expected start in seconds, .* got True$"),
     ("m.jsonl", '{"path": "1.wav", "label": "a", "end": [1]}', r"line 1: expected end in seconds, .* got \[1\]$"),
-    ("m.jsonl", '{"path": "1.wav", "label": "a", "group": 1.5}', r"line 1: expected a text as group, got 1\.5$"),
+    ("m.jsonl", '{"path": "1.wav", "label": "a", "group": 1.5}', r"line 1: expected a string as group, got 1\.5$"),
     ("m.json", "{", r"m\.json: expected JSON in UTF-8 \("),
     ("m.json", '{"data": 3}', r'm\.json: expected \{"data": \[.*\]\}, got other JSON$'),
     ("m.json", "[]", r"got other JSON$"),
@@ -359,15 +359,15 @@ def test_esc50_that_is_damaged(esc50):
     table = esc50 / "meta" / "esc50.csv"
     text = table.read_text()
     for old, new, message in (
-        (",42,siren", ",42,car", r"esc50\.csv, line \d+: expected one category for each number as target, got '42'"),
-        (",42,siren", ",x,siren", r"esc50\.csv, line 6: expected one category for each number as target, got 'x'"),
+        (",42,siren", ",42,car", r"esc50\.csv, line \d+: expected one category per integer target, got '42'"),
+        (",42,siren", ",x,siren", r"esc50\.csv, line 6: expected one category per integer target, got 'x'"),
         ("src_file", "source", r"esc50\.csv: expected the columns .*; missing src_file"),
     ):
         table.write_text(text.replace(old, new, 1))
         with pytest.raises(DataError, match=message):
             read_dataset(esc50)
     table.write_text(text.replace("rooster", "dog"))
-    with pytest.raises(DataError, match="expected one target for each category, got several"):
+    with pytest.raises(DataError, match="expected one target per category, got several"):
         read_dataset(esc50)
 
 
@@ -413,7 +413,7 @@ def test_speech_commands_as_downloaded(commands):
     }  # fmt: skip
     assert dataset.labels == ("no", "yes")
     assert {example.group for example in dataset.splits["validation"]} == {"bb"}
-    assert dataset.notes == (f"{commands / '_background_noise_'} is no class: its 2 files are left out",)
+    assert dataset.notes == (f"{commands / '_background_noise_'} is not a class: its 2 files are left out",)
     assert dataset.passed_over == (commands / "other.txt",)
 
 

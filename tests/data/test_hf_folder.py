@@ -116,7 +116,7 @@ def test_a_saved_dataset_with_lists_of_classes_and_paths(tmp_path):
     [
         ({"audio": [1, 2]}, {}, "expected one column of type Audio, got none of audio, label; use cast_column"),
         ({"more": [None, None]}, {"more": hf.Audio()}, "expected one column of type Audio, got audio, more of"),
-        ({"label": [1, 2]}, {}, r"expected names in the column 'label' \(ClassLabel or text\), got Value\('int64'\)"),
+        ({"label": [1, 2]}, {}, r"expected names in the column 'label' \(ClassLabel or string\), got Value\('int64'\)"),
         ({"label": None, "kind": ["a", "b"]}, {}, "expected a column label or labels, or one of type ClassLabel, got"),
         ({"label": ["a", None]}, {}, "row 1: expected labels, got None"),
         ({"label": [0, -1]}, {"label": hf.ClassLabel(names=["a"])}, "row 1: expected labels, got -1"),
@@ -143,7 +143,7 @@ def test_saved_datasets_that_are_damaged_are_one_line(saved_dict, tmp_path, monk
         shutil.copytree(saved_dict, copy)
         (copy / "train" / name).write_text(content)
         with pytest.raises(
-            DataError, match=r"train: expected a folder that save_to_disk wrote, got a damaged one"
+            DataError, match=r"train: expected a folder written by save_to_disk, got a damaged one"
         ) as got:
             read_dataset(copy)
         assert "\n" not in str(got.value)
@@ -156,7 +156,7 @@ def test_a_row_without_a_sound_says_so(tmp_path):
     values = [*sounds(tmp_path, 1), None, {"bytes": b"no sound", "path": None}]
     saved(tmp_path / "saved", {"audio": values, "label": ["a", "b", "b"]}, audio=hf.Audio())
     _, empty, text = [Example(tmp_path / "saved", (0,), row=row) for row in range(3)]
-    with pytest.raises(DataError, match=r"saved, row 1: expected a sound, got none$"):
+    with pytest.raises(DataError, match=r"saved, row 1: expected audio, got none$"):
         load_example(empty, FRONTEND)
     with pytest.raises(AudioError, match=r"saved, row 2: not a readable sound file"):
         load_example(text, FRONTEND)
