@@ -1,4 +1,4 @@
-"""What there is to know of a data set before training on it: bad files, lengths, statistics of the features."""
+"""Checks of a data set before training: unreadable files, durations, duplicates, leaks, statistics of the features."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ast_jax.data.records import SPLITS, DataError
 from ast_jax.runtime.progress import track
 from ast_jax.runtime.threads import ordered_map
 
-UNUSABLE = (AudioError, OSError, DataError)  # what reading a sound can raise: its message says what is wrong
-SAME_THROUGHOUT = 1e-6  # float32 values of log-mel's size, up to 16, lie this far apart
-SILENT_PEAK = 1e-4  # -80 dB of full scale, three steps of 16 bits: dither, but no sound
-FULL_SCALE = 0.9999  # beyond 32767 / 32768 there is nothing in 16 bits
-CLIPPED_SHARE = 1e-3  # of samples at full scale; a loud sound that is well recorded touches it a few times
+UNUSABLE = (AudioError, OSError, DataError)  # raised for a file that cannot be used
+CONSTANT_STD = 1e-6  # spacing of float32 at the magnitude of log-mel values, up to 16
+SILENT_PEAK = 1e-4  # -80 dBFS, three 16-bit steps: dither only
+FULL_SCALE = 0.9999  # the largest 16-bit sample is 32767 / 32768
+CLIPPED_SHARE = 1e-3  # of samples at full scale; a good recording reaches it in a few samples at most
 ORIGINAL_MASKS = (24, 192)  # mel bins and frames
 ORIGINAL_MIXUP = 0.5
 ORIGINAL_BATCH = 1000
 
 
 class Headers(NamedTuple):
-    """What the headers of sounds tell.
+    """The result of `check_headers`.
 
     Attributes:
-        checked: how many were read.
-        longer: how many are longer than the model's input.
-        bad: those that cannot be used, each with a line that says why.
+        checked: number of headers read.
+        longer: number of clips longer than the model's input.
+        bad: unusable examples, each with the reason in one line.
     """
 
     checked: int
@@ -49,11 +49,11 @@ class Statistics(NamedTuple):
     """Mean and standard deviation of log-mel values.
 
     Attributes:
-        mean: of all values.
-        std: their standard deviation.
-        frames: how many were measured.
-        clips: how many sounds they are from.
-        skipped: how many others could not be used.
+        mean: mean of all values.
+        std: standard deviation of all values.
+        frames: number of frames.
+        clips: number of clips.
+        skipped: number of unusable clips.
     """
 
     mean: float
@@ -64,7 +64,7 @@ class Statistics(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Count, mean and sum of squared deviations, float64, which merge (Chan, Golub, LeVeque 1979)."""
+    """Count, mean and sum of squared deviations in float64, with a parallel merge (Chan, Golub, LeVeque 1979)."""
 
     size: int = 0
     mean: float = 0.0
@@ -78,16 +78,16 @@ class _Moments(NamedTuple):
 
     def merge(self, other: _Moments) -> _Moments:
         size = self.size + other.size
-        apart = other.mean - self.mean
+        delta = other.mean - self.mean
         return _Moments(
             size,
-            self.mean + apart * other.size / size,
-            self.squares + other.squares + apart**2 * self.size * other.size / size,
+            self.mean + delta * other.size / size,
+            self.squares + other.squares + delta**2 * self.size * other.size / size,
         )
 
 
 def _drawn(examples: Sequence[Example], limit: int | None, seed: int) -> list[int]:
-    """Return the indices of `limit` examples drawn by `seed`, or of all, in their order."""
+    """Return the indices of `limit` examples drawn with `seed`, or of all, in ascending order."""
     if limit is None or limit >= len(examples):
         return list(range(len(examples)))
     return sorted(np.random.default_rng(seed).permutation(len(examples))[:limit].tolist())
@@ -101,7 +101,7 @@ def check_headers(
     seed: int = 0,
     num_threads: int | None = None,
 ) -> Headers:
-    """Read the headers of all sounds, or of `limit` of them drawn by `seed`; nothing is decoded."""
+    """Read the headers of all examples, or of `limit` of them drawn with `seed`, without decoding."""
 
     def check(example: Example) -> bool | str:
         try:
@@ -128,21 +128,21 @@ def statistics(
     num_threads: int | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Statistics:
-    """Measure the log-mel values of all examples as the model hears them, padding left out.
+    """Compute mean and standard deviation of the log-mel values of all examples, without padding.
 
-    One pass that keeps three numbers, in float64. Moments are merged in the order of the examples, so that the result
-    is the same to the last bit for any number of threads.
+    One pass in constant memory. Moments are merged in float64 in the order of the examples, so that the result does not
+    depend on the number of threads, bit for bit.
 
     Args:
         examples: the training split.
-        frontend: the settings of the features; its mean and std do not matter.
-        limit: measure only so many, drawn by `seed`.
-        seed: also of the dither, where the settings have any.
-        num_threads: None for one a core.
-        advance: called once for each example that is done.
+        frontend: the settings of the features; mean and std are not used.
+        limit: number of examples to draw with `seed`; None: all.
+        seed: of that draw and of dither.
+        num_threads: None: one per core.
+        advance: called once for each completed example.
 
     Raises:
-        DataError: no example can be used, or all hold the same throughout.
+        DataError: no example can be used, or all log-mel values are equal.
     """
 
     def measure(index: int) -> tuple[_Moments, int] | str:
@@ -165,8 +165,8 @@ def statistics(
             total, frames = total.merge(found[0]), frames + found[1]
     clips = _usable(len(chosen), skipped)
     std = float(np.sqrt(total.squares / total.size))
-    if std <= SAME_THROUGHOUT:
-        raise DataError(f"all of {clips} training sounds hold the same throughout, as silence does")
+    if std <= CONSTANT_STD:
+        raise DataError(f"all log-mel values of {clips} training clips are equal, as in silence")
     return Statistics(total.mean, std, frames, clips, len(skipped))
 
 
@@ -178,18 +178,18 @@ def statistics_as_original(
     seed: int = 0,
     num_threads: int | None = None,
 ) -> Statistics:
-    """Measure as the original's `src/get_norm_stats.py` does, for comparison only: the result is biased.
+    """Compute the statistics as the original's `src/get_norm_stats.py` does, for comparison only: they are biased.
 
-    It reads training batches of 1000, so that zeros of padding and of SpecAugment's masks (up to 24 bins and 192
-    frames) count as values, half of the sounds are mixed with another, all are freed of their mean, and the deviation
-    is the mean of those of the batches, each of which lacks what differs between them.
+    The original averages over augmented training batches of 1000: zeros from padding and SpecAugment (masks of up to 24
+    bins and 192 frames) are counted, half of the clips are mixed with another, and the standard deviation is the mean
+    of the batches' standard deviations, which lacks the variance between batches.
 
     Args:
         examples: the training split.
-        frontend: the settings of the features; its mean, std and dither do not matter.
-        limit: measure only so many, drawn by `seed`; they are mixed with any.
-        seed: of what is drawn.
-        num_threads: None for one a core; the result does not depend on it.
+        frontend: the settings of the features; mean, std and dither are not used.
+        limit: number of examples to draw with `seed`; None: all. Mixup partners come from all examples.
+        seed: of that draw, mixup and the masks.
+        num_threads: None: one per core; the result does not depend on it.
 
     Raises:
         DataError: no example can be used.
@@ -225,29 +225,29 @@ def statistics_as_original(
             else:
                 total = total.merge(found)
         if total.size:
-            batches.append((total.mean, np.sqrt(total.squares / (total.size - 1))))  # as torch.std has it
+            batches.append((total.mean, np.sqrt(total.squares / (total.size - 1))))  # as torch.std
     clips = _usable(len(chosen), skipped)
     mean, std = np.mean(batches, axis=0).tolist()
     return Statistics(mean, std, clips * frontend.max_length, clips, len(skipped))
 
 
 def _mask(rng: np.random.Generator, spec: np.ndarray, axis: int, most: int) -> None:
-    """Set one band of less than `most` bins or frames to zero, as torchaudio draws it."""
+    """Set one band of less than `most` bins or frames to zero, with torchaudio's distribution."""
     width = rng.random() * min(most, spec.shape[axis])
     start = int(rng.random() * (spec.shape[axis] - width))
     np.moveaxis(spec, axis, 0)[start : start + int(width)] = 0
 
 
 def _usable(count: int, skipped: list[str]) -> int:
-    """Return how many of `count` examples were measured, at least one."""
+    """Return the number of measured examples, at least one."""
     if count == len(skipped):
         reason = f", the first: {skipped[0]}" if skipped else ""
-        raise DataError(f"expected sounds to measure, but none of {count} can be used{reason}")
+        raise DataError(f"expected usable clips, but none of {count} can be used{reason}")
     return count - len(skipped)
 
 
-class _Heard(NamedTuple):
-    """What decoding one sound tells: a reason against it, or what it is like."""
+class _Decoded(NamedTuple):
+    """The properties of a decoded clip, or the reason why it cannot be used."""
 
     reason: str = ""
     seconds: float = 0.0
@@ -259,8 +259,8 @@ class _Heard(NamedTuple):
     digest: bytes = b""
 
 
-def _hear(example: Example) -> _Heard:
-    """Decode one sound from end to end, at its own rate, a block at a time."""
+def _decode(example: Example) -> _Decoded:
+    """Decode a whole clip block by block at its own sampling rate."""
     frames = samples = not_finite = full = 0
     low, high = np.inf, -np.inf
     try:
@@ -278,10 +278,10 @@ def _hear(example: Example) -> _Heard:
                 digest.update(block.data)
             check_extent((frames - (first - begun)) / rate, example.name, example.start)
     except UNUSABLE as error:
-        return _Heard(str(error))
-    silent = not not_finite and (high - low) / 2 < SILENT_PEAK  # whatever the constant that it lies around
+        return _Decoded(str(error))
+    silent = not not_finite and (high - low) / 2 < SILENT_PEAK  # after removing the DC offset
     clipped = full >= CLIPPED_SHARE * samples
-    return _Heard("", frames / rate, rate, channels, not_finite, silent, clipped, digest.digest())
+    return _Decoded("", frames / rate, rate, channels, not_finite, silent, clipped, digest.digest())
 
 
 def survey(
@@ -291,16 +291,16 @@ def survey(
     num_threads: int | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Survey:
-    """Decode every sound of a data set once, from end to end, and say what is in it and what is wrong with it.
+    """Decode every clip of a data set and report its content and its faults.
 
-    Sounds are read a block at a time and at their own rate. Two are the same where all their samples, the rate and the
-    number of channels are, whatever the file format; silent ones are not compared.
+    Clips are read block by block at their own sampling rate. Duplicates have the same samples, rate and number of
+    channels, in any file format; silent clips are not compared.
 
     Args:
         dataset: see `datasets.read_dataset`.
-        frontend: says what a frame is.
-        num_threads: None for one a core.
-        advance: called once for each example that is done.
+        frontend: defines the frames of the suggested input length.
+        num_threads: None: one per core.
+        advance: called once for each completed example.
     """
     faults: dict[str, list[str]] = {name: [] for name in ("bad", "not_finite", "silent", "clipped")}
     seconds = array.array("d")
@@ -310,27 +310,27 @@ def survey(
     same: dict[bytes, list[tuple[str, Example]]] = {}
     splits_of: dict[object, dict[str, None]] = {}
     placed = [(split, example) for split in SPLITS for example in dataset.splits[split]]
-    results = ordered_map(_hear, (example for _, example in placed), num_threads)
-    for (split, example), heard in zip(placed, track(results, "sounds", len(placed)), strict=True):
+    results = ordered_map(_decode, (example for _, example in placed), num_threads)
+    for (split, example), clip in zip(placed, track(results, "sounds", len(placed)), strict=True):
         advance()
         if example.group or example.row is None:
             splits_of.setdefault(example.group or example.path, {})[split] = None
-        if heard.reason:
-            faults["bad"].append(heard.reason)
+        if clip.reason:
+            faults["bad"].append(clip.reason)
             continue
-        seconds.append(heard.seconds)
-        rates[heard.rate] += 1
-        channels[heard.channels] += 1
-        if heard.not_finite:
-            faults["not_finite"].append(f"{example.name}: {heard.not_finite} samples")
-        if heard.clipped:
+        seconds.append(clip.seconds)
+        rates[clip.rate] += 1
+        channels[clip.channels] += 1
+        if clip.not_finite:
+            faults["not_finite"].append(f"{example.name}: {clip.not_finite} samples")
+        if clip.clipped:
             faults["clipped"].append(example.name)
-        if heard.silent:
+        if clip.silent:
             faults["silent"].append(example.name)
-        elif heard.digest in first:
-            same.setdefault(heard.digest, [first[heard.digest]]).append((split, example))
+        elif clip.digest in first:
+            same.setdefault(clip.digest, [first[clip.digest]]).append((split, example))
         else:
-            first[heard.digest] = split, example
+            first[clip.digest] = split, example
     length, reason = None, ""
     if seconds:
         length, reason = suggest_max_length(
@@ -354,7 +354,7 @@ def survey(
 
 
 def _class_counts(dataset: DataSet) -> dict[str, list[int]]:
-    """Return how many examples of each class there are, by split."""
+    """Return the number of examples of each class by split."""
     counts = {}
     for split, examples in dataset.splits.items():
         targets = list(itertools.chain.from_iterable(example.targets for example in examples))
@@ -363,7 +363,7 @@ def _class_counts(dataset: DataSet) -> dict[str, list[int]]:
 
 
 def _durations(seconds: Sequence[float]) -> Durations | None:
-    """Return what there is to say of the lengths of sounds."""
+    """Return the distribution of the durations."""
     if not seconds:
         return None
     shortest, median, most, longest = np.percentile(np.asarray(seconds), (0, 50, 95, 100)).tolist()

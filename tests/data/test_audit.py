@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import threading
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from ast_jax.data import audit
 from ast_jax.data.audit_report import suggest_max_length
 from ast_jax.data.datasets import DataSet, Example, load_example, read_dataset
 from ast_jax.data.records import DataError
-from ast_jax.runtime import threads
 
 FRONTEND = FrontendConfig(max_length=24, num_mel_bins=16)  # 255 ms
 
@@ -116,7 +114,7 @@ def test_statistics_pass_over_what_cannot_be_used(examples, tmp_path):
 
 def test_silence_has_no_deviation(tmp_path):
     silent = [Example(write(tmp_path / f"{number}.wav", np.zeros(4000)), ()) for number in range(3)]
-    with pytest.raises(DataError, match="all of 3 training sounds hold the same throughout, as silence does"):
+    with pytest.raises(DataError, match="all log-mel values of 3 training clips are equal, as in silence"):
         audit.statistics(silent, FRONTEND)
 
 
@@ -165,36 +163,6 @@ def test_masks_are_bands_of_less_than_their_width():
         covered[zero] += 1
     assert (covered[:-1] > 0).all()
     assert covered[-1] == 0, "start and width are both rounded down, so that torchaudio never masks the last one"
-
-
-def test_results_come_in_order_and_few_are_under_way():
-    running, most, lock = 0, 0, threading.Lock()
-    taken = []
-
-    def items():
-        for number in range(50):
-            taken.append(number)
-            yield number
-
-    def work(number):
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        with lock:
-            running -= 1
-        return number * number
-
-    results = threads.ordered_map(work, items(), num_threads=3)
-    assert next(results) == 0
-    assert len(taken) <= 3 * threads.AHEAD
-    assert list(results) == [number * number for number in range(1, 50)]
-    assert most <= 3
-
-
-def test_an_error_of_ours_is_not_swallowed():
-    with pytest.raises(ZeroDivisionError):
-        list(threads.ordered_map(lambda number: 1 / number, [1, 0, 2], num_threads=2))
 
 
 def test_headers(examples, tmp_path):
@@ -331,9 +299,9 @@ def test_what_is_worth_a_look_is_no_problem(healthy):
     assert found.few == ["rare"]
     assert found.missing == {"train": [], "validation": ["rare"], "test": ["rare"]}
     text = "\n".join(found.lines())
-    for part in ("the same sound within a split: 1", "clipped: 1", "less than 10 training examples: 1",
-                 "classes without an example for test: 1", "\n  rare",
-                 "less than 100 sounds: 2", "test: one sound of 8 is 12.5 %"):  # fmt: skip
+    for part in ("duplicates within a split: 1", "clipped: 1", "fewer than 10 training examples: 1",
+                 "classes without an example in test: 1", "\n  rare",
+                 "fewer than 100 clips: 2", "test: one clip of 8 is 12.5 %"):  # fmt: skip
         assert part in text
 
 
@@ -407,12 +375,12 @@ def test_a_table_of_many_classes_shows_the_rarest():
 @pytest.mark.parametrize(
     ("frames", "length", "reason"),
     [
-        ([1, 5, 9], 16, "3 of 3 sounds are heard in full; the longest has 9 frames"),
-        ([98] * 10, 112, "10 of 10 sounds are heard in full; the longest has 98 frames"),
-        ([98] * 95 + [500] * 5, 112, "95 of 100 sounds are heard in full; the longest has 500 frames"),
-        ([98] * 94 + [500] * 6, 512, "100 of 100 sounds are heard in full; the longest has 500 frames"),
-        ([998] * 20, 1008, "20 of 20 sounds are heard in full; the longest has 998 frames"),
-        ([3000] * 20, 1024, "0 of 20 sounds are heard in full; the longest has 3000 frames"),
+        ([1, 5, 9], 16, "3 of 3 clips fit in full; the longest has 9 frames"),
+        ([98] * 10, 112, "10 of 10 clips fit in full; the longest has 98 frames"),
+        ([98] * 95 + [500] * 5, 112, "95 of 100 clips fit in full; the longest has 500 frames"),
+        ([98] * 94 + [500] * 6, 512, "100 of 100 clips fit in full; the longest has 500 frames"),
+        ([998] * 20, 1008, "20 of 20 clips fit in full; the longest has 998 frames"),
+        ([3000] * 20, 1024, "0 of 20 clips fit in full; the longest has 3000 frames"),
     ],
 )
 def test_suggested_lengths(frames, length, reason):

@@ -757,7 +757,7 @@ def test_sounds_that_are_all_silent_are_refused(sounds, tmp_path):
         (tmp_path / name).mkdir()
         for index in range(20):
             soundfile.write(tmp_path / name / f"{index}.wav", np.zeros(8000), 16000)
-    with pytest.raises(datasets.DataError, match="hold the same throughout, as silence does"):
+    with pytest.raises(datasets.DataError, match="are equal, as in silence"):
         finetune.start(tmp_path, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
 
 
