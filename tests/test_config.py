@@ -1,4 +1,4 @@
-"""Configurations are plain values with transformers' fields and defaults, and survive its files in both directions."""
+"""Configurations have transformers' fields and defaults, and survive a round trip through its files."""
 
 import dataclasses
 import enum
@@ -36,7 +36,7 @@ FRONTEND_CHANGES = {
 
 
 def test_model_fields_are_those_of_transformers():
-    """None is missing, none is new to this test, and every default is the same."""
+    """The same set of fields, with the same defaults."""
     theirs = {field.name for field in dataclasses.fields(transformers.ASTConfig)} - {
         field.name for field in dataclasses.fields(transformers.PreTrainedConfig)
     }
@@ -86,8 +86,8 @@ def test_equal_hashable_and_static_under_jit(one, same, other):
     assert len(traces) == 2, "traced once for equal configurations"
 
 
-def test_whole_numbers_of_numpy_become_plain():
-    """Which JSON could not write."""
+def test_numpy_integers_become_int():
+    """JSON cannot write NumPy's."""
     model = ASTConfig(max_length=np.int64(512), patch_size=(np.int32(16), 8), num_labels=np.int64(3))
     assert json.loads(json.dumps(model.to_json_dict()))["max_length"] == 512
     assert model == ASTConfig(max_length=512, patch_size=(16, 8), num_labels=3)
@@ -164,7 +164,7 @@ def test_problem_type(problem_type, num_labels, want):
 
 
 def test_problem_types_are_those_of_transformers():
-    """As members and as plain strings, whichever was given: the same configuration, hash and JSON."""
+    """Members and plain strings give the same configuration, hash and JSON."""
     for kind in ProblemType:
         assert transformers.ASTConfig(problem_type=str(kind)).problem_type == kind
         config, plain = ASTConfig(problem_type=kind), ASTConfig(problem_type=kind.value)
@@ -184,7 +184,7 @@ def test_labels_without_names_are_those_of_transformers():
 
 
 def through_transformers(config, folder):
-    """Write our `config.json`, load it with transformers, save it there, and return that with what it wrote."""
+    """Load our `config.json` with transformers and save it; return the loaded configuration and the saved content."""
     (folder / "config.json").write_text(json.dumps(config.to_json_dict()))
     loaded = transformers.ASTConfig.from_pretrained(folder)
     loaded.save_pretrained(folder)
@@ -225,7 +225,7 @@ def test_whole_model_config_survives_transformers(config, tmp_path):
 
 
 def test_config_that_transformers_wrote_is_read_and_written_back(tmp_path):
-    """Keys that are not ours included."""
+    """Including unknown keys."""
     theirs = transformers.ASTConfig(**MODEL_CHANGES, id2label=dict(enumerate(LABELS)), architectures=["ASTModel"])
     theirs.label2id = {name: index for index, name in enumerate(LABELS)}
     theirs.save_pretrained(tmp_path)
@@ -243,14 +243,14 @@ def test_config_that_transformers_wrote_is_read_and_written_back(tmp_path):
 
 @pytest.mark.parametrize("num_labels", [2, 527])
 def test_a_file_without_labels_means_what_it_means_to_transformers(num_labels, tmp_path):
-    """transformers writes no number of labels, so a file that names none has its default, two."""
+    """transformers does not write `num_labels`, so a file without labels has its default, two."""
     transformers.ASTConfig(num_labels=num_labels).save_pretrained(tmp_path)
     want = transformers.ASTConfig.from_pretrained(tmp_path).num_labels
     assert ASTConfig.from_json_dict(json.loads((tmp_path / "config.json").read_text())).num_labels == want
 
 
 def test_label_keys_are_ordered_as_numbers():
-    """As text, "10" comes before "2"; JSON objects have no order of their own."""
+    """As strings, "10" sorts before "2"; JSON objects are unordered."""
     keys = sorted(str(index) for index in range(12))
     assert keys.index("10") < keys.index("2")
     config = ASTConfig.from_json_dict({"id2label": {key: f"sound {key}" for key in keys}})
@@ -419,7 +419,7 @@ def test_an_item_of_another_type_is_named():
     "annotation", [bytes, list[str], dict[str, int], int | list[int], tuple, typing.Any, enum.Enum]
 )
 def test_an_annotation_that_cannot_be_checked_is_a_type_error(annotation):
-    """Else its field would pass unchecked."""
+    """Otherwise its field would not be checked."""
     cls = dataclasses.make_dataclass("Options", [("field", annotation)], frozen=True)
     with pytest.raises(
         TypeError, match=r"annotation of Options\.field: expected None, bool, int, float, str, a StrEnum"
@@ -427,8 +427,8 @@ def test_an_annotation_that_cannot_be_checked_is_a_type_error(annotation):
         check_types(cls(None))
 
 
-def test_annotations_as_text_are_resolved():
-    """As `from __future__ import annotations` leaves them; in quotes, too."""
+def test_annotations_as_strings_are_resolved():
+    """As with `from __future__ import annotations`."""
     cls = dataclasses.make_dataclass("Options", [("field", "typing.Union[int, None]")], frozen=True)
     cls.__module__ = __name__
     with pytest.raises(ValueError, match=r"^field: expected None or an integer, got 'a'$"):

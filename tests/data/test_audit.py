@@ -1,4 +1,4 @@
-"""What is said of a data set before training: headers, statistics equal to NumPy's, and every planted fault."""
+"""The data set audit: headers, statistics equal to NumPy's, and every planted fault."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def write(path, samples, rate=16000, **settings):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    """Twelve sounds of other lengths, loudness and rates, some longer than the model's input, one a part of a file."""
+    """Twelve clips of different length, loudness and rate, some longer than the model's input, one a segment of a file."""
     folder = tmp_path_factory.mktemp("sounds")
     found = []
     for number in range(12):
@@ -66,8 +66,8 @@ def test_statistics_do_not_depend_on_threads(measure, examples):
     assert [measure(examples, FRONTEND, num_threads=threads) for threads in (2, 7)] == [once, once]
 
 
-def test_statistics_of_values_far_from_zero_lose_nothing():
-    """Summing squares would: a deviation of 1e-3 around 1e6 is lost in float64 then."""
+def test_moments_of_values_far_from_zero_keep_their_precision():
+    """A sum of squares would lose a deviation of 1e-3 around 1e6 in float64."""
     rng = np.random.default_rng(0)
     parts = [1e6 + 1e-3 * rng.standard_normal(size) for size in (1000, 1, 500)]
     total = audit._Moments()
@@ -78,21 +78,21 @@ def test_statistics_of_values_far_from_zero_lose_nothing():
     assert total.size == 1501
 
 
-def test_a_limit_draws_by_seed(examples):
+def test_limit_draws_with_seed(examples):
     one, again, other = (audit.statistics(examples, FRONTEND, limit=5, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
     assert one.clips == 5
     assert audit.statistics(examples, FRONTEND, limit=100) == audit.statistics(examples, FRONTEND)
 
 
-def test_statistics_hear_dither_drawn_by_seed(examples):
+def test_statistics_with_dither_drawn_with_seed(examples):
     loud = FRONTEND.replace(dither=0.1)
     one, again, other = (audit.statistics(examples, loud, seed=seed, num_threads=3) for seed in (1, 1, 2))
     assert one == again != other
     assert one.mean > audit.statistics(examples, FRONTEND).mean
 
 
-def test_statistics_pass_over_what_cannot_be_used(examples, tmp_path):
+def test_statistics_skip_unusable_clips(examples, tmp_path):
     (tmp_path / "text.wav").write_text("no sound")
     spoiled = noise()
     spoiled[7] = np.nan
@@ -112,7 +112,7 @@ def test_statistics_pass_over_what_cannot_be_used(examples, tmp_path):
             measure([], FRONTEND)
 
 
-def test_silence_has_no_deviation(tmp_path):
+def test_silence_is_refused(tmp_path):
     silent = [Example(write(tmp_path / f"{number}.wav", np.zeros(4000)), ()) for number in range(3)]
     with pytest.raises(DataError, match="all log-mel values of 3 training clips are equal, as in silence"):
         audit.statistics(silent, FRONTEND)
@@ -135,7 +135,7 @@ def test_statistics_as_original_without_masks_and_mixup_are_those_of_padded_batc
 
 
 def test_statistics_as_original_count_masks_and_mixed_sounds(tmp_path, monkeypatch):
-    """On sounds that fill the input, so that nothing is padding."""
+    """On clips that fill the input, so that there is no padding."""
     frontend = FrontendConfig(max_length=24, num_mel_bins=48)
     full = [Example(write(tmp_path / f"{number}.wav", noise(0.3, number, level=1e-3)), ()) for number in range(80)]
     exact = audit.statistics(full, frontend)
@@ -214,7 +214,7 @@ def test_headers_of_rows_are_read_from_their_bytes(tmp_path):
 
 @pytest.fixture
 def healthy(tmp_path):
-    """Two classes in three splits, every sound of its own."""
+    """Two classes in three splits, all clips different."""
     for number in range(40):
         split = ("train", "train", "train", "validation", "test")[number // 2 % 5]
         write(tmp_path / split / "ab"[number % 2] / f"{number}.wav", noise(0.1 + 0.01 * number, number))
@@ -240,7 +240,7 @@ def test_a_healthy_data_set_has_no_problems(healthy):
 
 
 def plant(folder, what):
-    """Plant a fault and return what the survey must say: attribute, how many, and a part of it."""
+    """Plant a fault and return the attribute of the survey that must report it, its length, and a part of its text."""
     train, test = folder / "train" / "a", folder / "test" / "a"
     if what == "unreadable":
         (train / "bad.wav").write_text("no sound")
@@ -284,7 +284,7 @@ def test_a_planted_fault_is_found_and_nothing_else(what, healthy):
     assert part in json.dumps(content[name])
 
 
-def test_what_is_worth_a_look_is_no_problem(healthy):
+def test_warnings_are_not_problems(healthy):
     train = healthy / "train" / "a"
     samples, rate = soundfile.read(train / "0.wav")
     write(train / "again.wav", samples, rate)
@@ -318,7 +318,7 @@ def test_groups_and_files_in_several_splits_are_leaks(tmp_path):
     assert found.duplicates == [], "parts that differ are other sounds"
 
 
-def test_parts_are_measured_not_their_files(tmp_path):
+def test_segments_are_measured_not_their_files(tmp_path):
     path = write(tmp_path / "1.wav", np.r_[np.zeros(16000), noise(1.0)])
     parts = [Example(path, (0,), 0.0, 0.5), Example(path, (1,), 1.0, 1.5), Example(path, (0,), 3.0)]
     found = audit.survey(DataSet(("a", "b"), {"train": parts, "validation": [], "test": []}), FRONTEND)
@@ -340,7 +340,7 @@ def test_rates_and_channels_are_counted(tmp_path):
     assert "channels    1 (4), 2 (1)" in lines
 
 
-def test_a_data_set_of_which_nothing_can_be_decoded(tmp_path):
+def test_survey_without_readable_clips(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         for number in range(4):
@@ -353,7 +353,7 @@ def test_a_data_set_of_which_nothing_can_be_decoded(tmp_path):
     json.dumps(found.to_json_dict())
 
 
-def test_the_survey_does_not_depend_on_threads_and_tells_its_progress(healthy):
+def test_the_survey_does_not_depend_on_threads_and_reports_progress(healthy):
     plant(healthy, "leak")
     dataset, calls = read_dataset(healthy), []
     one = audit.survey(dataset, FRONTEND, num_threads=1, advance=lambda: calls.append(1))
@@ -389,8 +389,8 @@ def test_suggested_lengths(frames, length, reason):
     assert ASTConfig(max_length=found[0]).grid[1] >= 1, "the model takes it"
 
 
-def test_a_suggested_length_holds_its_sounds(examples):
-    """What `load_example` cuts at the suggested length is the whole sound."""
+def test_the_suggested_length_covers_the_clips(examples):
+    """`load_example` does not truncate a clip at the suggested length."""
     dataset = DataSet(("a", "b"), {"train": examples, "validation": [], "test": []})
     found = audit.survey(dataset, FRONTEND)
     frontend = FRONTEND.replace(max_length=found.max_length)

@@ -1,4 +1,4 @@
-"""Every layout of a data set, as it lies on disk, to examples; and one clear line for each that is damaged."""
+"""Data sets of every layout to examples, and one-line errors for damaged ones."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ LABEL_CSV = 'index,mid,display_name\n0,/m/c,"Third, or C"\n1,/m/a,First\n2,/m/b,
 
 
 def write(path, number=0, seconds=0.1, rate=16000, **settings):
-    """Write noise of its own for each number."""
+    """Write noise seeded with `number`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = 0.1 * np.random.default_rng(number).standard_normal(round(seconds * rate))
     soundfile.write(path, samples, rate, **settings)
@@ -33,7 +33,7 @@ def write_all(folder, *names):
 
 
 def listed(dataset, folder):
-    """Return {relative path: (split, names of labels)}."""
+    """Return {relative path: (split, label names)}."""
     return {
         example.path.relative_to(folder).as_posix(): (split, *(dataset.labels[target] for target in example.targets))
         for split, examples in dataset.splits.items()
@@ -76,13 +76,13 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
         (("train/1.wav", "test/2.wav"), "test: expected folders of sound files, one for each class, or a manifest"),
     ],
 )
-def test_folders_of_splits_that_are_none(names, message, tmp_path):
+def test_invalid_folders_of_splits(names, message, tmp_path):
     write_all(tmp_path, *names)
     with pytest.raises(DataError, match=message):
         read_dataset(tmp_path)
 
 
-def test_a_folder_that_may_not_be_read_is_not_missed(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     write_all(tmp_path, "a/1.wav", "b/2.wav")
     real = os.scandir
 
@@ -145,7 +145,7 @@ def write_manifest(path):
 
 
 @pytest.mark.parametrize("name", ["manifest.csv", "manifest.tsv", "manifest.jsonl", "list.tab", "list.txt"])
-def test_manifests_of_every_kind_say_the_same(name, tmp_path):
+def test_all_manifest_formats_are_equivalent(name, tmp_path):
     write_all(tmp_path, "1.wav", "2.wav", "sub/3.wav")
     write_manifest(tmp_path / name)
     dataset = read_dataset(tmp_path if name.startswith("manifest") else tmp_path / name)
@@ -161,7 +161,7 @@ def test_manifests_of_every_kind_say_the_same(name, tmp_path):
     assert dataset.multi_label
 
 
-def test_of_several_manifests_one_is_read_and_this_is_said(tmp_path):
+def test_the_first_of_several_manifests_is_read_with_a_note(tmp_path):
     write_all(tmp_path, "1.wav", "2.wav")
     (tmp_path / "manifest.csv").write_text("path,label\n1.wav,a\n2.wav,b\n")
     (tmp_path / "metadata.csv").write_text("nothing of the kind")
@@ -238,7 +238,7 @@ def test_the_originals_json_with_its_label_csv(place, tmp_path):
 
 
 def test_the_originals_json_without_a_label_csv(tmp_path):
-    """AudioSet's ids come with the package; of several files beside it none is taken for the right one."""
+    """AudioSet's ids are in the package; several label files beside the JSON file are an error."""
     write_all(tmp_path, *(f"{number}.wav" for number in range(4)))
     write_original(
         tmp_path / "x.json", *((f"{number}.wav", f"{SPEECH},{MAN}") for number in range(3)), ("3.wav", WOMAN)
@@ -278,7 +278,7 @@ def test_ids_of_classes(tmp_path):
 
 @pytest.fixture
 def three(tmp_path):
-    """Three sources of other layouts: no splits, a manifest with one split, and one with all three."""
+    """Three sources: without splits, a manifest with one split, and one with all three."""
     for source, names in {"classes": "ab", "more": "ab", "all": "ab"}.items():
         write_all(tmp_path / source, *(f"{name}/{number}.wav" for name in names for number in range(6)))
     lines = [f"../more/{name}/{number}.wav,{name},test" for name in "ab" for number in range(6)]
@@ -323,7 +323,7 @@ def test_labels_of_another_source_count_too(tmp_path):
 
 @pytest.fixture
 def esc50(tmp_path):
-    """Five folds of three classes, a recording each, of which two clips were cut, as the archive unpacks."""
+    """The unpacked archive with five folds of three classes, and two clips of each recording."""
     lines = ["filename,fold,target,category,esc10,src_file,take"]
     for fold in range(1, 6):
         for target, category in ((7, "rooster"), (0, "dog"), (42, "siren")):
@@ -351,7 +351,7 @@ def test_esc50_as_downloaded(esc50):
     assert read_dataset(DatasetConfig(esc50, validation=esc50)).notes == ()
 
 
-def test_esc50_that_is_damaged(esc50):
+def test_damaged_esc50(esc50):
     with pytest.raises(DataError, match=r"expected a fold of 1, 2, 3, 4, 5, got '6'"):
         read_dataset(DatasetConfig(esc50, fold="6"))
     with pytest.raises(DataError, match="expected either a fold or other data for validation, got both"):
@@ -372,7 +372,7 @@ def test_esc50_that_is_damaged(esc50):
 
 
 def test_folds_of_a_manifest(tmp_path):
-    """They sort as numbers; a test split stays one; rows without a fold are for training."""
+    """Folds sort as numbers; a test split is kept; rows without a fold are for training."""
     lines = ["path,label,fold,split"]
     for number in range(24):
         write(tmp_path / f"{number}.wav", number)
@@ -417,7 +417,7 @@ def test_speech_commands_as_downloaded(commands):
     assert dataset.passed_over == (commands / "other.txt",)
 
 
-def test_speech_commands_that_are_damaged(commands):
+def test_damaged_speech_commands(commands):
     (commands / "no" / "cc_nohash_0.wav").unlink()
     with pytest.raises(DataError, match=r"1 of 5 files are missing, the first is .*cc_nohash_0\.wav"):
         read_dataset(commands)
@@ -430,7 +430,7 @@ def test_speech_commands_that_are_damaged(commands):
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, None), (0.03, None), (0.0, 0.05), (0.0305, 0.0701), (0.02, 9.0)])
-def test_an_example_is_a_part_of_its_file(start, end, tmp_path):
+def test_an_example_is_a_segment_of_its_file(start, end, tmp_path):
     path = write(tmp_path / "1.wav", seconds=0.2, subtype="FLOAT")
     whole = decode(path).samples
     got = load_example(Example(path, (), start, end), FRONTEND)
@@ -449,8 +449,8 @@ def test_names_in_messages():
     assert Example(path, (), 0, 2.25).name == "a/b.wav, 0 s to 2.25 s"
 
 
-def test_what_belongs_together_is_held_out_together():
-    """Twelve speakers of five sounds each, and a recording cut into ten parts."""
+def test_groups_and_segments_are_held_out_together():
+    """Twelve speakers with five clips each, and a recording of ten segments."""
     speakers = [
         Example(pathlib.Path(f"{speaker}-{number}"), (number % 2,), group=f"s{speaker}")
         for speaker in range(12)
@@ -470,7 +470,7 @@ def test_what_belongs_together_is_held_out_together():
             assert 1 <= share <= 6, "a tenth, 2 to 4, and what comes along with it; never the long recording"
 
 
-def test_a_data_set_keeps_what_it_says_when_it_is_reordered(esc50):
+def test_reordering_keeps_labels_and_notes(esc50):
     dataset = read_dataset(esc50)
     other = dataset.reordered(("siren", "dog", "rooster"))
     assert (other.folds, other.notes, other.passed_over) == (dataset.folds, dataset.notes, dataset.passed_over)

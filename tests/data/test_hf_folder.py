@@ -1,4 +1,4 @@
-"""Folders that Hugging Face's `datasets` saved, to examples and their sounds; and one clear line for damaged ones."""
+"""Folders saved by Hugging Face's `datasets` to examples and audio, and one-line errors for damaged ones."""
 
 import pickle
 import shutil
@@ -20,14 +20,14 @@ hf.disable_progress_bars()
 
 
 def write(path, number):
-    """Write noise of its own for each number."""
+    """Write noise seeded with `number`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, 0.1 * np.random.default_rng(number).standard_normal(1600), 16000)
     return path
 
 
 def saved(folder, columns, **features):
-    """Save columns with `datasets`, none of whose encoders is at hand: sounds are given as bytes and then named so."""
+    """Save columns with `datasets`, whose audio encoders are not installed: audio is given as bytes, then cast."""
     dataset = hf.Dataset.from_dict(columns)
     for name, feature in features.items():
         dataset = dataset.cast_column(name, feature)
@@ -65,7 +65,7 @@ def test_a_saved_dataset_dict(saved_dict):
         np.testing.assert_array_equal(load_example(example, FRONTEND), want[: FRONTEND.max_samples])
 
 
-def test_a_row_is_read_in_another_process_from_its_example_alone(saved_dict):
+def test_a_row_is_read_in_another_process_from_its_example(saved_dict):
     example = read_dataset(saved_dict).splits["train"][2]
     program = (
         "import pickle, sys; from ast_jax.data.datasets import load_example; from ast_jax.config import FrontendConfig;"
@@ -133,7 +133,7 @@ def test_saved_datasets_with_other_columns_are_one_line(change, features, messag
     assert "\n" not in str(caught.value)
 
 
-def test_saved_datasets_that_are_damaged_are_one_line(saved_dict, tmp_path, monkeypatch):
+def test_damaged_saved_datasets_are_one_line(saved_dict, tmp_path, monkeypatch):
     shutil.copytree(saved_dict / "train", saved_dict / "folds")
     with pytest.raises(DataError, match=r"saved: expected split train, validation, test, got 'folds'"):
         read_dataset(saved_dict)
@@ -152,7 +152,7 @@ def test_saved_datasets_that_are_damaged_are_one_line(saved_dict, tmp_path, monk
         read_dataset(saved_dict)
 
 
-def test_a_row_without_a_sound_says_so(tmp_path):
+def test_a_row_without_audio(tmp_path):
     values = [*sounds(tmp_path, 1), None, {"bytes": b"no sound", "path": None}]
     saved(tmp_path / "saved", {"audio": values, "label": ["a", "b", "b"]}, audio=hf.Audio())
     _, empty, text = [Example(tmp_path / "saved", (0,), row=row) for row in range(3)]

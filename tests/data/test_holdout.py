@@ -1,4 +1,4 @@
-"""What is held out for validation where a data set names no split."""
+"""Examples held out for validation if a data set names no split."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from ast_jax.data import datasets
 
 
 def hold_out(*targets, seed=0):
-    """Return the labels of what is kept and of what is held."""
+    """Return the labels of the kept and of the held-out examples."""
     examples = [datasets.Example(pathlib.Path(str(number)), labels) for number, labels in enumerate(targets)]
     kept, held = datasets._hold_out(examples, seed)
     assert sorted(kept + held, key=lambda one: int(one.path.name)) == examples
@@ -23,8 +23,8 @@ def test_a_tenth_of_each_class_is_held_out(size, wanted):
     assert kept.count((0,)) == size - wanted
 
 
-def test_hold_out_gives_every_label_its_tenth_whatever_the_combinations():
-    """200 examples with labels drawn one by one: most combinations are there a few times only."""
+def test_a_tenth_of_each_label_is_held_out_for_any_combinations():
+    """200 examples with independently drawn labels, so that most combinations are rare."""
     rates = np.array([0.5, 0.3, 0.3, 0.2, 0.1, 0.02])
     drawn = np.random.default_rng(0).random((200, 6)) < rates
     targets = [tuple(np.flatnonzero(row).tolist()) for row in drawn]
@@ -38,7 +38,7 @@ def test_hold_out_gives_every_label_its_tenth_whatever_the_combinations():
     assert list(hold_out(*targets, seed=1)) != [kept, held]
 
 
-def test_hold_out_leaves_every_label_something_to_learn_from():
+def test_hold_out_keeps_a_training_example_of_each_label():
     kept, held = hold_out((0, 1), (0, 2), (1,), (2,))  # holding (0, 1) for 1 and (0, 2) for 2 would take all of 0
     assert {label for one in kept for label in one} == {0, 1, 2}
     assert {label for one in held for label in one} == {0, 1, 2}

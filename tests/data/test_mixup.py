@@ -1,4 +1,4 @@
-"""Waveform mixup: weights, lengths, and the mean taken out."""
+"""Waveform mixup: weights, lengths, and subtraction of the mean."""
 
 import numpy as np
 
