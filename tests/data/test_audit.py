@@ -31,7 +31,7 @@ def write(path, samples, rate=16000, **settings):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    """Twelve clips of different length, loudness and rate, some longer than the model's input, one a segment of a file."""
+    """Twelve clips of different length, loudness and rate; some exceed the input length, one is a segment."""
     folder = tmp_path_factory.mktemp("sounds")
     found = []
     for number in range(12):
