@@ -4,7 +4,6 @@ import inspect
 import re
 import shutil
 
-import feature_oracles  # noqa: F401  (first: lets transformers import beside an installed torchaudio)
 import numpy as np
 import pytest
 import soundfile

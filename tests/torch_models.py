@@ -1,6 +1,5 @@
 """Live transformers models with random weights of unit-like scale, saved as Hugging Face folders."""
 
-import feature_oracles  # noqa: F401  (first: lets transformers import beside an installed torchaudio)
 import numpy as np
 import torch
 import transformers

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import pathlib
 import sys
-import types
 from collections.abc import Callable
 
 import numpy as np
@@ -49,11 +48,15 @@ def jitted_fbank(waveforms: str) -> Work:
 def torchaudio_fbank(waveforms: str) -> Work:
     """Run torchaudio's filter bank with the original's settings, clip by clip.
 
-    The package need not load beside this PyTorch: its one pure-Python file is imported under a stand-in.
+    The package need not load beside this PyTorch: its one pure-Python file is imported without its `__init__`.
     """
     import torch
 
-    kaldi = _beside_torchaudio("torchaudio.compliance.kaldi")
+    spec = importlib.util.find_spec("torchaudio")
+    if spec is None:
+        raise ImportError("torchaudio is not installed; `pip install --no-deps torchaudio` suffices")
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
+    kaldi = importlib.import_module("torchaudio.compliance.kaldi")
     clips = torch.from_numpy(np.load(waveforms))
 
     @torch.inference_mode()
@@ -73,9 +76,9 @@ def torchaudio_fbank(waveforms: str) -> Work:
 def transformers_extractor(waveforms: str) -> Work:
     """Run transformers' extractor in NumPy, as it does where torchaudio is not installed."""
     name = "transformers.models.audio_spectrogram_transformer.feature_extraction_audio_spectrogram_transformer"
-    module = _beside_torchaudio(name)
+    sys.modules["torchaudio"] = None  # type: ignore[assignment]  # as if it were not installed
+    module = importlib.import_module(name)
     clips = np.load(waveforms)
-    module.is_speech_available = lambda: False
     extractor = module.ASTFeatureExtractor(max_length=_frames(clips), do_normalize=False)
     clips = list(clips)
     return lambda: np.stack(extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_values"])
@@ -91,12 +94,3 @@ def write_waveforms(path: pathlib.Path, batch: int, seconds: float) -> None:
 
 def _frames(clips: np.ndarray) -> int:
     return 1 + (clips.shape[1] - 400) // 160
-
-
-def _beside_torchaudio(name: str) -> types.ModuleType:
-    """Import a module without running torchaudio's own `__init__`."""
-    spec = importlib.util.find_spec("torchaudio")
-    if spec is None:
-        raise ImportError("torchaudio is not installed")
-    sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(name)

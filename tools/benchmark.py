@@ -17,6 +17,7 @@ Results are compared before anything is timed. PyTorch and transformers come wit
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -94,7 +95,11 @@ def features(
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Time log-mel features of a clip, and of 64: ast_jax in NumPy and jitted, torchaudio, transformers' NumPy path."""
+    """Time log-mel features of a clip, and of 64: ast_jax in NumPy and jitted, torchaudio, transformers' NumPy path.
+
+    Times are relative to torchaudio's, or to transformers' where torchaudio is not installed.
+    """
+    reference = "torchaudio" if importlib.util.find_spec("torchaudio") else "transformers"
     contenders = {
         "torchaudio": "torchaudio_fbank", "ast_jax NumPy": "numpy_fbank", "ast_jax extractor": "numpy_extractor",
         "ast_jax jit": "jitted_fbank", "transformers": "transformers_extractor",
@@ -111,14 +116,14 @@ def features(
             wanted = {
                 name: (f"bench_features.{function}", {"waveforms": str(path)}) for name, function in contenders.items()
             }
-            found = _measure(wanted, rounds, "torchaudio", repeats)
-        print(f"{'':<18}{'ms a clip':>10}{'quartiles':>18}{'of torchaudio':>15}{'MiB':>7}{'differs':>9}")
+            found = _measure(wanted, rounds, reference, repeats)
+        print(f"{'':<18}{'ms a clip':>10}{'quartiles':>18}{'of ' + reference:>16}{'MiB':>7}{'differs':>9}")
         for name, row in found.items():
             rows.append({"case": title, "contender": name, **row})
             low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
-            share = row["median"] / found["torchaudio"]["median"]
+            share = row["median"] / found[reference]["median"]
             print(
-                f"{name:<18}{middle:>10.2f}{f'{low:.2f} to {high:.2f}':>18}{share:>15.3f}"
+                f"{name:<18}{middle:>10.2f}{f'{low:.2f} to {high:.2f}':>18}{share:>16.3f}"
                 f"{row['peak_bytes'] / MIB:>7.0f}{row['difference']:>9.0e}"
             )
     bench_report.finish(rows, machine, json_file, against)

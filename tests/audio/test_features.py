@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from feature_oracles import RECORDINGS, recording, transformers_ast
+from feature_oracles import RECORDINGS, kaldi_fbank, recording, transformers_ast
 
 from ast_jax import ASTFeatureExtractor, FrontendConfig, fbank
 from ast_jax.audio.features import normalize, padded_log_mel
@@ -219,26 +219,39 @@ def test_dither_is_determined_by_its_key():
     assert (pair[0, :48] != pair[1, :48]).mean() > 0.9, "each sound of a batch has noise of its own"
 
 
-@pytest.mark.parametrize("uses_torchaudio", [False, True])
+def assert_within_the_contract(got, want, length, share=0.999):
+    difference = np.abs(got - want)[0]
+    assert np.median(difference[:length]) < MEDIAN
+    assert (difference[:length] < MOST).mean() >= share
+    assert difference.max() < ALL
+    assert difference[length:].max() < 1e-6, "padding is a constant, rounded once"
+
+
 @pytest.mark.parametrize("file", RECORDINGS, ids=lambda file: file.name)
-def test_equals_transformers_on_recordings(file, uses_torchaudio, monkeypatch):
-    """By both of its paths: NumPy's, in float64 but for the samples, and torchaudio's, in float32."""
-    monkeypatch.setattr(transformers_ast, "is_speech_available", lambda: uses_torchaudio)
+def test_equals_transformers_on_recordings(file):
+    """transformers' NumPy path, which computes in float64 but for the spectrum and the result."""
     samples = recording(file)
     want = transformers_ast.ASTFeatureExtractor()(samples.copy(), sampling_rate=RATE, return_tensors="np")
     got, lengths = ASTFeatureExtractor()(samples, sampling_rate=RATE, return_attention_mask=True)
     assert got.shape == want["input_values"].shape == (1, 1024, 128)
-    difference = np.abs(got - want["input_values"])[0]
-    assert np.median(difference[: lengths[0]]) < MEDIAN
-    # nearly a pure tone: see SPEECH_AND_MUSIC in test_kaldi.py; torchaudio's float32 itself has 99.8 % there
-    share = 0.997 if file.stem == "siren" and uses_torchaudio else 0.999
-    assert (difference[: lengths[0]] < MOST).mean() >= share
-    assert difference.max() < ALL
-    assert difference[lengths[0] :].max() < 1e-6, "padding is a constant, rounded once"
+    assert_within_the_contract(got, want["input_values"], lengths[0])
 
 
-def test_equals_transformers_on_a_list_and_other_settings(monkeypatch):
-    monkeypatch.setattr(transformers_ast, "is_speech_available", lambda: False)
+@pytest.mark.parametrize("file", RECORDINGS, ids=lambda file: file.name)
+def test_equals_kaldi_on_recordings(file):
+    """kaldi-native-fbank in float32, padded and normalised as the original does it, at 80 bins."""
+    frontend = FrontendConfig(num_mel_bins=80)
+    want = np.zeros((1, 1024, 80), np.float32)
+    found = kaldi_fbank(recording(file), frontend)
+    want[0, : len(found)] = found
+    want = (want - frontend.mean) / (2 * frontend.std)
+    got, lengths = ASTFeatureExtractor(frontend)(recording(file), sampling_rate=RATE, return_attention_mask=True)
+    assert got.shape == want.shape
+    # The siren is nearly a pure tone: see SPEECH_AND_MUSIC in test_fbank.py.
+    assert_within_the_contract(got, want, lengths[0], 0.997 if file.stem == "siren" else 0.999)
+
+
+def test_equals_transformers_on_a_list_and_other_settings():
     fields = {"mean": -6.8, "std": 5.5, "max_length": 40, "num_mel_bins": 64}
     waveforms = [noise(4000), noise(5000, 1), noise(400, 2)]
     want = transformers_ast.ASTFeatureExtractor(**fields)(waveforms, sampling_rate=RATE, return_tensors="np")
