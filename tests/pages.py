@@ -1,4 +1,4 @@
-"""The pages of docs/ and the README as tests read them: their code blocks and commands, and which of them run whole."""
+"""Pages of docs/ and the README for tests: their code blocks and commands, and which pages run completely."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
 WITH_README = [*PAGES, DOCS.parent / "README.md"]
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 RUN_WHOLE = ("index", "jax", "sliding-windows", "padding", "embeddings", "explanations", "converting", "migrating")
-NOT_RUN = ("converting",)  # pages whose commands test_shell.py runs, with stand-ins for files
+NOT_RUN = ("converting",)  # pages whose commands run in test_shell.py, with stand-ins for files
 
 
 def page(name):
@@ -26,8 +26,6 @@ def blocks(name, language):
 def commands(text):
     """Return the `ast-jax` commands of a shell block as lists of arguments, with a number for each variable."""
     lines = re.sub(r"\$\w+", "1", text.replace("\\\n", " ")).splitlines()
-    lines = [line.split(" | ")[-1].strip() for line in lines]  # of a pipe the end
+    lines = [line.split(" | ")[-1].strip() for line in lines]  # the last command of a pipe
     found = [line for line in lines if line.startswith("ast-jax ")]
-    return [
-        shlex.split(re.split(r"\s[>&]", line)[0], comments=True)[1:] for line in found
-    ]  # what the shell does is cut
+    return [shlex.split(re.split(r"\s[>&]", line)[0], comments=True)[1:] for line in found]  # without redirections

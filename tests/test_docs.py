@@ -1,4 +1,4 @@
-"""What the pages in docs/ say holds: the code runs, files are read, options and figures are those of the code."""
+"""Pages in docs/ agree with the code: examples run, options, recipes, links and figures are right."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from ast_jax.cli.main import app
 from ast_jax.data import datasets
 from ast_jax.training.recipes import RECIPES
 
-SHORTER = {"finetune": ["--epochs", "1", "--linear-probe", "--workers", "0"]}  # what a command is run with on top
+SHORTER = {"finetune": ["--epochs", "1", "--linear-probe", "--workers", "0"]}  # extra arguments of a command
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """Run the page on fine-tuning from top to bottom, Python and the first five commands; return what each printed."""
+def outputs(tmp_path_factory):
+    """Run the fine-tuning page from top to bottom, Python and the first five commands; return the output of each."""
     folder = tmp_path_factory.mktemp("docs")
     first, *others = blocks("finetuning.md", "python")
     printed, namespace = {}, {}
@@ -36,17 +36,17 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_finetuning_page_runs(told):
-    assert list(told) == ["check-data", "stats", "finetune", "evaluate", "classify"]
-    assert "falling" in told["classify"]
-    assert "100 sounds of the split test" in told["evaluate"]
+def test_finetuning_page_runs(outputs):
+    assert list(outputs) == ["check-data", "stats", "finetune", "evaluate", "classify"]
+    assert "falling" in outputs["classify"]
+    assert "100 sounds of the split test" in outputs["evaluate"]
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_finetuning_page_shows_what_the_commands_print(told):
+def test_finetuning_page_shows_the_output(outputs):
     """Of the two commands that do not train, line by line."""
     (shown,) = re.findall(r"^```text\n(examples .*?)^```", page("finetuning.md"), re.DOTALL | re.MULTILINE)
-    assert set(shown.splitlines()) <= {*told["check-data"].splitlines(), *told["stats"].splitlines()}
+    assert set(shown.splitlines()) <= {*outputs["check-data"].splitlines(), *outputs["stats"].splitlines()}
 
 
 def listed():
@@ -70,7 +70,7 @@ def test_example_files_are_read(name, labels, splits, tmp_path):
     for path in re.findall(r"[\w/]+\.wav", files[name]):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         soundfile.write(tmp_path / path, [0.0] * 16, 16000)
-    kept = {"validation": str(tmp_path / name)} if name.endswith(".json") else {}  # or one of its two is held out
+    kept = {"validation": str(tmp_path / name)} if name.endswith(".json") else {}  # else one is held out
     dataset = datasets.read_dataset(datasets.DatasetConfig(tmp_path / name, **kept))
     assert dataset.labels == labels
     for split, targets in splits.items():
@@ -78,8 +78,8 @@ def test_example_files_are_read(name, labels, splits, tmp_path):
             assert [example.targets for example in dataset.splits[split]] == targets
 
 
-def test_recipes_are_the_code_s():
-    """The table's rows that are settings, of all four recipes."""
+def test_recipes_table_equals_the_code():
+    """The rows with settings, for all four recipes."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page("finetuning.md").splitlines()]
     (header,) = [row for row in rows if set(RECIPES) <= set(row)]
     table = {row[0]: row[1:] for row in rows if len(row) == len(header) and row[0] in header_rows()}
@@ -97,14 +97,14 @@ def as_value(shown):
 
 
 def header_rows():
-    """Return what the table has a row for: all that any recipe sets, but for what all of them share."""
+    """Return the settings that have a row: those of any recipe, except the ones that all share."""
     shared = {"optimizer", "beta1", "beta2", "weight_decay", "schedule", "warmup_hold"}
     return {key for recipe in RECIPES.values() for key in {*recipe.training, *recipe.frontend}} - shared
 
 
 @pytest.mark.parametrize("path", [*WITH_README, *DECISIONS], ids=lambda path: path.stem)
-def test_options_are_the_command_line_s(path, monkeypatch):
-    """Every --option on a page that is not gcloud's or another program's exists, here or in the benchmark."""
+def test_options_exist(path, monkeypatch):
+    """Every --option on a page exists in ast-jax or the benchmark, except those of gcloud and other programs."""
     monkeypatch.syspath_prepend(DOCS.parent / "tools")
     import benchmark
 
@@ -120,8 +120,8 @@ def test_options_are_the_command_line_s(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", WITH_README, ids=lambda path: path.stem)
-def test_commands_can_be_parsed(path):
-    """Every `ast-jax` command in a shell block is one, whatever its files."""
+def test_commands_parse(path):
+    """Every `ast-jax` command in a shell block has valid options, whatever its files."""
     root = typer.main.get_command(app)
     for arguments in [one for block in blocks(path, "sh") for one in commands(block)]:
         command = root.commands[arguments[0]]
@@ -133,7 +133,7 @@ def test_commands_can_be_parsed(path):
     [*WITH_README, *DECISIONS, *(DOCS.parent / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG"))],
     ids=lambda path: path.stem,
 )
-def test_links_lead_somewhere(path):
+def test_link_targets_exist(path):
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)", prose):
         assert target in ("http", "https") or (path.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""The package as a whole: lazy, without torch, names that do not clash, and a README that runs."""
+"""The package as a whole: lazy imports, no torch, public names, README and ARCHITECTURE."""
 
 import pathlib
 import re
@@ -23,7 +23,7 @@ def test_no_public_name_is_a_module():
 
 
 @pytest.mark.parametrize("name", ast_jax.__all__)
-def test_public_names_exist_and_say_what_they_are(name):
+def test_public_names_have_docstrings(name):
     value = getattr(ast_jax, name)
     assert value.__doc__
 
@@ -89,7 +89,7 @@ def test_ci_calls_the_readmes_test_command():
 
 
 def test_architecture_names_every_module():
-    """In the row of its package, which has all of them and no others."""
+    """In the row of its package, which lists all modules of the package and no others."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
     assert len(text.split()) < 1000
     rows = dict(re.findall(r"^\| `?([\w/]+?)/?`? \|.*\| ([^|]*\.py`) \|$", text, re.MULTILINE))
@@ -100,11 +100,11 @@ def test_architecture_names_every_module():
 
 
 def test_the_library_does_not_print():
-    """What there is to tell goes through logging, warnings, or the command line."""
+    """Messages go through logging, warnings, or the command line."""
     for path in MODULES:
         if path.relative_to(PACKAGE).parts[0] != "cli":
             assert not re.search(r"\bprint\(|= print\b", path.read_text()), path
 
 
-def test_types_are_there_for_others():
+def test_types_are_shipped():
     assert (PACKAGE / "py.typed").exists()

@@ -1,6 +1,6 @@
-"""The shell commands of the README and the pages run as they stand, by bash, with stand-ins for files and a microphone.
+"""Shell commands of the README and docs/ run unchanged in bash, with stand-ins for files and a microphone.
 
-Those of the other pages are run by test_pages.py and test_docs.py, in this process.
+Commands of the other pages run in this process, in test_pages.py and test_docs.py.
 """
 
 import os
@@ -24,7 +24,7 @@ import ast_jax
 
 ROOT = DOCS.parent
 ALL = [(path.stem, number) for path in [ROOT / "README.md", *PAGES] for number in range(len(blocks(path, "sh")))]
-RUN = {  # page and block, and what is put in the place of words that stand for several names
+RUN = {  # (page, block): replacements for placeholders of several names
     ("README", 2): {"FILE...": "FILE FOLDER/siren.flac", "MODEL...": "RUN RUN/best", "RUN...": "RUN RUN/best"},
     ("converting", 0): {},
     ("finetuning", 1): {"1e-5 1e-4 3e-4 1e-3 3e-3 1e-2": "1e-3", "0 1 2": "0 1"},
@@ -56,32 +56,32 @@ WRITTEN = {
 ELSEWHERE = {
     ("README", 0): "test_a_fresh_install, with a network",
     ("README", 1): "these tests",
-    ("demo", 0): "test_the_page_is_served, but for the installation",
+    ("demo", 0): "test_the_page_is_served, except for the installation",
     ("finetuning", 0): "test_docs.py",
-    ("finetuning", 5): "by hand: it takes a synthesizer and half an hour",
-    ("padding", 1): "by hand: minutes, on data that are fetched",
-    ("tpu", 0): "nowhere: it takes an account of Google Cloud",
-    ("tpu", 1): "nowhere: on a TPU",
-    ("tpu", 3): "nowhere: on several TPU hosts",
-    ("tpu", 4): "as the next block, on one machine",
+    ("finetuning", 5): "by hand: needs a synthesizer and half an hour",
+    ("padding", 1): "by hand: needs downloaded data and minutes",
+    ("tpu", 0): "nowhere: needs a Google Cloud account",
+    ("tpu", 1): "nowhere: needs a TPU",
+    ("tpu", 3): "nowhere: needs several TPU hosts",
+    ("tpu", 4): "the next block is the same on one machine",
     **{
-        ("speed", number): "by hand, minutes each; test_benchmark.py runs most of them in small"
+        ("speed", number): "by hand: minutes each; test_benchmark.py runs small versions of most"
         for number in range(len(blocks("speed.md", "sh")))
     },
 }
 
 
 def runs_in_process(block):
-    """Whether test_pages.py runs all that a block says."""
+    """Whether test_pages.py runs all commands of a block."""
     lines = block.replace("\\\n", " ").splitlines()
     piped = any(" | " in line for line in lines) or any("-" in arguments for arguments in commands(block))
     return not piped and all(line.startswith("ast-jax ") for line in lines)
 
 
-QUICKER = "--epochs 1 --linear-probe --workers 0"  # of a training
+QUICKER = "--epochs 1 --linear-probe --workers 0"  # for training commands
 
 
-def test_every_command_is_run_or_known_not_to_be():
+def test_every_command_runs_or_has_a_reason_not_to():
     pages = [(name, number) for name, number in ALL if name in RUN_WHOLE and name not in NOT_RUN]
     in_process = {(name, number) for name, number in pages if runs_in_process(blocks(f"{name}.md", "sh")[number])}
     assert RUN.keys() | ELSEWHERE.keys() | in_process == set(ALL)
@@ -90,7 +90,7 @@ def test_every_command_is_run_or_known_not_to_be():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The sounds that the page on fine-tuning makes."""
+    """The example data of the fine-tuning page."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -100,11 +100,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """A folder for PATH: ast-jax of this tree, and two programs that write what their like writes to a pipe."""
+    """A folder for PATH: ast-jax of this tree, and stand-ins for arecord and ffmpeg that write to a pipe."""
     folder = tmp_path_factory.mktemp("programs")
     samples = np.concatenate([ast_jax.read_audio(SOUNDS / f"{name}.flac") for name in ("speech", "siren")])
     raw = (samples * 32767).astype("<i2").tobytes()
-    endless = 0xFFFFFFFF  # the lengths, as they are not known yet
+    endless = 0xFFFFFFFF  # unknown lengths
     header = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", endless, b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16)
     note = struct.pack("<4sI4s4sI14s", b"LIST", 26, b"INFO", b"ISFT", 14, b"Lavf60.16.100\0")
     (folder / "raw").write_bytes(raw)
@@ -123,8 +123,8 @@ def programs(tmp_path_factory):
 
 
 @pytest.fixture
-def desk(data, tmp_path, monkeypatch):
-    """A folder with all that the commands speak of."""
+def workdir(data, tmp_path, monkeypatch):
+    """A working directory with the files that the commands name."""
     monkeypatch.chdir(tmp_path)
     tiny = pathlib.Path(ast_jax.__file__).parent / "models" / "sounds-tiny"
     for name, target in {
@@ -142,7 +142,7 @@ def desk(data, tmp_path, monkeypatch):
 
 
 def esc50():
-    """Write a data set as ESC-50's archive unpacks: five folds of three classes, four clips each."""
+    """Write a data set in ESC-50's layout: five folds of three classes, four clips each."""
     rng = np.random.default_rng(0)
     lines = ["filename,fold,target,category,esc10,src_file,take"]
     audio = pathlib.Path("ESC-50-master", "audio")
@@ -162,7 +162,7 @@ def environment(programs):
 
 
 def script_of(page, number):
-    """Return a block, with its words for several names replaced, and without what runs until it is stopped."""
+    """Return a block with its placeholders replaced, and without the demo, which runs until it is stopped."""
     path = ROOT / "README.md" if page == "README" else DOCS / f"{page}.md"
     text = blocks(path, "sh")[number]
     for word, names in RUN[page, number].items():
@@ -173,10 +173,10 @@ def script_of(page, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "number"), [key for key in RUN if key != ("finetuning", 2)], ids=lambda key: str(key))
-def test_commands_run(page, number, desk, programs):
+def test_commands_run(page, number, workdir, programs):
     script = script_of(page, number)
     if page == "finetuning" and number == 1:
-        script += script_of(page, 2)  # of one of the models that the first have trained
+        script += script_of(page, 2)  # evaluates one of the models trained by the first block
     if "ESC-50" in script:
         esc50()
     script = f"set -euo pipefail\n{script}"
@@ -185,15 +185,15 @@ def test_commands_run(page, number, desk, programs):
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert not [name for name in WRITTEN[page, number] if not (desk / name).exists()]
+    assert not [name for name in WRITTEN[page, number] if not (workdir / name).exists()]
     if page == "sliding-windows":
         assert "Speech" in done.stdout
-        assert "Siren" in (desk / "film.txt").read_text()
+        assert "Siren" in (workdir / "film.txt").read_text()
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("command", re.findall(r"^ast-jax (demo.*)$", "\n".join(blocks("demo.md", "sh")), re.MULTILINE))
-def test_the_page_is_served(command, desk):
+def test_the_page_is_served(command, workdir):
     shutil.copytree("MODEL", "RUN/best")
     address = f"http://127.0.0.1:{(re.findall(r'--port (.*)', command) or ['7860'])[0]}"
     arguments = [sys.executable, "-m", "ast_jax.cli.main", *command.split()]
@@ -214,7 +214,7 @@ def test_the_page_is_served(command, desk):
 
 @pytest.mark.network
 def test_a_fresh_install(tmp_path):
-    """The README's first command, in a copy of what is under version control."""
+    """The README's first command, in a clone of the repository."""
     (command,) = blocks(ROOT / "README.md", "sh")[0].splitlines()
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", ROOT, copy], check=True)
