@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import numbers
+import os
 import pathlib
 import types
 import typing
@@ -79,17 +80,18 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-_SCALARS = {
+_SCALARS: dict[Any, _Kind] = {
     types.NoneType: _scalar("None", lambda value: value is None, lambda _: None),
     bool: _scalar("true or false", lambda value: isinstance(value, bool), bool),
     int: _scalar("an integer", _is_integer, int),
     float: _scalar("a finite number", _is_finite, float),
     str: _scalar("a string", lambda value: isinstance(value, str), str),
+    os.PathLike[str]: _scalar("a path", lambda value: isinstance(value, os.PathLike), os.fspath),
 }
 
 
 def _kind(annotation: Any) -> _Kind:
-    """Return the kind of an annotation: None, bool, int, float, str, a StrEnum, a tuple or a union of these.
+    """Return the kind of an annotation: one of `_SCALARS`, a StrEnum, a tuple or a union of these.
 
     A `str` beside a StrEnum in a union stands for the enum's values, which become members.
 
@@ -108,7 +110,8 @@ def _kind(annotation: Any) -> _Kind:
         return _union([_kind(one) for one in sorted(chosen, key=lambda one: one is not types.NoneType)])
     if origin is tuple and arguments:
         return _tuple([_kind(one) for one in arguments if one is not ...], any_length=arguments[-1] is ...)
-    raise TypeError(f"expected None, bool, int, float, str, a StrEnum, a tuple or a union of these, got {annotation!r}")
+    names = "None, bool, int, float, str, os.PathLike[str], a StrEnum, a tuple or a union of these"
+    raise TypeError(f"expected {names}, got {annotation!r}")
 
 
 def _is_enum(annotation: Any) -> bool:
@@ -156,11 +159,11 @@ def _field_kinds(cls: type[DataclassInstance]) -> dict[str, _Kind]:
 def check_types(config: DataclassInstance) -> None:
     """Check the fields of a frozen dataclass against their annotations, and convert them to plain values.
 
-    NumPy's numbers become `int` and `float`, lists become tuples, strings become members of a StrEnum, so that JSON can
-    write a field and equal fields have equal hashes.
+    NumPy's numbers become `int` and `float`, paths strings, lists tuples, and strings members of a StrEnum, so that
+    JSON can write a field and equal fields have equal hashes.
 
     Raises:
-        TypeError: an annotation other than None, bool, int, float, str, a StrEnum, a tuple or a union of these.
+        TypeError: an annotation that `_kind` does not know.
         ValueError: a value of another type, or a float that is not finite.
     """
     for name, kind in _field_kinds(type(config)).items():

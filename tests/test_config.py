@@ -4,6 +4,8 @@ import dataclasses
 import enum
 import functools
 import json
+import os
+import pathlib
 import pickle
 import typing
 
@@ -387,6 +389,7 @@ ANNOTATIONS = {
         Color | str | None, [("red", Color.RED), (None, None)], ["green", 1], "None or one of red, blue"
     ),
     "names": (tuple[str, ...], [((), ()), (["a", "b"], ("a", "b"))], ["a", None, {}], "a tuple (any number of items, "),
+    "path": (str | os.PathLike[str], [(pathlib.Path("a"), "a"), ("b", "b")], [None, b"a", 3], "a string or a path"),
     "pair": (int | tuple[int, int], [(3, 3), ([3, np.int32(4)], (3, 4))], [(1,), (1, 2, 3), (1, "2"), "1"],
              "an integer or a tuple (an integer, an integer)"),
 }  # fmt: skip
@@ -422,7 +425,7 @@ def test_an_annotation_that_cannot_be_checked_is_a_type_error(annotation):
     """Otherwise its field would not be checked."""
     cls = dataclasses.make_dataclass("Options", [("field", annotation)], frozen=True)
     with pytest.raises(
-        TypeError, match=r"annotation of Options\.field: expected None, bool, int, float, str, a StrEnum"
+        TypeError, match=r"annotation of Options\.field: expected None, bool, int, float, str, os\.PathLike"
     ):
         check_types(cls(None))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ast_jax.audio.io import AudioSource, decode
-from ast_jax.config import FrontendConfig
+from ast_jax.config import FrontendConfig, check_types
 from ast_jax.data import hf_folder, layouts, manifests
 from ast_jax.data.records import SPLITS, DataError, Listing, Row
 from ast_jax.labels import audioset_ids, label_set, read_label_ids, read_labels
@@ -126,16 +126,10 @@ class DatasetConfig:
     fold: str | int | None = None
 
     def __post_init__(self) -> None:
-        """Check the types, and convert every field to a string for JSON."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, field.name, os.fspath(value))
-            elif field.name == "fold" and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, str(value))
-            elif not isinstance(value, str) and (value is not None or field.name == "source"):
-                expected = "a fold's name" if field.name == "fold" else "a path"
-                raise ValueError(f"{field.name}: expected {expected}, got {value!r}")
+        """Check the types, and convert paths and the fold to strings for JSON."""
+        check_types(self)
+        if isinstance(self.fold, int):
+            object.__setattr__(self, "fold", str(self.fold))
 
     @classmethod
     def of(cls, data: DatasetConfig | str | os.PathLike[str]) -> DatasetConfig:

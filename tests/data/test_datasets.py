@@ -1,6 +1,7 @@
 """Data sets of every layout to examples, and one-line errors for damaged ones."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -312,6 +313,18 @@ def test_other_sources_for_validation_and_test(three):
         read_dataset(DatasetConfig(plain, test=three / "two.csv"))
     with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
         read_dataset(DatasetConfig(plain, test=three / "none"))
+
+
+def test_fields_are_strings_and_of_their_types():
+    config = DatasetConfig(pathlib.Path("a"), test=pathlib.Path("b"), fold=3)
+    assert config == DatasetConfig("a", test="b", fold="3")
+    assert dataclasses.astuple(config) == ("a", None, "b", None, "3")
+    for name, value, expected in (
+        ("source", None, "a string or a path"), ("validation", 3, "None or a string or a path"),
+        ("fold", True, "None or a string or an integer"), ("fold", 1.0, "None or a string or an integer"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: expected {expected}, got {value}$"):
+            DatasetConfig(**{"source": "a", name: value})
 
 
 def test_labels_of_another_source_count_too(tmp_path):
