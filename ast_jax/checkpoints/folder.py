@@ -27,7 +27,6 @@ from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors, rais
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig, read_config, read_json
 from ast_jax.model.functional import param_shapes
 from ast_jax.runtime.files import whole_folder, write_text
-from ast_jax.runtime.progress import progress
 
 FORMAT = 1
 PARAMS_FOLDER = "params"
@@ -76,7 +75,6 @@ class Checkpoint:
         return dataclasses.replace(self, **changes)
 
 
-@progress("writing the model")
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a checkpoint folder, whole or not at all; a checkpoint already there is replaced.
 
@@ -112,7 +110,6 @@ def check_destination(folder: pathlib.Path) -> None:
         raise CheckpointError(f"{folder}: expected a new folder or a checkpoint to replace, got something else")
 
 
-@progress("reading the model")
 def read_folder(folder: pathlib.Path) -> Checkpoint:
     """Read a checkpoint folder; the arrays are NumPy, half precision widened to float32.
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from ast_jax.runtime.progress import aside
+from ast_jax.runtime.progress import hidden_bars, progress_display
 
 interrupted = False  # by Ctrl-C, in the middle of something
 EXIT_USAGE = 2
@@ -61,12 +61,13 @@ TimeStride = Annotated[int | None, typer.Option("--time-stride", min=1, help="An
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn the library's exceptions for users into one line on stderr and exit status 1."""
+def user_errors(bars: bool = True) -> Iterator[None]:
+    """Turn the library's exceptions for users into one line on stderr and exit status 1; draw progress bars."""
     global interrupted
     try:
         _import_jax()
-        yield
+        with progress_display() if bars else contextlib.nullcontext():
+            yield
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or Python would complain of it once more at its end
         raise typer.Exit(EXIT_PIPE) from None
@@ -99,14 +100,19 @@ def _import_jax() -> None:
 
 def complain(message: str) -> None:
     """Print one line on stderr."""
-    with aside():
+    with hidden_bars():
         print(f"ast-jax: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
-    """Print lines on stdout."""
-    with aside():
-        print(*map(one_line, text.splitlines()), sep="\n", flush=True)
+    """Print lines on stdout, each with its control characters escaped."""
+    write_out("\n".join(map(one_line, text.splitlines())))
+
+
+def write_out(text: str) -> None:
+    """Print a text on stdout, above the progress bars."""
+    with hidden_bars():
+        print(text, flush=True)
 
 
 def wrong_usage(message: str) -> NoReturn:

@@ -23,6 +23,7 @@ from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.checkpoints.load import load
 from ast_jax.checkpoints.locate import shipped_models
 from ast_jax.inference import explanations, pictures, predict
+from ast_jax.runtime.progress import progress_display, step
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -67,7 +68,8 @@ def build_app(models: list[str], limits: Limits) -> Any:
         raise ValueError("the page needs Gradio; install it with: pip install 'ast-jax[demo]'") from error
 
     names = list(dict.fromkeys([*models, *shipped_models()]))
-    page = _Page(limits, {names[0]: load(names[0])}, folder)
+    with progress_display(), step("loading the model"):
+        page = _Page(limits, {names[0]: load(names[0])}, folder)
     shown: dict[str, Any] = {"type": "filepath", "interactive": False, "buttons": ["download", "fullscreen"]}
     with gradio.Blocks(title="ast_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gradio.Markdown("# What is in this sound?\nDrop a sound or record one. It stays on this machine.")

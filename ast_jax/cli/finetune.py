@@ -32,6 +32,7 @@ from ast_jax.cli.common import (
     wrong_usage,
 )  # fmt: skip
 from ast_jax.config import ProblemType
+from ast_jax.runtime.progress import step
 from ast_jax.training.config import TrainConfig
 
 SAVE_MINUTES = 10.0
@@ -205,7 +206,7 @@ def finetune(
         wrong_usage("--mean and --std: expected both or none, got one")
     if coordinator is None and (num_processes is not None or process_id is not None):
         wrong_usage("--num-processes and --process-id: expected with --coordinator only")
-    with user_errors():
+    with user_errors(), step("fine-tuning"):
         need_train_extra("finetune")
         _join(distributed, coordinator, num_processes, process_id)
         from ast_jax.checkpoints.load import load
@@ -238,7 +239,7 @@ def finetune(
                 if chosen:
                     own: dict[str, float | None] = {"max_length": _sized(size, chosen)["max_length"]}
                     own |= {} if mean is None else {"mean": mean, "std": std}
-                    print(*chosen.lines(_others(chosen, training), own, init or architecture or "scratch"), sep="\n")
+                    say("\n".join(chosen.lines(_others(chosen, training), own, init or architecture or "scratch")))
                 statistics = None if mean is None else (mean, std)
                 if chosen and mean is None:
                     statistics = chosen.frontend["mean"], chosen.frontend["std"]
@@ -268,8 +269,8 @@ def finetune(
             complain(f"stopped; go on with: {command}" if resumable else "stopped")
             raise typer.Exit(EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED) from None
         if best is not None:  # only the first of several processes has it
-            print(f"the best: {run_folder.row_line(best.metadata['epoch'])}")
-            print(f"checkpoint: {output / 'best'}")
+            say(f"the best: {run_folder.row_line(best.metadata['epoch'])}")
+            say(f"checkpoint: {output / 'best'}")
 
 
 def _join(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

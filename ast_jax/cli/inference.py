@@ -149,7 +149,7 @@ def classify(
             check_place(picture)
         from ast_jax.audio.streams import Live
         from ast_jax.inference.predict import analyze_each
-        from ast_jax.runtime.progress import track
+        from ast_jax.runtime.progress import step, track
 
         checkpoint = _loaded(model)
         live = files == [STDIN]
@@ -169,7 +169,7 @@ def classify(
                 sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
                 batch_size=batch_size, tell=tell,
             )  # fmt: skip
-            for found in track(results, "sounds", len(names)) if output else results:  # else the results are there
+            for found in results if live else track(results, "sounds", len(names)):
                 if found.error:
                     failed = True
                     complain(found.error)
@@ -178,7 +178,8 @@ def classify(
         if picture and not failed:
             from ast_jax.inference.pictures import timeline_picture
 
-            timeline_picture(found, checkpoint.frontend, picture, *cut)
+            with step("drawing the picture"):
+                timeline_picture(found, checkpoint.frontend, picture, *cut)
     if failed:
         raise typer.Exit(1)
 
@@ -217,8 +218,10 @@ def _loaded(model: str) -> Checkpoint:
     """Load a model, and tell what was assumed of weights that are not ours."""
     from ast_jax.checkpoints.load import load
     from ast_jax.checkpoints.locate import is_own
+    from ast_jax.runtime.progress import step
 
-    checkpoint = load(model)
+    with step("loading the model"):
+        checkpoint = load(model)
     if pathlib.Path(model).exists() and not is_own(pathlib.Path(model)):
         for note in checkpoint.provenance.notes:
             complain(f"{model}: {note}")
@@ -373,13 +376,16 @@ def explain(
         _check_places(output, arrays)
         from ast_jax.inference.explanations import explain as look_into
         from ast_jax.inference.pictures import explanation_picture
+        from ast_jax.runtime.progress import step
 
         checkpoint = _loaded(model)
-        found = look_into(
-            file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
-            cells=cells,
-        )  # fmt: skip
-        explanation_picture(found, output)
+        with step("explaining"):
+            found = look_into(
+                file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
+                cells=cells,
+            )  # fmt: skip
+        with step("drawing the picture"):
+            explanation_picture(found, output)
         if arrays:
             from ast_jax.inference.vectors import write_arrays
 
@@ -402,7 +408,7 @@ def demo(
     max_minutes: Annotated[float, typer.Option(min=0.01, help="Longest sound.")] = 10.0,
 ) -> None:
     """Serve a page to try models on; needs the extra `demo`."""
-    with user_errors():
+    with user_errors(bars=False):  # requests would draw them
         from ast_jax.cli.demo import Limits, serve
 
         serve(

@@ -51,13 +51,15 @@ def evaluate(
     *models, source = models_and_data
     with user_errors():
         need_train_extra("evaluate")
+        from ast_jax.runtime.progress import step
         from ast_jax.training.measuring import measure
 
         reading = reading_of((validation, test, label_file, fold))
-        measured = measure(
-            models, source, reading, split=split, threshold=threshold, batch_size=batch_size, num_workers=workers,
-            output=output,
-        )  # fmt: skip
+        with step("evaluating"):
+            measured = measure(
+                models, source, reading, split=split, threshold=threshold, batch_size=batch_size, num_workers=workers,
+                output=output,
+            )  # fmt: skip
         if as_json:
             print(json_line(measured.to_json_dict(), indent=2))
         else:
@@ -78,19 +80,20 @@ def average(
     with user_errors():
         from ast_jax.checkpoints.folder import check_destination, save
         from ast_jax.checkpoints.load import load
-        from ast_jax.runtime.progress import track
+        from ast_jax.runtime.progress import step, track
         from ast_jax.training.evaluate import average as mean_of
         from ast_jax.training.run_folder import checkpoints_of
 
         check_destination(output)
         folders = [folder for model in models for folder in checkpoints_of(model, epochs)]
-        found = [load(folder) for folder in track(folders, "models", len(folders))]
+        found = [load(folder) for folder in track(folders, "loading models", len(folders))]
         if len(found) == 1:
             raise ValueError(
                 f"{models[0]}: expected several models to average, got one; --epochs FIRST-LAST takes several of a run "
                 "that was trained with --keep-epochs"
             )
-        save(output, mean_of(found))
+        with step("averaging"):
+            save(output, mean_of(found))
         print(f"checkpoint: {output}, the mean of {len(found)}")
 
 
@@ -113,8 +116,10 @@ def check_data(
         from ast_jax.config import FrontendConfig
         from ast_jax.data.audit import survey
         from ast_jax.data.datasets import DatasetConfig, read_dataset
+        from ast_jax.runtime.progress import step
 
-        dataset = read_dataset(DatasetConfig(data, **reading_of((validation, test, label_file, fold))))
+        with step("reading the data set"):
+            dataset = read_dataset(DatasetConfig(data, **reading_of((validation, test, label_file, fold))))
         found = survey(dataset, FrontendConfig(max_length=max_length))
         if as_json:
             print(json_line(found.to_json_dict(), indent=2))
@@ -150,8 +155,10 @@ def stats(
         from ast_jax.config import FrontendConfig
         from ast_jax.data.audit import statistics, statistics_as_original
         from ast_jax.data.datasets import DatasetConfig, read_dataset
+        from ast_jax.runtime.progress import step
 
-        dataset = read_dataset(DatasetConfig(data, **reading_of((None, None, label_file, fold))))
+        with step("reading the data set"):
+            dataset = read_dataset(DatasetConfig(data, **reading_of((None, None, label_file, fold))))
         if split not in dataset.splits:
             wrong_usage(f"--split: expected {', '.join(dataset.splits)}, got {split!r}")
         frontend = FrontendConfig(max_length=max_length, num_mel_bins=num_mel_bins)

@@ -102,16 +102,18 @@ def convert(
         from ast_jax.checkpoints.pytorch.infer_config import Hints
         from ast_jax.checkpoints.pytorch.pipeline import convert_to
         from ast_jax.labels import read_labels
+        from ast_jax.runtime.progress import step
 
         size = (max_length, num_mel_bins, frequency_stride, time_stride)
         changes: dict[str, object] = dict(zip(SIZE, size, strict=True))
         changes |= {"num_labels": num_labels, "labels": read_labels(labels) if labels else None}
         changes["keep_classifier"] = keep_classifier
         hints = Hints(source_strides, source_max_length, source_num_mel_bins, source_heads)
-        convert_to(
-            source, destination, to.value, check=check, hints=hints, mean=mean, std=std, changes=changes,
-            say=say,
-        )  # fmt: skip
+        with step("converting"):
+            convert_to(
+                source, destination, to.value, check=check, hints=hints, mean=mean, std=std, changes=changes,
+                say=say,
+            )  # fmt: skip
 
 
 @app.command()
@@ -123,8 +125,10 @@ def info(
     with user_errors():
         from ast_jax.checkpoints.load import load
         from ast_jax.model.functional import num_params
+        from ast_jax.runtime.progress import step
 
-        checkpoint = load(model)
+        with step("loading the model"):
+            checkpoint = load(model)
         config, frontend = checkpoint.config, checkpoint.frontend
         has_head = "classifier" in checkpoint.params
         if as_json:
@@ -187,9 +191,11 @@ def export(
     with user_errors():
         from ast_jax.checkpoints.load import load
         from ast_jax.inference.export import export as write_program
+        from ast_jax.runtime.progress import step
 
-        checkpoint = load(model)
-        write_program(checkpoint, output, platforms=[name.strip() for name in platforms.split(",")])
+        with step("exporting"):
+            checkpoint = load(model)
+            write_program(checkpoint, output, platforms=[name.strip() for name in platforms.split(",")])
         frontend = checkpoint.frontend
         print(
             f"{output}: {output.stat().st_size / 1e6:.1f} MB for {platforms}",

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ast_jax.cli.common import json_line, one_line
+from ast_jax.cli.common import json_line, one_line, write_out
 
 if TYPE_CHECKING:
     from ast_jax.checkpoints.folder import Checkpoint
@@ -82,17 +82,17 @@ def window_printer(checkpoint: Checkpoint, top_k: int, as_json: bool) -> Callabl
         best = ranked(part.output, checkpoint.config.labels, top_k)
         if as_json:
             content = {"start": round(part.start, 3), "end": round(part.end, 3), "predictions": _best_json(best)}
-            print(json_line(content), flush=True)
+            write_out(json_line(content))
         else:
             labels = "   ".join(f"{score:.3f} {one_line(label)}" for label, score in best)
-            print(f"{part.start:9.2f} to {part.end:9.2f} s   {labels}", flush=True)
+            write_out(f"{part.start:9.2f} to {part.end:9.2f} s   {labels}")
 
     return tell
 
 
 def _print_json(found: Analysis, top_k: int, cut: Cut) -> None:
     """Print a result as JSON."""
-    print(json_line(_result_json(found, top_k, cut)), flush=True)
+    write_out(json_line(_result_json(found, top_k, cut)))
 
 
 def _print_text(found: Analysis, top_k: int, cut: Cut) -> None:
@@ -107,7 +107,7 @@ def _print_text(found: Analysis, top_k: int, cut: Cut) -> None:
         ]
         if len(segments) > SEGMENTS:
             lines.append(f"  … and {len(segments) - SEGMENTS} more: --timeline FILE has them all")
-    print(*lines, sep="\n", flush=True)
+    write_out("\n".join(lines))
 
 
 def _extent(found: Analysis) -> str:

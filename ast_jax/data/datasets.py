@@ -15,7 +15,6 @@ from ast_jax.config import FrontendConfig, check_types
 from ast_jax.data import hf_folder, layouts, manifests
 from ast_jax.data.records import SPLITS, DataError, Listing, Row
 from ast_jax.labels import audioset_ids, label_set, read_label_ids, read_labels
-from ast_jax.runtime.progress import progress
 
 HELD_OUT = 10  # one in 10 examples of each label is held out for validation if the data set names no split
 PATHS = ("source", "validation", "test", "label_file")  # fields of `DatasetConfig` that are paths
@@ -163,7 +162,6 @@ class DatasetConfig:
         return dataclasses.replace(self, **given)
 
 
-@progress("reading the data set")
 def read_dataset(data: DatasetConfig | str | os.PathLike[str], seed: int = 0) -> DataSet:
     """Read a data set; its layout is detected from the files.
 

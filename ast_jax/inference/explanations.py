@@ -25,7 +25,7 @@ from ast_jax.inference.embeddings import patch_extents
 from ast_jax.model import functional as model
 from ast_jax.model.attention import fastest_implementation
 from ast_jax.model.scores import scores as to_scores
-from ast_jax.runtime.progress import progress, track
+from ast_jax.runtime.progress import track
 
 KNOWN = 12  # labels that are named to one who asks for another
 CELLS = (8, 16)  # of the spectrogram that occlusion takes out, one at a time: frequency, time
@@ -70,7 +70,6 @@ class Explanation:
     frontend: FrontendConfig
 
 
-@progress("explanation")
 def explain(
     audio: Any,
     checkpoint: Checkpoint | str | os.PathLike[str] = predict.DEFAULT_MODEL,
@@ -121,12 +120,10 @@ def explain(
     spec, (frames,) = extractor(waveform, frontend.sampling_rate, return_attention_mask=True)  # [1, T, F] with padding
     spec = jnp.asarray(spec[0])
     params = jax.device_put(params)
-    with progress("scores"):
-        outputs = jax.block_until_ready(_logits(params, spec, config))
+    outputs = _logits(params, spec, config)
     best = np.argsort(-np.asarray(outputs), kind="stable")[:top_k].tolist()
     wanted = [config.labels.index(label) for label in labels] if labels else best
-    with progress("rollout and saliency"):
-        rollout, saliency = jax.block_until_ready(_looks(params, spec, np.asarray(wanted), config))
+    rollout, saliency = _looks(params, spec, np.asarray(wanted), config)
     patch_times, patch_frequencies = patch_extents(config, frontend)
     inside = np.flatnonzero(patch_times[:, 0] < len(waveform) / frontend.sampling_rate)
     time_edges = _edges(int(frames), cells[1])

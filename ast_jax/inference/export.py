@@ -18,7 +18,6 @@ from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.model import functional as model
 from ast_jax.runtime.files import whole_file
-from ast_jax.runtime.progress import progress
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -103,7 +102,6 @@ class Program:
         return jnp.stack([named[label] for label in self.labels], axis=-1)
 
 
-@progress("export")
 def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, platforms: Sequence[str] = PLATFORMS) -> None:
     """Write a model as a program for `jax.export.deserialize`: samples in, logits out, for any size of batch.
 

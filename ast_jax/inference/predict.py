@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -26,7 +25,6 @@ from ast_jax.inference.timeline import AGGREGATES, Analysis
 from ast_jax.model import functional as model
 from ast_jax.model.attention import fastest_implementation
 from ast_jax.model.scores import scores
-from ast_jax.runtime.progress import aside, progress
 
 logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "sounds-tiny"
@@ -151,8 +149,7 @@ def _told(events: Iterable[Part | End], tell: Callable[[Part], None]) -> Iterato
     """Yield events, and tell the windows among them."""
     for event in events:
         if isinstance(event, Part):
-            with aside():
-                tell(event)
+            tell(event)
         yield event
 
 
@@ -194,7 +191,6 @@ class Runner:
         self.checkpoint = checkpoint.replace(frontend=frontend, params=jax.device_put(checkpoint.params))
         self.output, self.padding, self.batch_size = output, padding, batch_size
         self.lengths: dict[int, Checkpoint] = {}  # the model at other lengths
-        self.compiled: set[tuple[int, int]] = set()  # frames and batch
 
     def __call__(self, sounds: Sequence[np.ndarray]) -> Callable[[], Sequence[np.ndarray]]:
         """Start the model on sounds [B] of [S]; what is returned waits for the outputs [B, ...]."""
@@ -238,10 +234,7 @@ class Runner:
             num_samples[row] = len(filled)
         inputs = (waveforms, num_samples)
         piece, masked = _piece(size, config), self.padding == "mask"
-        compiled = (frames, size) in self.compiled
-        self.compiled.add((frames, size))
-        with contextlib.nullcontext() if compiled else progress("compilation"):
-            return _run(params, inputs, config, frontend, piece, None, _attention(params, None), self.output, masked)
+        return _run(params, inputs, config, frontend, piece, None, _attention(params, None), self.output, masked)
 
 
 def logits(params: Any, spec: Any, config: ASTConfig, *, dtype: Any = None) -> jax.Array:

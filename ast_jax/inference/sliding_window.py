@@ -19,7 +19,7 @@ import numpy as np
 from ast_jax.audio.io import AudioError, describe, header_seconds
 from ast_jax.audio.streams import Live, mono_blocks
 from ast_jax.audio.windows import Grid, cut, piece_starts
-from ast_jax.runtime.progress import progress
+from ast_jax.runtime.progress import step
 from ast_jax.runtime.threads import ordered_map
 
 AHEAD = 3  # batches that are read before the first of them is out
@@ -115,7 +115,7 @@ def by_sound(events: Iterable[Part | End], bar: bool = True) -> Iterator[tuple[E
 
     Args:
         events: of `listen`.
-        bar: say on a terminal how far a sound is heard.
+        bar: draw a progress bar for each long file.
     """
     parts: list[Part] = []
     for event in _with_bar(events) if bar else events:
@@ -130,27 +130,24 @@ def by_sound(events: Iterable[Part | End], bar: bool = True) -> Iterator[tuple[E
 
 
 def _with_bar(events: Iterable[Part | End]) -> Iterator[Part | End]:
-    """Yield events, while a bar says how far a sound is heard; it is gone when the end of the sound is there."""
+    """Yield events, with a progress bar over the seconds of each file of several windows until its end comes."""
     events = iter(events)
-    while True:
-        part: Part | None = None  # that came last
-        heard = 0.0
-        with progress("seconds heard", lambda: _seconds(part)) as advance:  # noqa: B023 (called within the block)
-            for event in events:
-                if isinstance(event, End):
-                    break
-                part = event
-                advance(part.end - heard)
-                heard = part.end
-                yield part
-            else:
-                return
+    for event in events:
+        total = _seconds(event) if isinstance(event, Part) else None
+        if isinstance(event, Part) and total is not None and event.end < total:
+            scored = 0.0
+            with step("seconds", total) as advance:
+                while isinstance(event, Part):
+                    advance(event.end - scored)
+                    scored = event.end
+                    yield event
+                    event = next(events)  # after its windows comes the end of a sound
         yield event
 
 
-def _seconds(part: Part | None) -> float | None:
-    """Return how long the file says that it is of which this is a window."""
-    if part is None or not isinstance(part.source, str | os.PathLike) or not os.path.isfile(part.source):
+def _seconds(part: Part) -> float | None:
+    """Return the duration in the header of the file that this is a window of; None where it is no file."""
+    if not isinstance(part.source, str | os.PathLike) or not os.path.isfile(part.source):
         return None
     with contextlib.suppress(OSError, ValueError):
         return header_seconds(part.source)

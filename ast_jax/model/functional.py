@@ -16,12 +16,10 @@ import numpy as np
 from ast_jax.config import ASTConfig
 from ast_jax.model.attention import IMPLEMENTATIONS
 from ast_jax.model.modules import ASTForAudioClassification, ASTModel, ASTOutput
-from ast_jax.runtime.progress import progress
 
 Params = Mapping[str, Any]
 
 
-@progress("drawing weights")
 def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
     """Draw parameters for training from scratch: a nested dict of float32 arrays (float64 under x64).
 

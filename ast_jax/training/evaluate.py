@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.data.datasets import DataError, Example
-from ast_jax.runtime.progress import progress, track
+from ast_jax.runtime.progress import track
 from ast_jax.training import input_pipeline
 from ast_jax.training import step as train
 from ast_jax.training.parallel import DataParallel
@@ -73,7 +73,7 @@ class Evaluator:
         """Return the predictions of replicated params; call `between` before each batch."""
         logits, labels, usable = [], [], []
         batches = itertools.islice(self._batches, self._num_batches)
-        for batch in track(batches, "evaluation", self._num_batches):
+        for batch in track(batches, "evaluation batches", self._num_batches):
             between()
             labels.append(batch.pop("labels"))
             usable.append(batch.pop("usable"))
@@ -112,7 +112,6 @@ def evaluate(
         return evaluator(parallel.replicate(checkpoint.params))
 
 
-@progress("averaging")
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """Return a checkpoint whose params are the mean of several (weight averaging; paper, section 3.1).
 

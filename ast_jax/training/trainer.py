@@ -31,7 +31,7 @@ from ast_jax.model import functional as model
 from ast_jax.model.attention import fastest_implementation
 from ast_jax.model.losses import loss
 from ast_jax.runtime.files import write_text
-from ast_jax.runtime.progress import progress
+from ast_jax.runtime.progress import hidden_bars, progress_display, step
 from ast_jax.runtime.signals import DEFERRED, defer_signals, stop
 from ast_jax.training import distill, input_pipeline, optimizers, plots, run_folder
 from ast_jax.training import step as train
@@ -124,7 +124,7 @@ class Loop:
         say: Say,
     ):
         """Set up steps and state, the latter from a saved one where there is one."""
-        self.run, self.folder, self.machine, self.say = run, folder, machine, say
+        self.run, self.folder, self.machine, self._say = run, folder, machine, say
         self.first = not jax.process_index()
         training = run.training
         self.examples, self.validation = dataset.splits["train"], dataset.splits["validation"]
@@ -167,10 +167,16 @@ class Loop:
         self.elsewhere: dict[str, str] = {}  # sounds that this process, one of several, could not read
         self.pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
 
+    def say(self, line: str) -> None:
+        """Report a line, above the progress bars."""
+        with hidden_bars():
+            self._say(line)
+
     def train(self) -> Checkpoint | None:
         """Train to the end, and return the best epoch's checkpoint; the first of several processes alone has it."""
         training, record = self.run.training, self.record
         with contextlib.ExitStack() as stack:
+            stack.enter_context(progress_display())
             alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
             self.came = stack.enter_context(defer_signals(DEFERRED if alone else (signal.SIGINT,)))
             if self.first:
@@ -219,7 +225,7 @@ class Loop:
             while not is_over(record.history, training):
                 began = time.monotonic()
                 epoch = len(record.history) + 1
-                with progress(f"epoch {epoch}/{training.epochs}", self.steps_per_epoch) as advance:
+                with step(f"epoch {epoch}/{training.epochs}", self.steps_per_epoch) as advance:
                     advance(record.step - (epoch - 1) * self.steps_per_epoch)
                     while record.step < epoch * self.steps_per_epoch:
                         self._stop_if_asked(between_steps=True)

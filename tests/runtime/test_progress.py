@@ -1,4 +1,4 @@
-"""Progress bars: what a terminal shows, of what takes a while, and of everything that may."""
+"""Progress bars: what a terminal shows, and which command draws which bars."""
 
 import contextlib
 import gc
@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,20 +17,24 @@ import jax
 import numpy as np
 import pyte
 import pytest
+import rich.progress
 import soundfile
 from pages import SOUNDS
 
 import ast_jax
 from ast_jax.audio.streams import Live
 from ast_jax.checkpoints.pytorch.pipeline import convert_to
+from ast_jax.cli.main import app
 from ast_jax.data import datasets
-from ast_jax.inference import pictures, sliding_window
+from ast_jax.inference import sliding_window
 from ast_jax.inference.sliding_window import End, Part
-from ast_jax.runtime import progress
-from ast_jax.training import evaluate
+from ast_jax.runtime.progress import hidden_bars, progress_display, step, track
 
-AT_ONCE = "import rich.live, rich.progress; from ast_jax import progress; progress.PATIENCE, progress.TICK = 0, 0.01\n"
-CLI = AT_ONCE + "import sys; from ast_jax.cli.main import app; app(sys.argv[1:])\n"
+SCRIPT = """
+import os, sys
+from ast_jax.runtime.progress import hidden_bars, progress_display, step, track
+"""
+CLI = "import sys; from ast_jax.cli.main import app; app(sys.argv[1:])\n"
 
 
 class Terminal:
@@ -78,14 +83,47 @@ class Terminal:
         return status, self.lines()
 
 
+class FakeTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@contextlib.contextmanager
+def terminal():
+    """Take a stream for stderr that is a terminal, on which nothing must be left."""
+    stream = FakeTerminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setenv("TERM", "xterm")
+        yield stream
+    screen = pyte.Screen(80, 24)
+    screen.set_mode(pyte.modes.LNM)  # a line feed returns the carriage, as terminals have it
+    pyte.Stream(screen).feed(stream.getvalue())
+    assert not "".join(screen.display).strip()
+
+
+class Opened(list):
+    """Descriptions of the tasks that were added, and what they were added to."""
+
+    bars = None
+
+    def tasks(self):
+        """Return the open tasks: description, count and total."""
+        return [(task.description, task.completed, task.total) for task in self.bars.tasks] if self.bars else []
+
+
 @pytest.fixture
 def opened(monkeypatch):
-    """Stderr is taken for a terminal; the titles of bars that were opened, while none is drawn."""
-    titles = []
-    monkeypatch.setattr(progress, "_is_terminal", lambda stream: True)
-    monkeypatch.setattr(progress, "_wake_up", lambda: titles.append(progress._open[-1].title))
-    yield titles
-    assert progress._open == []
+    opened, add_task = Opened(), rich.progress.Progress.add_task
+
+    def record(self, description, **options):
+        opened.append(description)
+        opened.bars = self
+        return add_task(self, description, **options)
+
+    monkeypatch.setattr(rich.progress.Progress, "add_task", record)
+    yield opened
+    assert opened.tasks() == []
 
 
 @pytest.fixture
@@ -99,44 +137,102 @@ def names_of(lines):
 
 
 def test_bars_stand_under_each_other_and_what_is_printed_above():
-    script = f"""{AT_ONCE}
+    script = f"""{SCRIPT}
 print("before")
-with progress.progress("outer", 3) as advance:
-    advance(1)
-    input()
-    with progress.progress("[red]inner[/red]"):
+with progress_display():
+    with step("outer", 3) as advance:
+        advance(1)
         input()
-    with progress.aside():
-        print("a result")
-        print("a\\tmessage " + 250 * "x", file=sys.stderr)
-    advance(1)
-    input()
+        with step("[red]inner[/red]"):
+            input()
+        with hidden_bars():
+            print("a result")
+            print("a\\tmessage " + 250 * "x", file=sys.stderr)
+        advance(1)
+        input()
+    print("after the bar")
 print("after")
 """
-    terminal = Terminal("import sys\n" + script)
+    terminal = Terminal(script)
     terminal.go_on_when(lambda lines: names_of(lines) == ["before", "outer"] and " 1/3 " in lines[1])
     terminal.go_on_when(lambda lines: names_of(lines) == ["before", "outer", "[red]inner[/red]"])
     printed = ["before", "a result", f"a       message {250 * 'x'}"]
     terminal.go_on_when(lambda lines: lines[:3] == printed and names_of(lines[3:]) == ["outer"] and " 2/3 " in lines[3])
     status, lines = terminal.end()
-    assert (status, lines) == (0, [*printed, "after"])
-    assert b"?25l" not in terminal.seen  # the cursor stays: one who is killed could not bring it back
+    assert (status, lines) == (0, [*printed, "after the bar", "after"])
+    assert b"?25l" not in terminal.seen  # the cursor stays: a process that is killed could not show it again
 
 
-def test_what_is_over_soon_has_none():
-    terminal = Terminal("from ast_jax import progress\nfor _ in progress.track(range(3), 'quick', 3): input()")
+def test_several_bars_return_below_what_is_printed():
+    """Without erasing it."""
+    script = f"""{SCRIPT}
+with progress_display(), step("outer"), step("inner"):
+    input()
+    for number in range(20):
+        with hidden_bars():
+            print("result", number)
+    input()
+"""
+    terminal = Terminal(script)
+    terminal.go_on_when(lambda lines: names_of(lines) == ["outer", "inner"])
+    results = [f"result {number}" for number in range(20)]
+    terminal.go_on_when(lambda lines: lines[:20] == results and names_of(lines[20:]) == ["outer", "inner"])
+    assert terminal.end() == (0, results)
+
+
+def test_without_a_display_nothing_is_drawn():
+    """As for those who call the library."""
+    terminal = Terminal(f"{SCRIPT}\nfor _ in track(range(3), 'items', 3): input()")
     for _ in range(3):
         terminal.go_on_when(lambda lines: not lines)
     assert terminal.end() == (0, [])
     assert terminal.seen == b""
 
 
-def test_an_error_takes_the_bars_away():
+def test_an_error_erases_the_bars():
     terminal = Terminal(
-        f"{AT_ONCE}\nwith progress.progress('outer'), progress.progress('inner'):\n    input()\n    raise SystemExit(3)"
+        f"{SCRIPT}\nwith progress_display(), step('outer'), step('inner'):\n    input()\n    raise SystemExit(3)"
     )
     terminal.go_on_when(lambda lines: names_of(lines) == ["outer", "inner"])
     assert terminal.end() == (3, [])
+
+
+def test_ctrl_c_erases_the_bars():
+    script = f"""{SCRIPT}
+import time
+from ast_jax.cli.common import user_errors
+with user_errors():
+    for _ in track(range(3), "items", 3):
+        time.sleep(60)
+"""
+    terminal = Terminal(script)
+    terminal.go_on_when(lambda lines: names_of(lines) == ["items"])
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.wait(timeout=60)
+    status, lines = terminal.end()
+    assert status != 0
+    assert lines[0] == "ast-jax: stopped"
+    assert "items" not in names_of(lines)
+
+
+def test_a_fork_draws_nothing():
+    """Nor waits for the lock of a thread that only its parent has."""
+    script = f"""{SCRIPT}
+with progress_display(), step("outer"):
+    for number in range(20):
+        child = os.fork()
+        if not child:
+            for _ in track(range(3), "forked", 3):
+                with hidden_bars():
+                    pass
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    input()
+"""
+    terminal = Terminal(script)
+    terminal.go_on_when(lambda lines: names_of(lines) == ["outer"])
+    assert terminal.end() == (0, [])
+    assert b"forked" not in terminal.seen
 
 
 @pytest.fixture
@@ -151,7 +247,7 @@ def test_results_on_a_terminal_are_whole(files):
     terminal = Terminal(CLI, "classify", *files, "--json", "-k", "1", "--threshold", "2")
     status, lines = terminal.end()
     assert status == 1
-    assert b"seconds heard" in terminal.seen
+    assert b"sounds" in terminal.seen
     assert [json.loads(line)["file"] for line in lines if line[0] == "{"] == [str(files[0]), str(files[2])]
     assert len(lines) == 3
     assert lines[1].startswith(f"ast-jax: {files[1]}: ")
@@ -166,7 +262,7 @@ def test_bars_are_not_among_the_results(files, tmp_path):
     assert terminal.process.stdout.read() == plain.stdout
     status, lines = terminal.end()
     assert status == plain.returncode == 1
-    assert b"seconds heard" in terminal.seen
+    assert b"sounds" in terminal.seen
     assert lines == plain.stderr.decode().splitlines()
     assert len(lines) == 1
 
@@ -175,7 +271,7 @@ def test_messages_stand_above_the_bar(files, tmp_path):
     terminal = Terminal(CLI, "embed", *files, "-o", tmp_path / "e.npz")
     status, lines = terminal.end()
     assert status == 1
-    assert re.search(r"sounds +\S+━.* [01]/3 ", terminal.seen.decode())
+    assert re.search(r"sounds .*━.*[01]/3", terminal.seen.decode())
     assert len(lines) == 2
     assert lines[0].startswith(f"ast-jax: {files[1]}: ")
     assert lines[1] == f"{tmp_path / 'e.npz'}: the vectors of 2 sounds"
@@ -194,7 +290,8 @@ class NoTerminal:
 @pytest.mark.parametrize("stderr", [None, NoTerminal()], ids=["none", "only written to"])
 def test_without_a_stderr(stderr, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert list(progress.track(range(3), "three", 3)) == [0, 1, 2]
+    with progress_display():
+        assert list(track(range(3), "three", 3)) == [0, 1, 2]
 
 
 def test_with_a_stderr_that_is_closed():
@@ -206,83 +303,92 @@ def test_with_a_stderr_that_is_closed():
     assert b"Speech" in closed.stdout
 
 
-class FakeTerminal(io.StringIO):
-    def isatty(self):
-        return True
+def test_a_stderr_that_is_closed_meanwhile(monkeypatch):
+    """As when the terminal is gone."""
+    gone = FakeTerminal()
+    monkeypatch.setattr(sys, "stderr", gone)
+    with progress_display(), step("a step"):
+        gone.close()
+        with hidden_bars():
+            pass
+        assert list(track(range(3), "three", 3)) == [0, 1, 2]
 
 
-def test_bars_that_the_garbage_collector_closes_stop_nothing(monkeypatch):
-    """It may do so in the thread that draws, too, in the middle of drawing."""
-    monkeypatch.setattr(sys, "stderr", FakeTerminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(progress, "PATIENCE", 0)
-    monkeypatch.setattr(progress, "TICK", 0.001)
-    began = time.monotonic()
-    for number in range(200):
-        abandoned = [progress.track(range(3), f"bar {number}", 3)]
-        next(abandoned[0])
-        abandoned.append(abandoned)
-        time.sleep(0.002)
-    del abandoned
-    while progress._open and time.monotonic() - began < 60:  # the other thread may be collecting
+def test_bars_that_the_garbage_collector_closes_stop_nothing():
+    """It may do so while rich holds a lock that the drawing thread waits for, in either thread."""
+    with terminal() as stream, progress_display():
+        for number in range(200):
+            abandoned = [track(range(3), f"bar {number}", 3)]
+            next(abandoned[0])
+            abandoned.append(abandoned)
+            with hidden_bars():
+                pass
+        del abandoned
         gc.collect()
-    assert progress._open == []
-    assert "bar 1" in sys.stderr.getvalue()
+    assert "bar 1" in stream.getvalue()
 
 
-def test_streams_are_left_as_they_are(monkeypatch):
-    """So that one who redirects them meanwhile gets them back."""
-    monkeypatch.setattr(sys, "stderr", FakeTerminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(progress, "PATIENCE", 0)
-    before, out = sys.stderr, sys.stdout
-    with progress.progress("a step"), contextlib.redirect_stderr(io.StringIO()) as other:
-        deadline = time.monotonic() + 60
-        while "a step" not in before.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert (sys.stderr, sys.stdout) == (before, out)
-    assert "a step" in before.getvalue()
+def test_streams_are_left_as_they_are():
+    """So that code that redirects them meanwhile gets them back."""
+    with terminal() as stream:
+        out = sys.stdout
+        with progress_display(), contextlib.redirect_stderr(io.StringIO()) as other, step("a step"):
+            assert sys.stdout is out
+            assert sys.stderr is other
+        assert (sys.stderr, sys.stdout) == (stream, out)
+    assert "a step" in stream.getvalue()
     assert other.getvalue() == ""
 
 
+def test_a_display_within_another_is_the_same(opened):
+    with terminal():
+        with progress_display(), step("outer"):
+            bars = opened.bars
+            with progress_display(), step("inner"):
+                assert opened.bars is bars
+            assert opened.tasks() == [("outer", 0, None)]
+        with step("afterwards"):
+            assert opened == ["outer", "inner"]
+
+
 def test_other_threads_have_none(opened):
-    """As those of the demo's server, which may be many."""
-    thread = threading.Thread(target=lambda: list(progress.track(range(2), "a thread's", 2)))
-    thread.start()
-    thread.join()
-    assert list(progress.track(range(2), "ours", 2)) == [0, 1]
-    assert list(progress.track(range(1), "a single one", 1)) == [0]
+    """As those that decode, which are many."""
+    with terminal(), progress_display():
+        thread = threading.Thread(target=lambda: list(track(range(2), "a thread's", 2)))
+        thread.start()
+        thread.join()
+        assert list(track(range(2), "ours", 2)) == [0, 1]
     assert opened == ["ours"]
 
 
-def test_a_sound_says_how_far_it_is_heard(opened):
-    """Of as many seconds as its header says, where it is a file."""
+def test_a_long_file_has_a_bar_of_its_seconds(opened):
+    """Of as many as its header says."""
     speech = SOUNDS / "speech.flac"
     parts = [Part(second, second + 1.0, np.zeros(2), speech) for second in range(3)]
-    counts = []
+    tasks = []
 
     def events():
         for event in [*parts, End("speech.flac", 3.0), Part(0.0, 2.0, np.zeros(2), np.zeros(9)), End("array", 2.0)]:
-            (bar,) = progress._open
-            counts.append((bar.done, bar.total()))
+            tasks.append(opened.tasks())
             yield event
 
-    for _ in sliding_window.by_sound(events()):
-        assert progress._open == []  # what is printed now has the terminal for itself
+    with terminal(), progress_display():
+        for _ in sliding_window.by_sound(events()):
+            assert opened.tasks() == []  # results are printed now
     whole = soundfile.info(speech).duration
-    assert counts == [(0, None), (1, whole), (2, whole), (3, whole), (0, None), (2, None)]
+    assert tasks == [[], *([("seconds", done, whole)] for done in (1, 2, 3)), [], []]
 
 
-def test_a_pipe_that_is_heard_has_none(opened, tiny):
-    """Its windows are printed as they come, and nobody knows how long it is; nor is a named pipe opened once more."""
+def test_a_pipe_has_no_bar(opened, tiny):
+    """Its windows are printed as they come, and its length is not known; nor is a named pipe opened again."""
     there, here = os.pipe()
     os.write(here, (np.random.default_rng(0).standard_normal(16000) * 1000).astype("<i2").tobytes())
     os.close(here)
-    opened.clear()
-    (found,) = ast_jax.analyze_each(Live(there, "s16le"), tiny)
+    with terminal(), progress_display():
+        (found,) = ast_jax.analyze_each(Live(there, "s16le"), tiny)
     os.close(there)
     assert len(found.times) > 1
-    assert set(opened) == {"compilation"}
+    assert opened == []
 
 
 def test_the_length_of_a_named_pipe_is_not_asked_for(tmp_path):
@@ -290,39 +396,71 @@ def test_the_length_of_a_named_pipe_is_not_asked_for(tmp_path):
     assert sliding_window._seconds(Part(0.0, 1.0, np.zeros(2), tmp_path / "pipe")) is None
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_all_that_may_take_long_has_one(opened, tiny, tmp_path):
-    """Beside training, evaluation and surveys of data sets, which count steps and sounds."""
-    sound = np.random.default_rng(0).standard_normal(80000).astype(np.float32) / 8
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of two labels with four sounds each: one batch of a sound a device."""
     folder = tmp_path / "sounds"
     for label in "ab":
         (folder / label).mkdir(parents=True)
-        soundfile.write(folder / label / "1.wav", sound, 16000)
+        for number in range(4):
+            sound = np.random.default_rng([ord(label), number]).standard_normal(80000) / 8
+            soundfile.write(folder / label / f"{number}.wav", sound, 16000)
+    return folder
 
-    def titles(do):
+
+def test_the_library_draws_no_single_step(opened, tiny, folder, tmp_path):
+    """Even within a display: the command names what it waits for."""
+    with terminal(), progress_display():
+        ast_jax.init(jax.random.key(0), tiny.config)
+        datasets.read_dataset(folder)
+        ast_jax.save(tmp_path / "model", tiny)
+        ast_jax.load(tmp_path / "model")
+        convert_to(tmp_path / "model", tmp_path / "hf", "huggingface", check=True)
+        ast_jax.export(tiny, tmp_path / "out.stablehlo", platforms=["cpu"])
+    assert opened == []
+
+
+@pytest.fixture
+def drawn_by(opened):
+    """Run a command line and return the descriptions of its bars."""
+
+    def run(*arguments):
         opened.clear()
-        result = do()
-        return list(dict.fromkeys(opened)), result
+        with terminal(), contextlib.suppress(SystemExit):
+            app([*map(str, arguments)], standalone_mode=False)
+        return list(dict.fromkeys(opened))
 
-    assert titles(lambda: ast_jax.init(jax.random.key(0), tiny.config))[0] == ["drawing weights"]
-    assert titles(lambda: datasets.read_dataset(folder))[0] == ["reading the data set"]
-    assert titles(lambda: ast_jax.save(tmp_path / "model", tiny))[0] == ["writing the model"]
-    found, model = titles(lambda: ast_jax.load(tmp_path / "model"))
-    assert found == ["reading the model"]
-    assert titles(lambda: evaluate.average([model, model]))[0] == ["averaging"]
-    assert titles(lambda: convert_to(tmp_path / "model", tmp_path / "hf", "huggingface"))[0] == [
-        "conversion", "reading the model", "writing the model",
-    ]  # fmt: skip
-    assert titles(lambda: convert_to(tmp_path / "hf", tmp_path / "back", check=True))[0] == [
-        "conversion", "reading weights", "comparison", "writing the model", "reading the model",
-    ]  # fmt: skip
-    assert titles(lambda: ast_jax.export(model, tmp_path / "out.stablehlo", platforms=["cpu"]))[0] == ["export"]
-    source = folder / "a" / "1.wav"
-    heard = ["seconds heard", "compilation"]
-    found, analysis = titles(lambda: ast_jax.analyze(source, model))
-    assert found == heard
-    assert titles(lambda: ast_jax.embed(source, model))[0] == heard
-    found, _ = titles(lambda: ast_jax.explain(source, model, cells=(1, 16)))
-    assert found == ["explanation", *heard, "scores", "rollout and saliency", "occlusion"]
-    found, _ = titles(lambda: pictures.timeline_picture(analysis, model.frontend, tmp_path / "when.png", 0.5))
-    assert found == ["spectrogram"]
+    return run
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_every_command_that_may_take_long_draws_a_bar(drawn_by, tiny, folder, tmp_path, capsys):
+    """Beside the two below."""
+    model, sound = tmp_path / "model", folder / "a" / "0.wav"
+    ast_jax.save(model, tiny)
+    windows = ["loading the model", "sounds", "seconds"]
+    assert drawn_by("classify", sound, "-m", model) == windows
+    when = drawn_by("classify", sound, "-m", model, "--picture", tmp_path / "when.png")
+    assert when == [*windows, "drawing the picture", "spectrogram"]
+    assert drawn_by("embed", sound, "-m", model, "-o", tmp_path / "e.npz") == windows
+    why = drawn_by("explain", sound, "-m", model, "-o", tmp_path / "why.png", "--cells", 1, 16)
+    assert why == ["loading the model", "explaining", "seconds", "occlusion", "drawing the picture"]
+    assert drawn_by("convert", model, tmp_path / "hf", "--to", "huggingface") == ["converting"]
+    assert drawn_by("info", model) == ["loading the model"]
+    assert drawn_by("export", model, tmp_path / "out.stablehlo", "--platforms", "cpu") == ["exporting"]
+    assert drawn_by("average", model, model, "-o", tmp_path / "mean") == ["loading models", "averaging"]
+    assert drawn_by("check-data", folder) == ["reading the data set", "sounds"]
+    assert drawn_by("stats", folder) == ["reading the data set", "features"]
+    out, _ = capsys.readouterr()
+    assert "━" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_training_and_evaluation_draw_bars(drawn_by, tiny, folder, tmp_path):
+    ast_jax.save(tmp_path / "model", tiny)
+    options = ("--init", tmp_path / "model", "--validation-data", folder, "--batch-size", 8, "--epochs", 1)
+    trained = drawn_by("finetune", folder, "-o", tmp_path / "run", *options)
+    assert trained == ["fine-tuning", "epoch 1/1", "evaluation batches", "metrics by class"]
+    measured = drawn_by("evaluate", tmp_path / "run", folder, "--split", "all")
+    assert measured == ["evaluating", "evaluation batches", "metrics by class"]

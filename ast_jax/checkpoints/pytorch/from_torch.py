@@ -24,7 +24,6 @@ from ast_jax.checkpoints.tree import CheckpointError, raise_differences, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
 from ast_jax.labels import label_set_of_size
 from ast_jax.model.functional import param_shapes
-from ast_jax.runtime.progress import progress
 
 FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
 # Mean and standard deviation of the log-mel features of the original's data sets, by the number of its labels.
@@ -83,7 +82,6 @@ def fit(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
     return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
 
 
-@progress("reading weights")
 def convert(
     found: Source,
     config: ASTConfig | None = None,

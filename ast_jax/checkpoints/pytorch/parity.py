@@ -25,7 +25,6 @@ from ast_jax.checkpoints.tree import CheckpointError, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE
 from ast_jax.labels import label_set_of_size
 from ast_jax.model.functional import apply, encode
-from ast_jax.runtime.progress import progress
 
 # Of the largest value of a stage. Rounding in float32 came to 2e-6 of it over twelve layers; tanh instead of erf in
 # GELU, the smallest of the mistakes that people make, moves two layers by 1e-4.
@@ -106,7 +105,6 @@ class Verification:
         return "\n".join(lines)
 
 
-@progress("comparison")
 def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     """Compare PyTorch weights with the checkpoint that was made of them, or that they were made of.
 

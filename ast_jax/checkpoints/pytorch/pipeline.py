@@ -22,13 +22,11 @@ from ast_jax.checkpoints.pytorch.to_torch import check_destination, to_torch
 from ast_jax.checkpoints.resize import resize
 from ast_jax.model.functional import num_params
 from ast_jax.runtime.files import write_text
-from ast_jax.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 OURS = "ast-jax"
 
 
-@progress("conversion")
 def convert_to(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

@@ -22,7 +22,6 @@ from ast_jax.checkpoints.pytorch.names import HF_PREFIX, HUGGING_FACE, IMAGENET_
 from ast_jax.checkpoints.pytorch.state_dicts import SAFETENSORS
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
 from ast_jax.runtime.files import whole_file, whole_folder, write_text
-from ast_jax.runtime.progress import progress
 
 TARGETS = ("huggingface", "original")
 # Width and heads of the sizes that the original's class knows; all have 12 layers and an MLP of four times the width.
@@ -36,7 +35,6 @@ FEATURES_OF_OURS = {
 }  # fmt: skip
 
 
-@progress("writing the model")
 def to_torch(
     checkpoint: Checkpoint, destination: str | os.PathLike[str], *, format: str = "huggingface"
 ) -> tuple[str, ...]:
