@@ -90,16 +90,17 @@ class FakeTerminal(io.StringIO):
 
 @contextlib.contextmanager
 def terminal():
-    """Take a stream for stderr that is a terminal, on which nothing must be left."""
+    """Take a stream for stderr that is a terminal, on which no bar must be left."""
     stream = FakeTerminal()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "80")
         yield stream
     screen = pyte.Screen(80, 24)
     screen.set_mode(pyte.modes.LNM)  # a line feed returns the carriage, as terminals have it
     pyte.Stream(screen).feed(stream.getvalue())
-    assert not "".join(screen.display).strip()
+    assert "━" not in "".join(screen.display)
 
 
 class Opened(list):
