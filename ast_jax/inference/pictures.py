@@ -1,4 +1,4 @@
-"""Pictures of a sound, as PNG: its spectrogram with Hz and seconds, what is heard when, and why."""
+"""Pictures of a recording as PNG: its spectrogram with a timeline of labels, and explanations of a model's scores."""
 
 from __future__ import annotations
 
@@ -24,22 +24,35 @@ if TYPE_CHECKING:
 
     from ast_jax.inference.explanations import Explanation
 
-COLUMNS = 1500  # of a spectrogram that is drawn
-ROWS = 15  # labels that are drawn
-HERTZ = (50, 100, 200, 500, 1000, 2000, 4000, 8000, 16000)
-MAP = "magma"
+COLUMNS = 1500  # at most, in the spectrogram of a timeline
+ROWS = 15  # labels at most, in a timeline
+COLORMAP = "magma"
+CLOCK_STEPS = [1, 1.5, 2, 3, 6, 10]  # between ticks, times a power of ten: whole minutes and hours among them
 
 
 def check_place(path: pathlib.Path) -> None:
-    """Refuse to begin what could not be drawn in the end.
+    """Check that a picture can be drawn and written, before the work that it needs.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib or librosa is missing.
     """
     check_folder_of(path)
     with drawing():
-        pass
+        _librosa()
+
+
+def _librosa() -> Any:
+    """Import librosa, which takes a second, only where a spectrogram is drawn.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    try:
+        import librosa.display
+    except ImportError as error:
+        raise ValueError("pictures need librosa; install it with: pip install 'ast-jax[plots]'") from error
+    return librosa
 
 
 def timeline_picture(
@@ -50,28 +63,28 @@ def timeline_picture(
     low: float | None = None,
     source: Any = None,
 ) -> None:
-    """Write `timeline_figure` of a sound as a PNG, whole or not at all.
+    """Write `timeline_figure` as a PNG, atomically.
 
     Args:
-        found: what was heard.
-        frontend: of the model.
+        found: scores of the recording's windows.
+        frontend: feature settings of the model.
         path: of the picture.
         threshold: as in `Analysis.timeline`.
         low: as in `Analysis.timeline`.
-        source: the sound, read once more; None for the file that `found` names.
+        source: the recording, which is decoded again; None for the file that `found` names.
     """
     spec = overview(found.source if source is None else source, frontend, found.duration)
     save_figure(timeline_figure(found, spec, frontend, threshold, low), path)
 
 
 def overview(source: AudioSource, frontend: FrontendConfig, duration: float, columns: int = COLUMNS) -> np.ndarray:
-    """Return the log-mel spectrogram [T, F] of a whole sound in at most so many means of frames.
+    """Return the log-mel spectrogram [T, F] of a whole recording, averaged over frames down to at most `columns`.
 
     Args:
         source: as `read_audio` takes it.
         frontend: settings of the filter bank.
-        duration: seconds of the sound.
-        columns: the most that T may be.
+        duration: seconds of the recording.
+        columns: maximum of T.
     """
     frames = fbank.num_frames(round(duration * frontend.sampling_rate), frontend)
     share = -(-frames // columns)
@@ -88,7 +101,7 @@ def overview(source: AudioSource, frontend: FrontendConfig, duration: float, col
 
 
 def _log_mel_blocks(source: AudioSource, frontend: FrontendConfig) -> Iterator[np.ndarray]:
-    """Yield log-mel frames [T, F] of a sound as it is read."""
+    """Yield log-mel frames [T, F] of a recording as it is decoded."""
     settings = frontend.replace(dither=0.0)
     window, shift = frontend.window_samples, frontend.shift_samples
     held = np.zeros(0, np.float32)
@@ -106,20 +119,20 @@ def _log_mel_blocks(source: AudioSource, frontend: FrontendConfig) -> Iterator[n
 def timeline_figure(
     found: Analysis, spec: np.ndarray, frontend: FrontendConfig, threshold: float, low: float | None = None
 ) -> Figure:
-    """Return a sound's spectrogram, and under it a row for each label with the stretches in which it is heard.
+    """Return a figure of a recording's spectrogram and, below it, a row for each label with its segments.
 
-    Labels come in the order of their first stretch, at most `ROWS` of them; where nothing reaches the threshold, the
+    Labels are in the order of their first segments, at most `ROWS` of them. Where no score reaches the threshold, the
     best label has an empty row.
 
     Args:
-        found: what was heard.
-        spec: log-mel features [T, F] of the whole sound.
+        found: scores of the recording's windows.
+        spec: log-mel features [T, F] of the whole recording.
         frontend: settings of the filter bank.
         threshold: as in `Analysis.timeline`.
         low: as in `Analysis.timeline`.
 
     Raises:
-        ValueError: matplotlib is missing, or `low` is above the threshold.
+        ValueError: matplotlib or librosa is missing, or `low` is above the threshold.
     """
     segments = found.timeline(threshold, low)
     labels = list(dict.fromkeys(segment.label for segment in segments)) or [found.best(1)[0][0]]
@@ -130,56 +143,56 @@ def timeline_figure(
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 0.28 * len(labels) + 0.1])
         draw_spectrogram(top, spec, frontend, found.duration)
         top.set_title(short_name(pathlib.PurePath(found.source).name), parse_math=False)
-        top.set_xlabel("")
-        _draw_segments(figure, bottom, segments, labels, found.duration)
+        _draw_segments(figure, bottom, segments, labels)
         more = f"; {left_out} more labels are not drawn" if left_out > 0 else ""
-        bottom.set_xlabel(f"{bottom.get_xlabel()} (heard: a score of {threshold:g} or more{more})")
+        bottom.set_xlabel(f"{top.get_xlabel()}; segments: a score of {threshold:g} or more{more}")
+        top.set_xlabel("")
     return figure
 
 
-def draw_spectrogram(axes: Axes, spec: np.ndarray, frontend: FrontendConfig, duration: float, **options: Any) -> None:
-    """Draw log-mel features [T, F] with Hz and seconds at their sides."""
-    bins = frontend.num_mel_bins
-    low = np.quantile(spec, 0.01)  # a mel bin that holds nothing, as some banks have, does not make the rest pale
-    options = {"cmap": MAP, "aspect": "auto", "origin": "lower", "interpolation": "nearest", "vmin": low, **options}
-    axes.imshow(spec.T, extent=(0, duration, -0.5, bins - 0.5), **options)
-    shown: dict[int, float] = {}
-    for hertz in HERTZ:
-        place = mel_place(hertz, frontend)
-        if 0 <= place <= bins - 0.5 and all(abs(place - other) > bins / 15 for other in shown.values()):
-            shown[hertz] = place
-    axes.set_yticks(list(shown.values()), [f"{hertz:,}" for hertz in shown])
-    axes.set_ylabel("Hz")
-    _time_axis(axes, duration)
+def draw_spectrogram(axes: Axes, spec: np.ndarray, frontend: FrontendConfig, duration: float, **options: Any) -> Any:
+    """Draw log-mel features on axes of seconds and Hz, by `librosa.display.specshow`; return its image.
+
+    Args:
+        axes: to draw on.
+        spec: [T, F], or any value of each frame and mel bin.
+        frontend: settings of the filter bank.
+        duration: seconds of the T frames.
+        **options: of matplotlib's `pcolormesh`, such as `vmin` and `cmap`.
+
+    Raises:
+        ValueError: librosa is missing.
+    """
+    low = np.quantile(spec, 0.01)  # not the minimum: a filter without an FFT bin, as some banks have, is at the floor
+    times = np.linspace(0, duration, len(spec) + 1)
+    return _draw_cells(axes, spec.T, times, bin_edges(frontend), **{"vmin": low, **options})
 
 
-def mel_place(hertz: float, frontend: FrontendConfig) -> float:
-    """Return where a frequency lies among the mel bins, 0 for the centre of the first."""
-    low, high = fbank.hz_to_mel(frontend.low_freq), fbank.hz_to_mel(frontend.top_frequency)
-    return float((fbank.hz_to_mel(hertz) - low) / (high - low) * (frontend.num_mel_bins + 1) - 1)
+def bin_edges(frontend: FrontendConfig) -> np.ndarray:
+    """Return the frequencies [F + 1] between mel bins: Hz, halfway in mel between the centres of the filters."""
+    frequencies = _librosa().mel_frequencies(
+        2 * frontend.num_mel_bins + 3, fmin=frontend.low_freq, fmax=frontend.top_frequency, htk=True
+    )  # the filters' edges and centres, in turns with what is halfway between them
+    return frequencies[1::2]
 
 
-def _time_axis(axes: Axes, duration: float) -> None:
-    """Write seconds at the foot, or minutes or hours where there are many."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _draw_cells(axes: Axes, values: np.ndarray, times: np.ndarray, frequencies: np.ndarray, **options: Any) -> Any:
+    """Draw values [F', T'] of cells with edges at times [T' + 1] and frequencies [F' + 1]; return the image."""
+    duration = times[-1]
+    image = _librosa().display.specshow(
+        values, x_coords=times, y_coords=frequencies, x_axis="s" if duration < 60 else "m" if duration < 3600 else "h",
+        y_axis="mel", ax=axes, **{"cmap": COLORMAP, **options},
+    )  # fmt: skip
+    axes.set(xlim=(0, duration), ylim=(frequencies[0], frequencies[-1]))
+    if duration >= 60:
+        from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlim(0, duration)
-    if duration < 120:
-        axes.set_xlabel("seconds")
-        return
-    steps = [1, 1.5, 2, 3, 6, 10]
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=steps))
-
-    def clock(seconds: float, _: int) -> str:
-        hours, minutes, rest = int(seconds // 3600), int(seconds // 60 % 60), int(seconds % 60)
-        return f"{hours}:{minutes:02}:{rest:02}" if duration >= 3600 else f"{minutes}:{rest:02}"
-
-    axes.xaxis.set_major_formatter(FuncFormatter(clock))
-    axes.set_xlabel("hours, minutes, seconds" if duration >= 3600 else "minutes, seconds")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=CLOCK_STEPS))
+    return image
 
 
-def _draw_segments(figure: Figure, axes: Axes, segments: list[Segment], labels: list[str], duration: float) -> None:
-    """Draw a row of stretches for each label, the darker the higher their scores."""
+def _draw_segments(figure: Figure, axes: Axes, segments: list[Segment], labels: list[str]) -> None:
+    """Draw a row of segments for each label, darker for higher scores."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
 
@@ -199,42 +212,47 @@ def _draw_segments(figure: Figure, axes: Axes, segments: list[Segment], labels: 
     axes.set_yticks(range(len(labels)), [short_name(label) for label in labels], parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    _time_axis(axes, duration)
     bar = figure.colorbar(colors, ax=axes, label="score", aspect=max(4, 3 * len(labels)))
     bar.outline.set_visible(False)
 
 
 def explanation_picture(found: Explanation, path: str | pathlib.Path) -> None:
-    """Write `explanation_figure` as a PNG, whole or not at all."""
+    """Write `explanation_figure` as a PNG, atomically."""
     save_figure(explanation_figure(found), path)
 
 
 def explanation_figure(found: Explanation) -> Figure:
-    """Return a sound's spectrogram and attention rollout, and for each label its saliency and its occlusion.
+    """Return a figure of spectrogram and attention rollout, and for each label its saliency and occlusion.
 
     Raises:
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib or librosa is missing.
     """
     count = len(found.labels)
     with drawing():
         figure = new_figure(11, 2.3 * (count + 1) + 0.4)
         axes = figure.subplots(count + 1, 2, sharex=True, sharey=True, squeeze=False)
+
+        def draw_cells(axes: Axes, title: str, values: np.ndarray, *edges: np.ndarray, **options: Any) -> None:
+            image = _draw_cells(axes, values, *edges, **options)
+            axes.set_title(title, parse_math=False)
+            figure.colorbar(image, ax=axes, aspect=15).outline.set_visible(False)
+
         draw_spectrogram(axes[0, 0], found.spec, found.frontend, found.duration)
         axes[0, 0].set_title("spectrogram")
-        _draw_cells(figure, axes[0, 1], found, *_patch_edges(found), found.rollout, "attention rollout")
+        draw_cells(axes[0, 1], "attention rollout", found.rollout, *_patch_edges(found))
         highest = np.abs(found.occlusion).max() or 1.0
+        cells = (
+            found.cell_frames / found.cell_frames[-1] * found.duration,  # as the frames of the spectrogram are drawn
+            bin_edges(found.frontend)[found.cell_bins],
+        )
         for row, label in enumerate(found.labels, 1):
             title = f"{short_name(label)} {found.scores[row - 1]:.3f}"
             saliency = found.saliency[row - 1]
             limit = np.quantile(saliency, 0.995) or 1.0
             draw_spectrogram(axes[row, 0], saliency, found.frontend, found.duration, vmin=0, vmax=limit)
             axes[row, 0].set_title(f"{title}: gradient saliency", parse_math=False)
-            edges = (
-                found.cell_frames / found.cell_frames[-1] * found.duration,  # as the frames above are drawn
-                found.cell_bins - 0.5,
-            )
-            _draw_cells(
-                figure, axes[row, 1], found, *edges, found.occlusion[row - 1], f"{title}: logit lost without the cell",
+            draw_cells(
+                axes[row, 1], f"{title}: drop of the logit without the cell", found.occlusion[row - 1], *cells,
                 vmin=-highest, vmax=highest, cmap="RdBu_r",
             )  # fmt: skip
         for each in axes.flat:
@@ -246,27 +264,13 @@ def explanation_figure(found: Explanation) -> Figure:
 
 
 def _patch_edges(found: Explanation) -> tuple[np.ndarray, np.ndarray]:
-    """Return edges of cells around the middles of patches, which overlap: seconds [T' + 1] and mel bins [F' + 1]."""
-    middles = found.patch_times.mean(1)
-    places = np.vectorize(lambda hertz: mel_place(hertz, found.frontend))(found.patch_frequencies).mean(1)
-    return _around(middles, 0, found.duration), _around(places, -0.5, found.frontend.num_mel_bins - 0.5)
+    """Return edges between the centres of patches, which overlap: seconds [T' + 1] and Hz [F' + 1]."""
+    librosa, outer = _librosa(), bin_edges(found.frontend)
+    centres = librosa.mel_to_hz(librosa.hz_to_mel(found.patch_frequencies, htk=True).mean(1), htk=True)
+    times = _between(found.patch_times.mean(1), 0, found.duration)
+    return times, _between(centres, outer[0], outer[-1])
 
 
-def _around(middles: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return the edges of cells around their middles, from `low` to `high`."""
-    if len(middles) == 1:
-        return np.array([low, high])
-    return np.concatenate([[low], (middles[1:] + middles[:-1]) / 2, [high]])
-
-
-def _draw_cells(
-    figure: Figure, axes: Axes, found: Explanation, times: np.ndarray, places: np.ndarray, values: np.ndarray,
-    title: str, **options: Any,
-) -> None:  # fmt: skip
-    """Draw values [F', T'] of cells over the axes of the spectrogram."""
-    image = axes.pcolormesh(times, places, values, **{"cmap": MAP, **options})
-    axes.set_ylim(-0.5, found.frontend.num_mel_bins - 0.5)
-    axes.set_title(title, parse_math=False)
-    _time_axis(axes, found.duration)
-    bar = figure.colorbar(image, ax=axes, aspect=15)
-    bar.outline.set_visible(False)
+def _between(centres: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return the edges of cells halfway between their centres, from `low` to `high`."""
+    return np.concatenate([[low], (centres[1:] + centres[:-1]) / 2, [high]])
