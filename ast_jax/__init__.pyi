@@ -14,6 +14,7 @@ from .config import PRESETS as PRESETS
 from .config import ASTConfig as ASTConfig
 from .config import FrontendConfig as FrontendConfig
 from .config import ProblemType as ProblemType
+from .data.datasets import DatasetConfig as DatasetConfig
 from .inference.embeddings import Embedding as Embedding
 from .inference.embeddings import embed as embed
 from .inference.embeddings import embed_each as embed_each
@@ -36,6 +37,16 @@ from .model.losses import loss as loss
 from .model.modules import ASTForAudioClassification as ASTForAudioClassification
 from .model.modules import ASTModel as ASTModel
 from .model.modules import ASTOutput as ASTOutput
+from .training.config import ExecutionConfig as ExecutionConfig
 from .training.config import TrainConfig as TrainConfig
+from .training.crossval import CrossValidation as CrossValidation
+from .training.crossval import cross_validate as cross_validate
+from .training.crossval import resume_cross_validation as resume_cross_validation
+from .training.evaluate import Evaluation as Evaluation
+from .training.evaluate import evaluate as evaluate
+from .training.finetune import finetune as finetune
+from .training.finetune import resume as resume
+from .training.recipes import RECIPES as RECIPES
+from .training.run_folder import Run as Run
 
 __version__: str

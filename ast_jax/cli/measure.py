@@ -8,15 +8,8 @@ from typing import Annotated
 import typer
 
 from ast_jax.cli.common import MODEL_HELP, app, json_line, one_line, user_errors, wrong_usage
-from ast_jax.cli.finetune import (
-    DATA_HELP,
-    Fold,
-    LabelFile,
-    TestData,
-    ValidationData,
-    need_train_extra,
-    reading_of,
-)
+from ast_jax.cli.finetune import need_train_extra
+from ast_jax.cli.options import DATA_HELP, Fold, LabelFile, TestData, ValidationData
 
 
 @app.command()
@@ -51,19 +44,19 @@ def evaluate(
     *models, source = models_and_data
     with user_errors():
         need_train_extra("evaluate")
+        from ast_jax.data.datasets import DatasetConfig
         from ast_jax.runtime.progress import step
-        from ast_jax.training.measuring import measure
+        from ast_jax.training import evaluate as evaluation
 
-        reading = reading_of((validation, test, label_file, fold))
         with step("evaluating"):
-            measured = measure(
-                models, source, reading, split=split, threshold=threshold, batch_size=batch_size, num_workers=workers,
-                output=output,
+            result = evaluation.evaluate(
+                models, DatasetConfig(source, validation, test, label_file, fold), split=split, threshold=threshold,
+                batch_size=batch_size, num_workers=workers, output=output,
             )  # fmt: skip
         if as_json:
-            print(json_line(measured.to_json_dict(), indent=2))
+            print(json_line(result.to_json_dict(), indent=2))
         else:
-            print(*map(one_line, measured.lines()), sep="\n")
+            print(*map(one_line, result.lines()), sep="\n")
 
 
 @app.command()
@@ -119,7 +112,7 @@ def check_data(
         from ast_jax.runtime.progress import step
 
         with step("reading the data set"):
-            dataset = read_dataset(DatasetConfig(data, **reading_of((validation, test, label_file, fold))))
+            dataset = read_dataset(DatasetConfig(data, validation, test, label_file, fold))
         found = survey(dataset, FrontendConfig(max_length=max_length))
         if as_json:
             print(json_line(found.to_json_dict(), indent=2))
@@ -158,7 +151,7 @@ def stats(
         from ast_jax.runtime.progress import step
 
         with step("reading the data set"):
-            dataset = read_dataset(DatasetConfig(data, **reading_of((None, None, label_file, fold))))
+            dataset = read_dataset(DatasetConfig(data, label_file=label_file, fold=fold))
         if split not in dataset.splits:
             wrong_usage(f"--split: expected {', '.join(dataset.splits)}, got {split!r}")
         frontend = FrontendConfig(max_length=max_length, num_mel_bins=num_mel_bins)

@@ -30,7 +30,7 @@ def _one_of(names: tuple[str, ...]) -> Range:
 _FLAG = Range("true or false", lambda value: isinstance(value, bool))
 _MIN_1 = Range("1 or more", lambda value: value >= 1)
 _MIN_0 = Range("0 or more", lambda value: value >= 0)
-_WORKERS = Range("0 or more, or None", lambda value: value is None or value >= 0)
+_WORKERS = Range("0 or more, or None for half of the CPU cores", lambda value: value is None or value >= 0)
 _POSITIVE = Range("more than 0", lambda value: value > 0)
 _FRACTION = Range("a number in [0, 1]", lambda value: 0 <= value <= 1)
 _BELOW_ONE = Range("a number in [0, 1)", lambda value: 0 <= value < 1)
@@ -172,9 +172,7 @@ class ExecutionConfig:
     parallel: str = _execution(
         "pmap", "data parallelism over devices: pmap, or jit with NamedSharding", _one_of(PARALLEL)
     )
-    num_workers: int | None = _execution(
-        0, "worker processes that decode audio; 0: threads; None: half of the CPU cores", _WORKERS
-    )
+    num_workers: int | None = _execution(0, "worker processes that decode audio; 0: threads", _WORKERS)
     save_minutes: float = _execution(10.0, "minutes between saved states within an epoch", _POSITIVE)
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""Cross-validation: a run for each fold of a data set, in one folder, and the table of what they gave.
+"""Cross-validation: a run for each fold of a data set in one folder, and the table of their results.
 
-RUN/
+FOLDER/
   cross_validation.json     what was asked for
   initial/                  the checkpoint that every fold starts from, where there is one
-  fold-N/                   the run in which fold N is the validation split, see `runs`
-  folds.csv, folds.json     the results of the folds that are done, and their mean
+  fold-N/                   the run in which fold N is the validation split, see `run_folder`
+  folds.csv, folds.json     the results of the finished folds, and their mean
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,93 +25,178 @@ import numpy as np
 from ast_jax.checkpoints.folder import Checkpoint, save
 from ast_jax.checkpoints.load import load
 from ast_jax.checkpoints.locate import is_own
-from ast_jax.config import ASTConfig
-from ast_jax.data import datasets
-from ast_jax.data.datasets import DataError
+from ast_jax.config import ASTConfig, ProblemType
+from ast_jax.data.datasets import DataError, DatasetConfig, read_dataset
 from ast_jax.runtime.files import sole_use, write_text
 from ast_jax.training import finetune, run_folder
-from ast_jax.training.config import TrainConfig
-from ast_jax.training.finetune import PATHS, absolute, moved
-from ast_jax.training.trainer import Machine, is_over
+from ast_jax.training.config import ExecutionConfig, TrainConfig
+from ast_jax.training.finetune import Plan
+from ast_jax.training.recipes import find_recipe, load_init
+from ast_jax.training.run_folder import Run
+from ast_jax.training.states import Record, damage_as_value_error, newest_state, read_record
+from ast_jax.training.trainer import Log, MetricsCallback, is_over
 
 logger = logging.getLogger(__name__)
-ASKED_FILE = "cross_validation.json"
+PLAN_FILE = "cross_validation.json"
 INITIAL = "initial"
+TABLE_JSON = "folds.json"
+StrPath = str | os.PathLike[str]
 
-Say = Callable[[str], None]
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidation:
+    """A cross-validation on disk.
+
+    Attributes:
+        folder: its folder.
+    """
+
+    folder: pathlib.Path
+
+    @property
+    def folds(self) -> dict[str, Run]:
+        """The runs of the folds that have begun, by the fold's name.
+
+        Raises:
+            ValueError: the folder holds no cross-validation, or its description is damaged.
+        """
+        runs = {fold: Run(self.folder / f"fold-{fold}") for fold in _read_plan(self.folder)["folds"]}
+        return {fold: run for fold, run in runs.items() if run_folder.can_resume(run.folder)}
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each finished fold, and the row "mean".
+
+        Keys: "fold", "metric" (its name), "last" and "best" (its value in the last and in the best epoch) and
+        "best_epoch". The best epoch is selected on the fold that is measured: "last" is the unbiased figure.
+
+        Raises:
+            ValueError: no fold is finished, or the file is damaged.
+        """
+        path = self.folder / TABLE_JSON
+        if not path.exists():
+            raise ValueError(f"{path}: not there yet; no fold is finished (ast_jax.resume_cross_validation continues)")
+        with damage_as_value_error(path):
+            return json.loads(path.read_text(encoding="utf-8"))
 
 
-def start(
-    source: str | pathlib.Path,
-    output: str | pathlib.Path,
-    training: TrainConfig,
+def cross_validate(
+    data: DatasetConfig | StrPath,
+    output: StrPath,
     *,
-    initial: Checkpoint | None = None,
+    init: Checkpoint | StrPath | None = None,
     architecture: ASTConfig | None = None,
-    reading: dict[str, Any] | None = None,
-    machine: Machine = Machine(),  # noqa: B008 (frozen)
-    say: Say = logger.info,
-    **others: Any,
-) -> list[dict[str, Any]]:
-    """Train on all folds but one, for each one in turn.
+    training: TrainConfig | None = None,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
+    recipe: str | None = None,
+    problem_type: ProblemType | str | None = None,
+    statistics: tuple[float, float] | None = None,
+    teacher: StrPath | None = None,
+    keep_epochs: bool = False,
+    metrics: MetricsCallback | None = None,
+    log: Log = logger.info,
+) -> CrossValidation:
+    """Fine-tune once for each fold of a data set, with that fold as the validation split.
 
-    Args:
-        source: a data set with folds, see `datasets.read_dataset`.
-        output: folder, new or empty.
-        training: the settings of every fold.
-        initial: as in `finetune.start`.
-        architecture: likewise.
-        reading: likewise.
-        machine: likewise.
-        say: where progress is told; by default to the logger `ast_jax.training.crossval`.
-        **others: further arguments of `finetune.start` that JSON can hold: problem_type, statistics, teacher,
-            keep_epochs, notes.
+    The arguments are those of `finetune`; `data` names neither a fold nor a validation source.
 
     Returns:
-        A row for each fold, see `table`.
+        The finished cross-validation.
 
     Raises:
         DataError: the data set has no folds.
-        ValueError: as `finetune.start`.
+        ValueError: as in `finetune`.
     """
-    output = pathlib.Path(output)
+    output, data = pathlib.Path(output), DatasetConfig.of(data)
     _refuse_several_processes()
-    folds = datasets.read_dataset(datasets.DatasetConfig(source, **(reading or {})), training.seed).folds
+    if held_out := [name for name in ("fold", "validation") if getattr(data, name) is not None]:
+        raise ValueError(f"{held_out[0]}: expected none; every fold is held out once in cross-validation")
+    chosen = find_recipe(recipe) if recipe is not None else None
+    start = load_init(init, chosen)
+    plan = finetune.make_plan(
+        start, chosen, training=training, architecture=architecture, problem_type=problem_type, statistics=statistics,
+        teacher=teacher, keep_epochs=keep_epochs,
+    )  # fmt: skip
+    folds = read_dataset(data, plan.training.seed).folds
     if not folds:
         raise DataError(
-            f"{source}: expected a data set with folds (ESC-50, or a column fold), found none; "
+            f"{data.source}: expected a data set with folds (ESC-50, or a column fold), found none; "
             "--no-cross-validate makes one run"
         )
     output.mkdir(parents=True, exist_ok=True)
     _free(output)
     if any(output.iterdir()):
         raise ValueError(
-            f"{output}: expected a new or empty folder; go on with what is in it (--resume) or choose another"
+            f"{output}: expected a new or empty folder; resume what is in it (ast-jax resume) or choose another"
         )
-    if initial is not None:
-        save(output / INITIAL, initial)
-    reading = {name: absolute(value) if name in PATHS else value for name, value in (reading or {}).items()}
-    if others.get("teacher") and pathlib.Path(others["teacher"]).exists():
-        others["teacher"] = absolute(others["teacher"])
-    asked = {
-        "folds": folds, "source": absolute(source), "training": dataclasses.asdict(training),
-        "architecture": architecture.to_json_dict() if architecture else None, "reading": reading, "others": others,
-    }  # fmt: skip
-    _write_asked(output, asked)
+    if chosen:
+        finetune.describe_plan(plan, chosen, start, init, log)
+    if start is not None:
+        save(output / INITIAL, start)
+    content = {"folds": folds, "data": dataclasses.asdict(data.absolute()), "plan": plan.to_json_dict()}
+    _write_plan(output, content)
     try:
-        return resume(output, machine=machine, say=say)
+        return resume_cross_validation(output, execution=execution, metrics=metrics, log=log)
     except Exception:
         _free(output)
         raise
 
 
+def resume_cross_validation(
+    output: StrPath,
+    data: DatasetConfig | StrPath | None = None,
+    *,
+    epochs: int | None = None,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
+    metrics: MetricsCallback | None = None,
+    log: Log = logger.info,
+) -> CrossValidation:
+    """Continue a cross-validation: with the fold that was training, then with those that have not begun.
+
+    The arguments are those of `resume`; `epochs` holds for every fold.
+
+    Returns:
+        The finished cross-validation.
+
+    Raises:
+        ValueError: the folder holds none, or a damaged one; or as in `resume`.
+    """
+    output = pathlib.Path(output)
+    _refuse_several_processes()
+    content = _read_plan(output)
+    old, plan = DatasetConfig(**content["data"]), Plan.from_json_dict(content["plan"])
+    source = old.moved_to(data)
+    with sole_use(output):
+        records = {fold: _record(output, fold) for fold in content["folds"]}
+        training = plan.training
+        for record in [*filter(None, records.values())] or [Record()]:  # all of them before any is trained on
+            training = finetune.with_epochs(plan.training, record, epochs)
+        plan = dataclasses.replace(plan, training=training)
+        changed = {**content, "data": dataclasses.asdict(source), "plan": plan.to_json_dict()}
+        if changed != content:
+            _write_plan(output, changed)
+        init = load((output / INITIAL).absolute()) if (output / INITIAL).is_dir() else None
+        rows: list[dict[str, Any]] = []
+        for number, fold in enumerate(content["folds"], 1):
+            folder, held_out = output / f"fold-{fold}", dataclasses.replace(source, fold=fold)
+            log(f"fold {fold} ({number} of {len(content['folds'])})")
+            if run_folder.can_resume(folder):
+                finetune.resume(folder, held_out, epochs=epochs, execution=execution, metrics=metrics, log=log)
+            else:
+                finetune.start_run(held_out, folder, init, plan, execution, metrics, log)
+            rows = _write_table(output, content["folds"])
+    for line in table_lines(rows):
+        log(line)
+    return CrossValidation(output)
+
+
 def _free(output: pathlib.Path) -> None:
     """Remove what a cross-validation leaves that ended before any fold had a state."""
     paths = {path.name: path for path in output.iterdir()}
-    ours = {name for name in paths if name in (ASKED_FILE, INITIAL) or name.startswith("fold-")}
-    begun = any(run_folder.newest_state(path) for name, path in paths.items() if name.startswith("fold-"))
-    whole = ASKED_FILE in paths or (set(paths) == {INITIAL} and is_own(output / INITIAL))
-    if begun or not whole or ours != set(paths):
+    ours = {name for name in paths if name in (PLAN_FILE, INITIAL) or name.startswith("fold-")}
+    begun = any(newest_state(path) for name, path in paths.items() if name.startswith("fold-"))
+    complete = PLAN_FILE in paths or (set(paths) == {INITIAL} and is_own(output / INITIAL))
+    if begun or not complete or ours != set(paths):
         return
     for path in paths.values():
         if path.is_dir():
@@ -119,9 +205,9 @@ def _free(output: pathlib.Path) -> None:
             path.unlink()
 
 
-def _write_asked(output: pathlib.Path, asked: dict[str, Any]) -> None:
+def _write_plan(output: pathlib.Path, content: dict[str, Any]) -> None:
     """Write what was asked for."""
-    write_text(output / ASKED_FILE, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+    write_text(output / PLAN_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _refuse_several_processes() -> None:
@@ -130,111 +216,57 @@ def _refuse_several_processes() -> None:
         raise ValueError("cross-validation: expected one process, got several; run each fold by itself (--fold)")
 
 
-def is_cross_validation(output: str | pathlib.Path) -> bool:
+def is_cross_validation(output: StrPath) -> bool:
     """Whether a folder holds a cross-validation."""
-    return (pathlib.Path(output) / ASKED_FILE).is_file()
+    return (pathlib.Path(output) / PLAN_FILE).is_file()
 
 
-def read_run(output: str | pathlib.Path) -> run_folder.Run | None:
-    """Return a description of what a cross-validation was started with: its first fold's; None before that began.
+def data_of(output: StrPath) -> DatasetConfig:
+    """Return the data of a cross-validation.
 
     Raises:
-        ValueError: its description, or that run's, is damaged.
+        ValueError: its description is damaged.
     """
-    output = pathlib.Path(output)
-    folder = output / f"fold-{_asked(output)['folds'][0]}"
-    return run_folder.read_run(folder) if run_folder.can_resume(folder) else None
+    return DatasetConfig(**_read_plan(pathlib.Path(output))["data"])
 
 
-def _asked(output: pathlib.Path) -> dict[str, Any]:
+def _read_plan(output: pathlib.Path) -> dict[str, Any]:
     """Read what was asked for."""
-    path = output / ASKED_FILE
-    try:
+    path = output / PLAN_FILE
+    with damage_as_value_error(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: content[name] for name in ("folds", "source", "training", "architecture", "reading", "others")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the file as finetune wrote it ({error}); start again") from error
+        DatasetConfig(**content["data"]), Plan.from_json_dict(content["plan"])  # or it is damaged
+        return {name: content[name] for name in ("folds", "data", "plan")}
 
 
-def resume(
-    output: str | pathlib.Path,
-    source: str | pathlib.Path | None = None,
-    *,
-    reading: dict[str, Any] | None = None,
-    machine: Machine = Machine(),  # noqa: B008 (frozen)
-    say: Say = logger.info,
-) -> list[dict[str, Any]]:
-    """Go on with a cross-validation: with the fold that is under way, then with those that are not begun.
-
-    Args:
-        output: its folder.
-        source: where the data set lies now, if it was moved.
-        reading: as in `finetune.resume`.
-        machine: as in `finetune.start`.
-        say: where progress is told; by default to the logger `ast_jax.training.crossval`.
-
-    Returns:
-        A row for each fold, see `table`.
-
-    Raises:
-        ValueError: the folder holds none, or a damaged one; or as `finetune.resume`.
-    """
-    output = pathlib.Path(output)
-    _refuse_several_processes()
-    asked = _asked(output)
-    where = {"source": asked["source"], **asked["reading"]}
-    now = moved(where, source, reading)
-    source, paths = now.pop("source"), {name: path for name, path in now.items() if name in PATHS}
-    if {"source": source, **now} != where:
-        asked |= {"source": source, "reading": now}
-        _write_asked(output, asked)
-    initial = load((output / INITIAL).absolute()) if (output / INITIAL).is_dir() else None
-    architecture = ASTConfig.from_json_dict(asked["architecture"]) if asked["architecture"] else None
-    with sole_use(output):
-        for number, fold in enumerate(asked["folds"], 1):
-            folder = output / f"fold-{fold}"
-            say(f"fold {fold} ({number} of {len(asked['folds'])})")
-            if run_folder.can_resume(folder):
-                finetune.resume(folder, source, reading=paths, machine=machine, say=say)
-            else:
-                finetune.start(
-                    source, folder, TrainConfig(**asked["training"]), initial=initial, architecture=architecture,
-                    reading={**asked["reading"], "fold": fold}, machine=machine, say=say, **asked["others"],
-                )  # fmt: skip
-            rows = _write_table(output, asked["folds"])
-    for line in lines(rows):
-        say(line)
-    return rows
+def _record(output: pathlib.Path, fold: str) -> Record | None:
+    """Return where a fold's run stands; None before its first state."""
+    state = newest_state(output / f"fold-{fold}")
+    return None if state is None else read_record(state)
 
 
 def _write_table(output: pathlib.Path, folds: Sequence[str]) -> list[dict[str, Any]]:
-    """Write the results there are, and return them."""
-    histories = {}
+    """Write the results of the finished folds, and return them."""
+    records = {}
     for fold in folds:
-        state = run_folder.newest_state(output / f"fold-{fold}")
-        if state is not None:
-            record = run_folder.read_record(state)
+        if (record := _record(output, fold)) is not None:
             with contextlib.suppress(ValueError):
-                if is_over(record.history, run_folder.read_run(output / f"fold-{fold}").training):
-                    histories[fold] = record.history
-    rows = table(histories)
+                if is_over(record, run_folder.read_run(output / f"fold-{fold}").training):
+                    records[fold] = record
+    rows = table(records)
     if rows:
         write_text(output / "folds.csv", run_folder.csv_text(rows))
-        write_text(output / "folds.json", run_folder.json_text(rows))
+        write_text(output / TABLE_JSON, run_folder.json_text(rows))
     return rows
 
 
-def table(histories: dict[str, run_folder.History]) -> list[dict[str, Any]]:
-    """Return a row for each fold, and their mean: the metric of the last and of the best epoch, and which that was.
-
-    Which epoch is best is chosen on the fold that is measured: the last epoch's is the honest figure, and the one
-    that compares.
-    """
+def table(records: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """Return a row for each fold, and their mean; see `CrossValidation.table`."""
     rows = []
-    for fold, history in histories.items():
-        metric, best = run_folder.metric_of(history) or "train_loss", run_folder.best_row(history)
+    for fold, record in records.items():
+        metric, best = record.metric, record.best_row
         rows.append({
-            "fold": fold, "metric": metric, "last": history[-1][metric], "best": best[metric],
+            "fold": fold, "metric": metric, "last": record.history[-1][metric], "best": best[metric],
             "best_epoch": best["epoch"],
         })  # fmt: skip
     if rows:
@@ -243,7 +275,7 @@ def table(histories: dict[str, run_folder.History]) -> list[dict[str, Any]]:
     return rows
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the table for the terminal."""
     title = f"{'fold':>6}  {'last epoch':>10}  {'best epoch':>10}  ({rows[0]['metric']})"
     return [

@@ -7,9 +7,12 @@ Values are those of the original's scripts (`egs/*/run*.sh`) and logs. Mixup is 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from ast_jax.checkpoints.folder import Checkpoint
+from ast_jax.checkpoints.load import load
 from ast_jax.config import ProblemType
 from ast_jax.training.config import TrainConfig
 
@@ -50,6 +53,17 @@ class Recipe:
         if unknown := sorted(overrides.keys() - known):
             raise ValueError(f"recipe {self.name}: expected settings of TrainConfig, got {', '.join(unknown)}")
         return TrainConfig(**{**self.training, **overrides})
+
+    def training_for(self, init: Checkpoint | None, **overrides: Any) -> TrainConfig:
+        """Return the training settings for an initial checkpoint: from scratch and from ImageNet some rates differ.
+
+        Raises:
+            ValueError: as in `settings`.
+        """
+        trained_on_audio = init is not None and not init.provenance.imagenet_only
+        if self.learning_rate_from_scratch and not trained_on_audio:
+            overrides = {"learning_rate": self.learning_rate_from_scratch, **overrides}
+        return self.settings(**overrides)
 
     def lines(
         self, overrides: Mapping[str, Any] | None = None, frontend: Mapping[str, Any] | None = None, init: str = ""
@@ -140,3 +154,25 @@ RECIPES = {
         ),
     )
 }  # fmt: skip
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by its name.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def load_init(init: Checkpoint | str | os.PathLike[str] | None, recipe: Recipe | None) -> Checkpoint | None:
+    """Return an initial checkpoint; one given by its name is loaded with the recipe's input length.
+
+    Raises:
+        ValueError: see `load`.
+    """
+    if init is None or isinstance(init, Checkpoint):
+        return init
+    return load(init, max_length=recipe.frontend["max_length"]) if recipe else load(init)

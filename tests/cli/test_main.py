@@ -22,8 +22,9 @@ from flax.traverse_util import flatten_dict
 
 import ast_jax
 from ast_jax.cli import common, main
-from ast_jax.training import crossval, finetune, recipes, run_folder, trainer
-from ast_jax.training.config import TrainConfig
+from ast_jax.data.datasets import DatasetConfig
+from ast_jax.training import crossval, finetune, recipes, run_folder
+from ast_jax.training.config import ExecutionConfig, TrainConfig
 
 
 def imported(done):
@@ -128,8 +129,7 @@ def test_wrong_usage_is_2(arguments):
         (["x", "--mean", "1"], "--mean and --std: expected both or none, got one"),
         (["x", "--num-processes", "2"], "--num-processes and --process-id: expected with --coordinator only"),
         (["x", "--architecture", "huge"], "--architecture: expected tiny, small, base or a config.json, got 'huge'"),
-        (["x", "--init", "y", "--architecture", "tiny"], "--init: brings its own architecture; leave out"),
-        ([], "expected DATA, a folder per class or a manifest, got none"),
+        (["x", "--init", "y", "--architecture", "tiny"], "--init: has its own architecture; leave out"),
         (["x", "--cross-validate", "--fold", "1"], "--fold: every fold of DATA is held out once"),
         (["x", "--recipe", "esc50", "--validation-data", "y"], "as the recipe wants it; add --no-cross-validate"),
     ],
@@ -143,32 +143,23 @@ def test_wrong_usage_of_finetune_is_one_line(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_refuses_what_contradicts_the_run(tmp_path):
+def test_resume_knows_no_settings(tmp_path):
+    """It resumes with those that it was started with; only epochs, execution and the place of the data may move."""
     config = ast_jax.PRESETS["tiny"](num_labels=2, id2label=("a", "b"), problem_type="single_label_classification")
-    training = TrainConfig(epochs=3, learning_rate=1e-3, schedule="cosine")
-    run = run_folder.Run(
-        {"source": str(tmp_path / "gone")}, config, ast_jax.FrontendConfig(), training, {"trained_from": "scratch"}
+    run = run_folder.RunConfig(
+        DatasetConfig(tmp_path / "gone"), config, ast_jax.FrontendConfig(), TrainConfig(), {"trained_from": "scratch"}
     )
     (tmp_path / "run.json").write_text(run.to_json())
-    resume = ["finetune", "--output", tmp_path, "--resume"]
-    same = ["--epochs", "3", "--lr", "1e-3", "--schedule", "cosine", "--architecture", "tiny", "--max-length", "1024",
-            "--problem-type", "single_label_classification"]  # fmt: skip
-    done = in_process(*resume, *same)
+    done = in_process("resume", tmp_path, "--epochs", "40", "--parallel", "jit", "--workers", "2")
     assert done.returncode == 1
     assert done.stderr == f"ast-jax: {tmp_path}: stopped before anything was saved; start it again in a new folder\n"
-    other = ["--epochs", "4", "--lr", "1e-4", "--schedule", "cosine", "--noise", "--architecture", "small",
-             "--max-length", "512", "--problem-type", "multi_label_classification"]  # fmt: skip
-    for options, named in (
-        (other, "--architecture, --epochs, --learning-rate, --max-length, --noise, --problem-type"),
-        (["--init", "sounds-tiny", "--seed", "0"], "--init"),
-        (["--test-data", "x", "--validation-data", "x", "--labels", "x"], "--labels, --test-data, --validation-data"),
-        (["--fold", "1", "--cross-validate"], "--cross-validate, --fold"),
-    ):
-        done = in_process(*resume, *options)
+    for option in ("--learning-rate", "--init", "--fold", "--recipe", "--max-length", "--mixup", "--output"):
+        done = in_process("resume", tmp_path, option, "1")
         assert done.returncode == 2
-        assert done.stderr.startswith(f"ast-jax: --resume: goes on with the settings that the run in {tmp_path} was")
-        assert done.stderr.endswith(f"; leave out {named}\n")
-        assert len(done.stderr.splitlines()) == 1
+        assert f"No such option: {option}" in done.stderr
+    done = in_process("resume", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert done.stderr == f"ast-jax: {tmp_path / 'nothing'}: expected a run folder to resume, found no run.json in it\n"
 
 
 @pytest.mark.parametrize(
@@ -246,95 +237,81 @@ def asked(monkeypatch):
     """What reaches the library from the command line."""
     seen = {}
 
-    def start(source, output, training, **others):
-        seen.update(others, source=source, output=output, training=training)
-        return ast_jax.load("sounds-tiny").replace(metadata_json='{"epoch": {"epoch": 1}}')
+    def start_run(data, output, init, plan, execution, metrics, log):
+        seen.update(data=data, output=output, init=init, plan=plan, execution=execution)
+        ast_jax.save(output / "best", ast_jax.load("sounds-tiny").replace(metadata_json='{"epoch": {"epoch": 1}}'))
+        return run_folder.Run(output)
 
-    monkeypatch.setattr(finetune, "start", start)
-    monkeypatch.setattr(crossval, "start", lambda *arguments, **others: seen.update(folds=(arguments, others)))
+    monkeypatch.setattr(finetune, "start_run", start_run)
+    monkeypatch.setattr(crossval, "cross_validate", lambda *arguments, **others: seen.update(folds=(arguments, others)))
     return seen
 
 
-def test_finetune_hands_every_option_on(asked, tmp_path):
-    """All but `--resume` and the meeting of processes, which are tried for real elsewhere."""
-    command = ["finetune", "data", "-o", str(tmp_path / "run"), "--init", "sounds-tiny", "--teacher", "t.stablehlo"]
+def test_finetune_passes_every_option_on(asked, tmp_path):
+    """All but those of several processes, which are tried for real elsewhere."""
+    command = ["finetune", "data", "-o", tmp_path / "run", "--init", "sounds-tiny", "--teacher", "t.stablehlo"]
     command += ["--problem-type", "multi_label_classification", "--max-length", "128", "--mean", "-5", "--std", "4"]
     command += ["--validation-data", "v", "--test-data", "t", "--labels", "l.csv", "--fold", "3", "--keep-epochs"]
     command += ["--parallel", "jit", "--workers", "3", "--save-minutes", "2.5", *as_options(OTHERS)]
-    done = typer.testing.CliRunner().invoke(main.app, command)
-    assert done.exit_code == 0, done.output
-    assert asked["training"] == TrainConfig(**OTHERS)
-    assert (str(asked["source"]), asked["output"]) == ("data", tmp_path / "run")
-    assert (asked["teacher"], asked["problem_type"]) == ("t.stablehlo", "multi_label_classification")
-    assert asked["initial"].config == ast_jax.load("sounds-tiny").config.replace(max_length=128)
-    assert asked["statistics"] == (-5, 4)
-    assert asked["reading"] == {"validation": "v", "test": "t", "label_file": "l.csv", "fold": "3"}
-    assert asked["keep_epochs"]
-    assert asked["machine"] == trainer.Machine("jit", 3, 2.5)
+    done = in_process(*command)
+    assert done.returncode == 0, done.stderr
+    plan = asked["plan"]
+    assert plan.training == TrainConfig(**OTHERS)
+    assert asked["output"] == tmp_path / "run"
+    assert (plan.teacher, plan.problem_type) == ("t.stablehlo", "multi_label_classification")
+    assert asked["init"].config == ast_jax.load("sounds-tiny").config.replace(max_length=128)
+    assert plan.statistics == (-5, 4)
+    assert asked["data"] == DatasetConfig("data", validation="v", test="t", label_file="l.csv", fold="3")
+    assert plan.keep_epochs
+    assert asked["execution"] == ExecutionConfig("jit", 3, 2.5)
     same = {name for name, value in OTHERS.items() if getattr(TrainConfig(), name) == value}
     assert same == {"linear_probe"}  # which excludes freeze_layers
     assert OTHERS.keys() == vars(TrainConfig()).keys()
 
 
 def test_a_linear_probe_is_asked_for(asked, tmp_path):
-    done = typer.testing.CliRunner().invoke(
-        main.app, ["finetune", "data", "-o", str(tmp_path / "run"), "--linear-probe"]
-    )
-    assert done.exit_code == 0, done.output
-    assert asked["training"] == TrainConfig(linear_probe=True)
+    done = in_process("finetune", "data", "-o", tmp_path / "run", "--linear-probe")
+    assert done.returncode == 0, done.stderr
+    assert asked["plan"].training == TrainConfig(linear_probe=True)
+    assert asked["plan"].architecture == ast_jax.PRESETS["tiny"]()
+    assert asked["execution"] == ExecutionConfig(num_workers=None)
+    assert done.stdout == f"the best: epoch 1\ncheckpoint: {tmp_path / 'run' / 'best'}\n"
 
 
 def test_a_recipe_is_printed_and_can_be_overridden(asked, tmp_path):
-    command = [
-        "finetune",
-        "data",
-        "-o",
-        str(tmp_path / "run"),
-        "--recipe",
-        "speechcommands",
-        "--epochs",
-        "3",
-        "--no-noise",
-    ]
-    done = typer.testing.CliRunner().invoke(main.app, command)
-    assert done.exit_code == 0, done.output
+    options = ["--recipe", "speechcommands", "--epochs", "3", "--no-noise"]
+    done = in_process("finetune", "data", "-o", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
     lines = {tuple(line.split(maxsplit=1)) for line in done.stdout.splitlines()}
     assert {("epochs", "3 (recipe: 30)"), ("noise", "False (recipe: True)"), ("learning_rate", "0.00025")} <= lines
-    recipe = recipes.RECIPES["speechcommands"]
-    assert asked["training"] == recipe.settings(epochs=3, noise=False)
-    assert asked["statistics"] == (-6.845978, 5.5654526)
-    assert asked["architecture"].max_length == 128
-    assert asked["problem_type"] == "multi_label_classification"
-    assert asked["notes"] == {"recipe": "speechcommands"}
+    recipe, plan = recipes.RECIPES["speechcommands"], asked["plan"]
+    assert plan.training == recipe.settings(epochs=3, noise=False)
+    assert plan.statistics == (-6.845978, 5.5654526)
+    assert plan.architecture.max_length == 128
+    assert plan.problem_type == "multi_label_classification"
+    assert plan.recipe == "speechcommands"
 
 
 @pytest.mark.parametrize(("init", "rate"), [(None, 1e-4), ("sounds-tiny", 1e-5)])
 def test_esc50_is_cross_validated_at_the_rate_for_its_start(init, rate, asked, tmp_path):
-    command = [
-        "finetune",
-        "data",
-        "-o",
-        str(tmp_path / "run"),
-        "--recipe",
-        "esc50",
-        *(["--init", init] if init else []),
-    ]
-    done = typer.testing.CliRunner().invoke(main.app, command)
-    assert done.exit_code == 0, done.output
-    (source, output, training), others = asked["folds"]
-    assert (str(source), output) == ("data", tmp_path / "run")
-    assert training == recipes.RECIPES["esc50"].settings(learning_rate=rate)
-    assert (others["initial"] is None) == (init is None)
-    done = typer.testing.CliRunner().invoke(main.app, [*command, "--fold", "2"])
-    assert done.exit_code == 0, done.output
-    assert asked["reading"] == {"fold": "2"}  # one fold alone is a run of its own
+    command = ["finetune", "data", "-o", tmp_path / "run", "--recipe", "esc50", *(["--init", init] if init else [])]
+    done = in_process(*command)
+    assert done.returncode == 0, done.stderr
+    (data, output), others = asked["folds"]
+    assert (data, output) == (DatasetConfig("data"), tmp_path / "run")
+    assert others["training"] == recipes.RECIPES["esc50"].settings(learning_rate=rate)
+    assert others["recipe"] == "esc50"
+    assert (others["init"] is None) == (init is None)
+    done = in_process(*command, "--fold", "2")
+    assert done.returncode == 0, done.stderr
+    assert asked["data"].fold == "2"  # one fold alone is a run of its own
 
 
 def test_out_of_memory_is_one_line(monkeypatch, tmp_path):
     def start(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
-    monkeypatch.setattr(finetune, "start", start)
+    monkeypatch.setattr(finetune, "finetune", start)
     done = typer.testing.CliRunner().invoke(main.app, ["finetune", "data", "-o", str(tmp_path / "run")])
     assert done.exit_code == 1
     assert done.stderr.splitlines() == [
@@ -539,14 +516,17 @@ def test_info_of_the_shipped_model():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["classify"], ["embed"], ["explain"], ["convert"], ["export"], ["info"], ["finetune"]], ids=str
+    "command",
+    [[], ["classify"], ["embed"], ["explain"], ["convert"], ["export"], ["info"], ["finetune"], ["resume"]],
+    ids=str,
 )
 def test_help_says_what_there_is_and_imports_no_jax(command):
     done = ast_cli(*command, "--help", COLUMNS="200", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     for word in {
         "": (),
-        "finetune": ("--resume", "--mixup", "--init"),
+        "finetune": ("--recipe", "--mixup", "--init"),
+        "resume": ("--epochs", "--workers"),
         "classify": ("--top-k", "--json", "--model", "--window", "--hop", "--pad", "--timeline", "--picture"),
         "embed": ("--layer", "--pool", "--per"),
         "explain": ("--label", "--cells", "--arrays"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import soundfile
 
 import ast_jax
 from ast_jax.cli.main import app
-from ast_jax.data.datasets import DataError
-from ast_jax.training import crossval, finetune, plots, run_folder
+from ast_jax.data.datasets import DataError, DatasetConfig
+from ast_jax.training import crossval, finetune, plots, run_folder, states
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.parallel import DataParallel
+from ast_jax.training.states import Record
 
 TINY = ast_jax.ASTConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=32, num_mel_bins=32,
@@ -49,15 +51,15 @@ def folded(tmp_path):
 def test_every_fold_is_validated_on_once_and_the_table_is_theirs(folded, tmp_path):
     said = []
     initial = ast_jax.load("sounds-tiny")
-    rows = crossval.start(folded, tmp_path / "run", SETTINGS, initial=initial, say=said.append)
+    rows = crossval.cross_validate(folded, tmp_path / "run", training=SETTINGS, init=initial, log=said.append).table
     assert [row["fold"] for row in rows] == ["1", "2", "3", "mean"]
     assert [row["last"] for row in rows[:3]] == [1.0, 0.8, 1.0]
     assert rows[3]["last"] == pytest.approx(2.8 / 3)
     assert {row["metric"] for row in rows} == {"accuracy"}
     for fold in "123":
-        record = run_folder.read_record(run_folder.newest_state(tmp_path / "run" / f"fold-{fold}"))
+        record = states.read_record(states.newest_state(tmp_path / "run" / f"fold-{fold}"))
         assert record.sizes == [20, 10]
-        assert run_folder.read_run(tmp_path / "run" / f"fold-{fold}").data["fold"] == fold
+        assert run_folder.read_run(tmp_path / "run" / f"fold-{fold}").data.fold == fold
     assert json.loads((tmp_path / "run" / "folds.json").read_text()) == rows
     with (tmp_path / "run" / "folds.csv").open() as file:
         assert [float(row["last"]) for row in csv.DictReader(file)] == [row["last"] for row in rows]
@@ -79,72 +81,72 @@ def test_it_goes_on_with_the_fold_that_was_stopped(folded, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(run_folder, "publish", stop_in_fold_2)
         with pytest.raises(KeyboardInterrupt):
-            crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+            crossval.cross_validate(folded, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
     assert crossval.is_cross_validation(tmp_path / "run")
-    assert crossval.read_run(tmp_path / "run").training == SETTINGS
+    assert list(crossval.CrossValidation(tmp_path / "run").folds) == ["1", "2"]
+    assert crossval.CrossValidation(tmp_path / "run").folds["1"].config.training == SETTINGS
     assert not (tmp_path / "run" / "fold-3").exists()
     said = []
-    rows = crossval.resume(tmp_path / "run", say=said.append)
+    rows = crossval.resume_cross_validation(tmp_path / "run", log=said.append).table
     assert [row["last"] for row in rows[:3]] == [1.0, 0.8, 1.0]
-    assert "going on after epoch 1 of 2, step 2" in said
+    assert "resuming after epoch 1 of 2, step 2" in said
     assert run_folder.read_run(tmp_path / "run" / "fold-3").config.hidden_size == TINY.hidden_size
-    assert crossval.resume(tmp_path / "run", say=lambda _: None) == rows  # all done: nothing but the table
+    done = crossval.resume_cross_validation(tmp_path / "run", log=lambda _: None)
+    assert done.table == rows  # all done: nothing but the table
 
 
 @pytest.mark.slow
 def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("b\na\n")
     monkeypatch.chdir(tmp_path)
-    crossval.start("manifest.csv", "run", SETTINGS, architecture=TINY, reading={"label_file": "names.txt"}, say=print)
+    data = DatasetConfig("manifest.csv", label_file="names.txt")
+    crossval.cross_validate(data, "run", training=SETTINGS, architecture=TINY, log=print)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert len(crossval.resume(tmp_path / "run", say=lambda _: None)) == 4
+    assert len(crossval.resume_cross_validation(tmp_path / "run", log=lambda _: None).table) == 4
     assert ast_jax.load(tmp_path / "run" / "fold-1" / "best").config.labels == ("b", "a")
     (tmp_path / "names.txt").rename(tmp_path / "moved.txt")
     with pytest.raises(FileNotFoundError, match="names"):
-        crossval.resume(tmp_path / "run", say=lambda _: None)
-    crossval.resume(tmp_path / "run", reading={"label_file": tmp_path / "moved.txt"}, say=lambda _: None)
-    assert len(crossval.resume(tmp_path / "run", say=lambda _: None)) == 4  # which is kept
-    with pytest.raises(ValueError, match="validation: expected where something lies that the run was started with"):
-        crossval.resume(tmp_path / "run", reading={"validation": tmp_path})
+        crossval.resume_cross_validation(tmp_path / "run", log=lambda _: None)
+    source = tmp_path / "manifest.csv"
+    moved = DatasetConfig(source, label_file=tmp_path / "moved.txt")
+    crossval.resume_cross_validation(tmp_path / "run", moved, log=lambda _: None)
+    assert len(crossval.resume_cross_validation(tmp_path / "run", log=lambda _: None).table) == 4  # which is kept
+    with pytest.raises(ValueError, match="validation: expected a new place of data that the run was started with"):
+        crossval.resume_cross_validation(tmp_path / "run", DatasetConfig(source, validation=tmp_path))
 
 
-@pytest.mark.slow
-def test_options_that_contradict_it_are_refused_where_it_goes_on(folded, tmp_path, capsys):
-    crossval.start(folded, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
-    resume = ["finetune", "--output", str(tmp_path / "run"), "--resume"]
-    for options, named in (
-        (["--init", "sounds-tiny", "--epochs", "2", "--cross-validate"], "--init"),
-        (["--fold", "1", "--test-data", "x", "--max-length", "64", "--lr", "1"],
-         "--fold, --learning-rate, --max-length, --test-data"),
-        (["--no-cross-validate", "--labels", "x"], "--cross-validate, --labels"),
-    ):  # fmt: skip
-        with pytest.raises(SystemExit) as stopped:
-            app([*resume, *options])
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err.endswith(f"; leave out {named}\n")
+def test_more_epochs_for_every_fold(folded, tmp_path, capsys):
+    """By the command line: the folds that are finished, and those that have not begun."""
+    crossval.cross_validate(folded, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
+    shutil.rmtree(tmp_path / "run" / "fold-3")
     with pytest.raises(SystemExit) as stopped:
-        app([*resume, "--epochs", "2", "--max-length", "32", "--num-mel-bins", "32"])
+        app(["resume", str(tmp_path / "run"), "--epochs", "3", "--workers", "0"])
     assert stopped.value.code == 0
-    (tmp_path / "run" / "fold-1" / "states").rename(tmp_path / "states")  # as if nothing had begun
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "mean"
+    whole = crossval.CrossValidation(tmp_path / "run")
+    assert {fold: len(run.metrics) for fold, run in whole.folds.items()} == {"1": 3, "2": 3, "3": 3}
+    assert {run.config.training.epochs for run in whole.folds.values()} == {3}
     with pytest.raises(SystemExit) as stopped:
-        app([*resume, "--epochs", "2"])
-    assert stopped.value.code == 2
+        app(["resume", str(tmp_path / "run"), "--epochs", "2"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "ast-jax: epochs: expected 3 or more, which are trained already, got 2\n"
 
 
 def test_a_start_that_fails_in_its_first_fold_leaves_the_folder_free(folded, tmp_path):
     big = TrainConfig(batch_size=800)
     with pytest.raises(DataError, match="less than one batch of 800"):
-        crossval.start(folded, tmp_path / "run", big, initial=ast_jax.load("sounds-tiny"), say=lambda _: None)
+        crossval.cross_validate(folded, tmp_path / "run", training=big, init="sounds-tiny", log=lambda _: None)
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_table_of_last_and_best():
-    histories = {
+    records = {
         "1": [{"epoch": 1, "accuracy": 0.5}, {"epoch": 2, "accuracy": 0.9}, {"epoch": 3, "accuracy": 0.7}],
         "2": [{"epoch": 1, "accuracy": 0.6}],
     }
-    rows = crossval.table(histories)
+    records = {fold: Record(history=history, metric="accuracy") for fold, history in records.items()}
+    rows = crossval.table(records)
     assert [(row["last"], row["best"], row["best_epoch"]) for row in rows[:2]] == [(0.7, 0.9, 2), (0.6, 0.6, 1)]
     assert (rows[2]["last"], rows[2]["best"]) == (pytest.approx(0.65), pytest.approx(0.75))
     assert crossval.table({}) == []
@@ -155,14 +157,14 @@ def test_refusals(folded, tmp_path):
         (tmp_path / "unfolded" / name).mkdir(parents=True)
         soundfile.write(tmp_path / "unfolded" / name / "1.wav", np.ones(4000) / 2, 16000)
     with pytest.raises(DataError, match="expected a data set with folds"):
-        crossval.start(tmp_path / "unfolded", tmp_path / "run", SETTINGS, architecture=TINY)
+        crossval.cross_validate(tmp_path / "unfolded", tmp_path / "run", training=SETTINGS, architecture=TINY)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(ValueError, match="expected a new or empty folder"):
-        crossval.start(folded, tmp_path / "full", SETTINGS, architecture=TINY)
+        crossval.cross_validate(folded, tmp_path / "full", training=SETTINGS, architecture=TINY)
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / crossval.ASKED_FILE).write_text("{}")
+    (tmp_path / "bad" / crossval.PLAN_FILE).write_text("{}")
     with pytest.raises(ValueError, match="expected the file as finetune wrote it"):
-        crossval.resume(tmp_path / "bad")
+        crossval.resume_cross_validation(tmp_path / "bad")
     with pytest.raises(ValueError, match="expected a run folder to resume"):
         finetune.resume(tmp_path / "bad")

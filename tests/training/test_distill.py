@@ -117,18 +117,20 @@ def test_a_student_learns_the_teacher_and_resumes(sounds, tmp_path):
         stopped.append(line)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune.start(sounds, tmp_path / "run", settings, architecture=STUDENT, teacher=program, say=stop)
-    best = finetune.resume(tmp_path / "run", say=lambda _: None)
-    whole = finetune.start(
-        sounds, tmp_path / "whole", settings, architecture=STUDENT, teacher=program, say=lambda _: None
+        finetune.finetune(sounds, tmp_path / "run", training=settings, architecture=STUDENT, teacher=program, log=stop)
+    best = ast_jax.load(finetune.resume(tmp_path / "run", log=lambda _: None).best)
+    whole = ast_jax.load(
+        finetune.finetune(
+            sounds, tmp_path / "whole", training=settings, architecture=STUDENT, teacher=program, log=lambda _: None
+        ).best
     )
     jax.tree.map(np.testing.assert_array_equal, best.params, whole.params)
     assert best.metadata["teacher"] == "t.stablehlo"
-    last = evaluate.evaluate(best, datasets.read_dataset(sounds).splits["train"][:16], 16).logits
+    last = evaluate.predict(best, datasets.read_dataset(sounds).splits["train"][:16], 16).logits
     assert (last.argmax(1) == 2).all()
     program.unlink()
     with pytest.raises(FileNotFoundError):
-        finetune.resume(tmp_path / "run", say=lambda _: None)
+        finetune.resume(tmp_path / "run", log=lambda _: None)
 
 
 def test_teachers_that_do_not_fit_are_refused(sounds, tmp_path):
@@ -146,9 +148,9 @@ def test_teachers_that_do_not_fit_are_refused(sounds, tmp_path):
     with pytest.raises(ValueError, match="16000 Hz, got one for 8000"):
         distill.load_teacher(tmp_path / "slow", STUDENT, FRONTEND)
     with pytest.raises(ValueError, match="lacks b, c"):
-        finetune.start(
-            sounds, tmp_path / "no", TrainConfig(batch_size=16), architecture=STUDENT,
-            teacher=tmp_path / "few.stablehlo", say=lambda _: None,
+        finetune.finetune(
+            sounds, tmp_path / "no", training=TrainConfig(batch_size=16), architecture=STUDENT,
+            teacher=tmp_path / "few.stablehlo", log=lambda _: None,
         )  # fmt: skip
     assert not (tmp_path / "no").exists()
 

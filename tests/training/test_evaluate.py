@@ -14,7 +14,7 @@ from ast_jax.checkpoints.folder import Checkpoint, save
 from ast_jax.cli import main
 from ast_jax.config import FrontendConfig
 from ast_jax.data import datasets
-from ast_jax.training import evaluate, measuring, metrics, run_folder
+from ast_jax.training import evaluate, metrics, run_folder
 from ast_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -68,28 +68,28 @@ def logits_one_by_one(model, examples):
 def test_a_split_on_eight_devices_is_each_sound_alone(models, data, batch_size):
     model = ast_jax.load(models[0])
     examples = datasets.read_dataset(data).splits["test"]
-    found = evaluate.evaluate(model, examples, batch_size)
+    found = evaluate.predict(model, examples, batch_size)
     assert found.usable.tolist() == [index != 12 for index in range(20)]
     readable = [example for example in examples if example.path.name != "13.wav"]
     logits, labels = found.measured()
     np.testing.assert_allclose(logits, logits_one_by_one(model, readable), atol=2e-4)  # features on device and host
     for row, example in zip(labels, readable, strict=True):
         assert tuple(np.flatnonzero(row)) == example.targets
-    again = evaluate.evaluate(model, examples, batch_size, num_workers=1)
+    again = evaluate.predict(model, examples, batch_size, num_workers=1)
     np.testing.assert_array_equal(again.logits, found.logits)
 
 
 def test_nothing_readable_is_an_error(models, data):
     bad = [example for example in datasets.read_dataset(data).splits["test"] if example.path.name == "13.wav"]
     with pytest.raises(datasets.DataError, match="none of the 1 sounds to evaluate on can be read"):
-        evaluate.evaluate(ast_jax.load(models[0]), bad, 8).measured()
+        evaluate.predict(ast_jax.load(models[0]), bad, 8).measured()
 
 
 def test_an_ensemble_is_the_mean_of_the_scores(models, data):
-    measured = measuring.measure(models, data, batch_size=8, threshold=0.4)
+    measured = evaluate.evaluate(models, data, batch_size=8, threshold=0.4)
     assert (measured.split, measured.examples, measured.skipped) == ("test", 19, 1)
     assert list(measured.reports) == [*models, "ensemble"]
-    assert measured.notes == (f"{models[2]}: of its 4 labels the data have 3",)
+    assert measured.notes == (f"{models[2]}: the data have 3 of its 4 labels",)
     examples = [one for one in datasets.read_dataset(data).splits["test"] if one.path.name != "13.wav"]
     truth = np.array([[label in one.targets for label in range(3)] for one in examples])
     scores = []
@@ -116,32 +116,36 @@ def test_a_run_is_measured_on_what_it_held_out(models, tmp_path):
     (tmp_path / "plain.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in lines))
     for name, source, seed, fold in (("a", "plain", 3, None), ("b", "plain", 4, None), ("c", "folds", 0, "1")):
         one = checkpoint(0)
-        reading = {"source": str(tmp_path / f"{source}.csv")} | ({"fold": fold} if fold else {})
-        run = run_folder.Run(reading, one.config, one.frontend, TrainConfig(seed=seed), {})
+        where = datasets.DatasetConfig(tmp_path / f"{source}.csv", fold=fold)
+        run = run_folder.RunConfig(where, one.config, one.frontend, TrainConfig(seed=seed), {})
         (tmp_path / name).mkdir()
         (tmp_path / name / run_folder.RUN_FILE).write_text(run.to_json())
         save(tmp_path / name / "best", one)
     for names, source, fold in (("a", "plain", None), ("c", "folds", "1")):
-        heard = measuring._heard_by([str(tmp_path / name) for name in names], tmp_path / f"{source}.csv", {}, None)
+        found = evaluate.evaluate([tmp_path / name for name in names], tmp_path / f"{source}.csv", batch_size=8)
         want = datasets.read_dataset(
             datasets.DatasetConfig(tmp_path / f"{source}.csv", fold=fold), 3 if source == "plain" else 0
         )
-        assert heard[1:] == ("validation", want.splits["validation"])
+        assert (found.split, found.examples) == ("validation", len(want.splits["validation"]))
+        logits, labels = evaluate.predict(checkpoint(0), want.splits["validation"], 8).measured()
+        assert found.reports[str(tmp_path / names)]["metrics"] == metrics.evaluate_logits(
+            logits, labels, checkpoint(0).config
+        )
     with pytest.raises(datasets.DataError, match="the runs held out different sounds"):
-        measuring.measure([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plain.csv")
+        evaluate.evaluate([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plain.csv")
     single = checkpoint(1, problem_type="single_label_classification")
     save(tmp_path / "single", single)
     with pytest.raises(ValueError, match="expected models of one problem type"):
-        measuring.measure([models[0], str(tmp_path / "single")], tmp_path / "plain.csv", batch_size=8)
+        evaluate.evaluate([models[0], str(tmp_path / "single")], tmp_path / "plain.csv", batch_size=8)
 
 
 def test_scores_and_logits_of_an_ensemble_say_the_same():
     mean = np.random.default_rng(0).dirichlet(np.ones(4), 6)
     for kind in ("multi_label_classification", "single_label_classification"):
         config = ast_jax.ASTConfig(num_labels=4, problem_type=kind)
-        np.testing.assert_allclose(metrics.scores(measuring._as_logits(mean, config), config), mean, atol=1e-12)
+        np.testing.assert_allclose(metrics.scores(evaluate._as_logits(mean, config), config), mean, atol=1e-12)
         extreme = np.array([[0.0, 1.0, 0.0, 0.0]])
-        np.testing.assert_allclose(metrics.scores(measuring._as_logits(extreme, config), config), extreme, atol=1e-12)
+        np.testing.assert_allclose(metrics.scores(evaluate._as_logits(extreme, config), config), extreme, atol=1e-12)
 
 
 def test_an_average_is_the_mean_of_the_params():
@@ -227,12 +231,12 @@ def test_average_on_the_command_line(tmp_path):
         assert done.exit_code == 1
         assert message in done.stderr
     done = invoke("average", tmp_path / "run3", "--output", tmp_path / "no", "--epochs", "3-4")
-    assert (done.exit_code, "run3: expected a run's folder" in done.stderr) == (1, True)
+    assert (done.exit_code, "run3: expected a run folder" in done.stderr) == (1, True)
     assert not (tmp_path / "no").exists()
 
 
 def test_a_run_and_its_best_are_the_same_model(models, data, tmp_path):
     shutil.copytree(models[0], tmp_path / "run" / "best")
     again = [str(tmp_path / "run" / "best"), str(tmp_path / "run" / "." / "best")]
-    notes = [measuring.measure(found, data, batch_size=8).notes for found in (again, models[:2])]
+    notes = [evaluate.evaluate(found, data, batch_size=8).notes for found in (again, models[:2])]
     assert [any("more than once" in note for note in found) for found in notes] == [True, False]

@@ -19,12 +19,14 @@ import torch_original
 from flax.traverse_util import flatten_dict
 
 import ast_jax
+from ast_jax.checkpoints.folder import restore_numpy
 from ast_jax.config import FrontendConfig
 from ast_jax.data import audit, datasets
+from ast_jax.data.datasets import DatasetConfig
 from ast_jax.runtime.files import sole_use
 from ast_jax.runtime.signals import Terminated, defer_signals
-from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, trainer
-from ast_jax.training.config import TrainConfig
+from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, states, trainer
+from ast_jax.training.config import ExecutionConfig, TrainConfig
 from ast_jax.training.parallel import DataParallel
 
 TINY = ast_jax.ASTConfig(
@@ -67,9 +69,9 @@ def sounds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(sounds, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    said = []
-    best = finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=said.append)
-    return folder, best, said
+    said, rows = [], []
+    done = finetune.finetune(sounds, folder, training=SETTINGS, architecture=TINY, metrics=rows.append, log=said.append)
+    return folder, ast_jax.load(done.best), said, rows
 
 
 def read_metrics(folder):
@@ -88,7 +90,7 @@ def states_of(folder):
 
 
 def test_run_folder(run):
-    folder, best, said = run
+    folder, best, said, _ = run
     rows = read_metrics(folder)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -119,7 +121,7 @@ def test_metrics_are_the_same_in_every_form(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    folder, _, said = run
+    folder, _, said, _ = run
     rows, told = read_metrics(folder), json.loads((folder / "metrics.json").read_text())
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
@@ -138,13 +140,13 @@ def test_metrics_are_the_same_in_every_form(run):
 
 
 def test_checkpoint_classifies(run, sounds):
-    folder, best, _ = run
+    folder, best, _, _ = run
     names = [str(sounds / name / "3.wav") for name in TONES]
     predictions = ast_jax.classify(names, folder / "best", top_k=3)
     for prediction in predictions:
         assert abs(sum(score for _, score in prediction) - 1) < 1e-5
     validation = datasets.read_dataset(sounds).splits["validation"]
-    logits, labels = evaluate.evaluate(best, validation, batch_size=8).measured()
+    logits, labels = evaluate.predict(best, validation, batch_size=8).measured()
     assert logits.shape == labels.shape == (9, 3)
     # Device and host paths compute the same: evaluate's features come from jit, classify's from NumPy.
     example = datasets.read_dataset(sounds).splits["validation"][4]
@@ -154,8 +156,10 @@ def test_checkpoint_classifies(run, sounds):
 
 
 def test_same_seed_same_run(run, sounds, tmp_path):
-    _, best, _ = run
-    again = finetune.start(sounds, tmp_path / "again", SETTINGS, architecture=TINY, say=lambda _: None)
+    _, best, _, _ = run
+    again = ast_jax.load(
+        finetune.finetune(sounds, tmp_path / "again", training=SETTINGS, architecture=TINY, log=lambda _: None).best
+    )
     for path, leaf in flatten_dict(again.params, sep="/").items():
         np.testing.assert_array_equal(leaf, flatten_dict(best.params, sep="/")[path])
 
@@ -165,7 +169,7 @@ def test_averages_over_epochs(sounds, tmp_path):
     """Of the weights from an epoch on, and of the scores so far: recomputed from the epochs' own checkpoints."""
     folder = tmp_path / "run"
     settings = dataclasses.replace(SETTINGS, average_from=2)
-    finetune.start(sounds, folder, settings, architecture=TINY, keep_epochs=True, say=lambda _: None)
+    finetune.finetune(sounds, folder, training=settings, architecture=TINY, keep_epochs=True, log=lambda _: None)
     epochs = [ast_jax.load(folder / "epochs" / f"{number:04d}") for number in (1, 2, 3)]
     average = ast_jax.load(folder / "average")
     for name, leaf in flatten_dict(average.params, sep="/").items():
@@ -173,14 +177,14 @@ def test_averages_over_epochs(sounds, tmp_path):
         np.testing.assert_allclose(leaf, want, atol=1e-6, err_msg=name)  # float32, in another order
     assert average.metadata["epoch"] == {"averaged_epochs": [2, 3]}
     examples = datasets.read_dataset(sounds).splits["validation"]
-    found = [evaluate.evaluate(one, examples, 16) for one in epochs]
+    found = [evaluate.predict(one, examples, 16) for one in epochs]
     for number, row in enumerate(read_metrics(folder), 1):
         scores = np.mean([metrics.scores(one.logits, TINY.replace(
             num_labels=3, problem_type="single_label_classification")) for one in found[:number]], axis=0)  # fmt: skip
         accuracy = (scores.argmax(1) == found[0].labels.argmax(1)).mean()
         assert float(row["cumulative_accuracy"]) == pytest.approx(accuracy)
     results = json.loads((folder / "results.json").read_text())
-    whole = evaluate.evaluate(average, examples, 16)
+    whole = evaluate.predict(average, examples, 16)
     assert results["validation"]["average"]["metrics"]["accuracy"] == pytest.approx(
         (whole.logits.argmax(1) == whole.labels.argmax(1)).mean()
     )
@@ -192,11 +196,52 @@ def test_averages_over_epochs(sounds, tmp_path):
 
 def test_patience_ends_a_run_that_gets_no_better(sounds, tmp_path, no_compiling):
     settings = TrainConfig(batch_size=40, epochs=9, patience=2)
-    finetune.start(sounds, tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
+    finetune.finetune(sounds, tmp_path / "run", training=settings, architecture=TINY, log=lambda _: None)
     assert len(read_metrics(tmp_path / "run")) == 3  # the first was as good as any
     said = []
-    finetune.resume(tmp_path / "run", say=said.append)
-    assert "that is all of them" in said[0]
+    finetune.resume(tmp_path / "run", log=said.append)
+    assert "the run is finished" in said[0]
+
+
+def test_metrics_go_to_the_callback_and_the_run(run):
+    """Row by row as the epochs end, as the run folder has them later."""
+    folder, _, _, rows = run
+    done = ast_jax.Run(folder)
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in done.metrics]
+    assert done.results["last"] == done.metrics[-1]
+    assert done.best == folder / "best"
+    assert done.config.training == SETTINGS
+    with pytest.raises(ValueError, match="not there yet; the run has to go on"):
+        ast_jax.Run(folder / "states").metrics  # noqa: B018 (it raises)
+
+
+def test_more_epochs_are_those_of_a_longer_run(run, sounds, tmp_path):
+    short = finetune.finetune(
+        sounds, tmp_path / "run", training=SETTINGS.replace(epochs=2), architecture=TINY, log=lambda _: None
+    )
+    assert short.results["epochs"] == 2
+    longer = finetune.resume(short.folder, epochs=3, log=lambda _: None)
+    assert longer.results["epochs"] == 3
+    assert longer.config.training == SETTINGS
+    assert_same_state(short.folder, run[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "done", "epochs", "message"),
+    [
+        ({"schedule": "cosine"}, 3, 5, "its cosine schedule has ended: its learning rate is zero"),
+        ({"schedule": "cosine"}, 1, 5, "its cosine schedule spans the epochs it was started with"),
+        ({"schedule": "constant"}, 2, 1, "expected 2 or more, which are trained already, got 1"),
+        ({"epochs": 9, "patience": 2}, 3, 12, r"early stopping \(patience 2\) has ended the run after epoch 3"),
+    ],
+)
+def test_epochs_that_the_schedule_cannot_have(changes, done, epochs, message):
+    training = TrainConfig(**{"epochs": 3, **changes})
+    history = [{"epoch": epoch, "accuracy": 0.5} for epoch in range(1, done + 1)]
+    record = states.Record(history=history, metric="accuracy")
+    with pytest.raises(ValueError, match=message):
+        finetune.with_epochs(training, record, epochs)
+    assert finetune.with_epochs(training, record, training.epochs) is training
 
 
 class Killed(BaseException):
@@ -214,7 +259,7 @@ def killed_once(sounds, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run_folder, "save", raise_killed)
         with pytest.raises(Killed):
-            finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
+            finetune.finetune(sounds, folder, training=SETTINGS, architecture=TINY, log=lambda _: None)
     assert states_of(folder) == [6]
     assert {path.name for path in folder.iterdir()} == {"run.json", "states", "tensorboard"}
     (folder / ".best.abcdefgh" / "new").mkdir(parents=True)
@@ -239,7 +284,7 @@ def no_compiling(monkeypatch):
 
 def assert_same_state(folder, other):
     """Bit for bit, whatever way led there."""
-    ours, theirs = (run_folder.restore_numpy(run_folder.newest_state(one) / "arrays") for one in (folder, other))
+    ours, theirs = (restore_numpy(states.newest_state(one) / "arrays") for one in (folder, other))
     assert ours.keys() == theirs.keys()
     for key, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[key])
@@ -250,7 +295,7 @@ def assert_same_state(folder, other):
 
 
 def test_resume_gives_the_uninterrupted_run(run, killed):
-    folder, _, _ = run
+    folder, _, _, _ = run
     seen = []
 
     def stop_at_once(line):
@@ -259,13 +304,13 @@ def test_resume_gives_the_uninterrupted_run(run, killed):
             raise Killed
 
     with pytest.raises(Killed):
-        finetune.resume(killed, say=stop_at_once)
-    assert seen[0] == "going on after epoch 1 of 3, step 5"
+        finetune.resume(killed, log=stop_at_once)
+    assert seen[0] == "resuming after epoch 1 of 3, step 5"
     assert {path.name for path in killed.iterdir()} == FILES - {"confusion.png", "curves.png", "results.json"}
     assert states_of(killed) == [6]
     assert [row["epoch"] for row in read_metrics(killed)] == ["1"]
     assert ast_jax.load(killed / "best").metadata["epoch"]["epoch"] == 1
-    finetune.resume(killed, say=seen.append)
+    finetune.resume(killed, log=seen.append)
     assert {path.name for path in killed.iterdir()} == FILES
     assert_same_state(killed, folder)
     assert states_of(killed) == states_of(folder)
@@ -273,7 +318,7 @@ def test_resume_gives_the_uninterrupted_run(run, killed):
 
 def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeypatch):
     """The state's parameters are of the epoch under way then, and not the best epoch's."""
-    take = trainer.Loop._take
+    take = trainer.Trainer._train_step
 
     def interrupt_at_step_8(self, batch):
         if self.record.step == 8:
@@ -285,13 +330,13 @@ def test_best_stays_when_a_run_goes_on_within_an_epoch(sounds, tmp_path, monkeyp
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.Loop, "_take", interrupt_at_step_8)
+        patched.setattr(trainer.Trainer, "_train_step", interrupt_at_step_8)
         with pytest.raises(KeyboardInterrupt):
-            finetune.start(sounds, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+            finetune.finetune(sounds, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
     before = ast_jax.load(tmp_path / "run" / "best")
     assert states_of(tmp_path / "run") == [6, 10]  # steps and finished epochs
     with pytest.raises(Killed):
-        finetune.resume(tmp_path / "run", say=stop)
+        finetune.resume(tmp_path / "run", log=stop)
     jax.tree.map(np.testing.assert_array_equal, ast_jax.load(tmp_path / "run" / "best").params, before.params)
 
 
@@ -303,7 +348,9 @@ def test_a_state_of_eight_devices_goes_on_with_fewer(killed, run, devices, metho
     """Saved and loaded as NumPy; sums over devices are in another order, so that the figures agree and not the bits."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer.jax, "devices", lambda: jax.local_devices()[:devices])
-        best = finetune.resume(killed, machine=trainer.Machine(parallel=method), say=lambda _: None)
+        best = ast_jax.load(
+            finetune.resume(killed, execution=ExecutionConfig(parallel=method), log=lambda _: None).best
+        )
     assert len(read_metrics(killed)) == 3
     losses = [[float(row["train_loss"]) for row in read_metrics(one)] for one in (killed, run[0])]
     np.testing.assert_allclose(*losses, rtol=1e-3)  # ten steps of Adam from float32 roundings
@@ -320,8 +367,8 @@ def test_signals_are_deferred_to_where_stopping_is_safe(
 ):
     """Whatever is under way when one comes is finished, a state is saved, and the run goes on from there."""
     module, name = {
-        "step": (trainer.Loop, "_take"), "validation": (input_pipeline, "eval_batches"),
-        "saving": (run_folder.States, "save"),
+        "step": (trainer.Trainer, "_train_step"), "validation": (input_pipeline, "eval_batches"),
+        "saving": (states.States, "save"),
         "best": (run_folder, "save"),
     }[where]  # fmt: skip
     original, calls = getattr(module, name), []
@@ -337,12 +384,12 @@ def test_signals_are_deferred_to_where_stopping_is_safe(
     with monkeypatch.context() as patched:
         patched.setattr(module, name, interrupt_and_go_on)
         with pytest.raises(error):
-            finetune.start(sounds, tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
-    record = run_folder.read_record(run_folder.newest_state(tmp_path / "run"))
+            finetune.finetune(sounds, tmp_path / "run", training=settings, architecture=TINY, log=lambda _: None)
+    record = states.read_record(states.newest_state(tmp_path / "run"))
     stopped = {"step": (2, 0), "validation": (0, 0), "saving": (2, 1), "best": (2, 1)}[where]
     assert (record.step, len(record.history)) == stopped
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
-    finetune.resume(tmp_path / "run", say=lambda _: None)
+    finetune.resume(tmp_path / "run", log=lambda _: None)
     assert len(read_metrics(tmp_path / "run")) == 3
 
 
@@ -369,10 +416,10 @@ def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch)
     with pytest.raises(datasets.DataError, match="give it the data it was started with"):
         finetune.resume(killed, tmp_path / "fewer")
     assert json.loads((killed / "run.json").read_text()) == gone
-    with pytest.raises(ValueError, match="test: expected where something lies that the run was started with"):
-        finetune.resume(killed, reading={"test": sounds})
-    with pytest.raises(ValueError, match="fold: expected where something lies"):
-        finetune.resume(killed, reading={"fold": "1"})
+    with pytest.raises(ValueError, match="test: expected a new place of data that the run was started with"):
+        finetune.resume(killed, DatasetConfig(sounds, test=sounds))
+    with pytest.raises(ValueError, match="fold: expected a new place"):
+        finetune.resume(killed, DatasetConfig(sounds, fold="1"))
     monkeypatch.chdir(sounds.parent)
     monkeypatch.setattr(run_folder, "publish", raise_killed)
     with pytest.raises(Killed):
@@ -388,7 +435,7 @@ def test_resume_where_the_test_data_were_moved(killed, sounds, tmp_path, monkeyp
         finetune.resume(killed)
     monkeypatch.setattr(run_folder, "publish", raise_killed)
     with pytest.raises(Killed):
-        finetune.resume(killed, reading={"test": sounds})
+        finetune.resume(killed, DatasetConfig(sounds, test=sounds))
     kept = json.loads((killed / "run.json").read_text())["data"]
     assert kept == {**settings["data"], "test": str(sounds)}
 
@@ -433,17 +480,19 @@ def test_without_validation_it_says_what_chooses_the_best(sounds, tmp_path, no_c
         csv.writer(file).writerows([["path", "label", "split"], *rows])
     said = []
     settings = TrainConfig(batch_size=8, epochs=1)
-    best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
+    best = ast_jax.load(
+        finetune.finetune(manifest, tmp_path / "run", training=settings, architecture=TINY, log=said.append).best
+    )
     assert "no validation examples: the best epoch will be the one with the lowest training loss" in said
     assert set(best.metadata["epoch"]) == {"epoch", "learning_rate", "train_loss", "seconds"}
 
 
 def test_the_kept_parameters_are_the_moving_average(run):
-    folder, best, _ = run
-    leaves = run_folder.restore_numpy(run_folder.newest_state(folder) / "arrays")
+    folder, best, _, _ = run
+    leaves = restore_numpy(states.newest_state(folder) / "arrays")
     last = len(read_metrics(folder)) == best.metadata["epoch"]["epoch"]
     state = folder / "states" / str(6 * best.metadata["epoch"]["epoch"])
-    leaves = leaves if last else run_folder.restore_numpy(state / "arrays")
+    leaves = leaves if last else restore_numpy(state / "arrays")
     shape = best.params["classifier"]["dense"]["kernel"].shape
     kernels = [leaf for leaf in leaves.values() if leaf.shape == shape]
     assert len(kernels) == 4  # parameters, two moments, and their moving average
@@ -462,14 +511,18 @@ def test_a_validation_split_that_measures_nothing_says_what_chooses_the_best(sou
         csv.writer(file).writerows([["path", "label", "split"], *rows])
     said = []
     settings = TrainConfig(batch_size=8, epochs=2)
-    best = finetune.start(manifest, tmp_path / "run", settings, architecture=TINY, say=said.append)
+    best = ast_jax.load(
+        finetune.finetune(manifest, tmp_path / "run", training=settings, architecture=TINY, log=said.append).best
+    )
     assert sum("the best epoch will be the one with the lowest training loss" in line for line in said) == 1
     with (tmp_path / "run" / "metrics.csv").open() as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
     assert best.metadata["epoch"]["train_loss"] == min(losses)
     falling = [{"epoch": n, "train_loss": 1 / n, "mAP": math.nan, "mAUC": math.nan} for n in (1, 2)]
-    assert run_folder.is_best(falling)
-    assert not run_folder.is_best(falling[::-1])
+    metric = states.selection_metric({"mAP": math.nan, "mAUC": math.nan})
+    assert metric == "train_loss"
+    assert states.Record(history=falling, metric=metric).last_is_best
+    assert not states.Record(history=falling[::-1], metric=metric).last_is_best
 
 
 def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
@@ -480,26 +533,30 @@ def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
         sole_use(copy),
         pytest.raises(ValueError, match="run: another process is at work in it; wait for it or stop it"),
     ):
-        finetune.resume(copy, say=lambda _: None)
-    assert finetune.resume(copy, say=lambda _: None).metadata == ast_jax.load(copy / "best").metadata
+        finetune.resume(copy, log=lambda _: None)
+    assert ast_jax.load(finetune.resume(copy, log=lambda _: None).best).metadata == ast_jax.load(copy / "best").metadata
     (tmp_path / "new").mkdir()
     with sole_use(tmp_path / "new"), pytest.raises(ValueError, match="new: another process is at work in it"):
-        finetune.start(sounds, tmp_path / "new", TrainConfig(batch_size=8), architecture=TINY)
+        finetune.finetune(sounds, tmp_path / "new", training=TrainConfig(batch_size=8), architecture=TINY)
     assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.slow
 def test_init_keeps_body_and_matching_head(run, sounds, tmp_path):
-    _, best, _ = run
+    _, best, _, _ = run
     frozen = TrainConfig(batch_size=16, epochs=1, learning_rate=1e-12)
-    same = finetune.start(sounds, tmp_path / "same", frozen, initial=best, say=lambda _: None)
+    same = ast_jax.load(
+        finetune.finetune(sounds, tmp_path / "same", training=frozen, init=best, log=lambda _: None).best
+    )
     np.testing.assert_allclose(
         same.params["classifier"]["dense"]["kernel"], best.params["classifier"]["dense"]["kernel"], atol=1e-6
     )  # a rate of 1e-12 moves nothing by more
     two = tmp_path / "two"
     for name in ("low", "high"):
         shutil.copytree(sounds / name, two / name)
-    other = finetune.start(two, tmp_path / "other", frozen, initial=best, say=lambda _: None)
+    other = ast_jax.load(
+        finetune.finetune(two, tmp_path / "other", training=frozen, init=best, log=lambda _: None).best
+    )
     assert other.config.labels == ("high", "low")
     assert other.params["classifier"]["dense"]["kernel"].shape == (32, 2)
     np.testing.assert_allclose(other.params["layernorm"]["scale"], best.params["layernorm"]["scale"], atol=1e-6)
@@ -518,8 +575,14 @@ def test_several_labels_by_manifest(sounds, tmp_path, no_compiling):
         csv.writer(file).writerows(rows)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(DataParallel, "compile_eval_step", lambda *_: lambda params, batch: batch["waveform"][:, :4])
-        best = finetune.start(
-            manifest, tmp_path / "run", TrainConfig(batch_size=8, epochs=1), architecture=TINY, say=lambda _: None
+        best = ast_jax.load(
+            finetune.finetune(
+                manifest,
+                tmp_path / "run",
+                training=TrainConfig(batch_size=8, epochs=1),
+                architecture=TINY,
+                log=lambda _: None,
+            ).best
         )
     assert best.config.problem_type == "multi_label_classification"
     assert "mAP" in best.metadata["epoch"]
@@ -527,35 +590,37 @@ def test_several_labels_by_manifest(sounds, tmp_path, no_compiling):
     assert results["test"]["best"]["examples"] == 12
     assert (tmp_path / "run" / "classes.png").is_file()
     with pytest.raises(datasets.DataError, match="several labels"):
-        finetune.start(
-            manifest, tmp_path / "no", SETTINGS, architecture=TINY, problem_type="single_label_classification"
+        finetune.finetune(
+            manifest, tmp_path / "no", training=SETTINGS, architecture=TINY, problem_type="single_label_classification"
         )
 
 
 def test_other_refusals(run, sounds, tmp_path):
-    folder, _, _ = run
+    folder, _, _, _ = run
     with pytest.raises(ValueError, match="already holds a run"):
-        finetune.start(sounds, folder, SETTINGS, architecture=TINY)
+        finetune.finetune(sounds, folder, training=SETTINGS, architecture=TINY)
     with pytest.raises(ValueError, match="expected a run folder"):
         finetune.resume(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         datasets.read_dataset(tmp_path / "none")
     with pytest.raises(datasets.DataError, match="less than one batch of 800"):
-        finetune.start(sounds, tmp_path / "big", TrainConfig(batch_size=800), architecture=TINY, say=lambda _: None)
+        finetune.finetune(
+            sounds, tmp_path / "big", training=TrainConfig(batch_size=800), architecture=TINY, log=lambda _: None
+        )
 
 
 def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
     with pytest.raises(datasets.DataError):
-        finetune.start(sounds, tmp_path / "big", TrainConfig(batch_size=800), architecture=TINY)
+        finetune.finetune(sounds, tmp_path / "big", training=TrainConfig(batch_size=800), architecture=TINY)
     assert not (tmp_path / "big").exists()
     (tmp_path / "state-of-the-art").mkdir()
     with pytest.raises(ValueError, match="new or empty folder"):
-        finetune.start(sounds, tmp_path, SETTINGS, architecture=TINY)
+        finetune.finetune(sounds, tmp_path, training=SETTINGS, architecture=TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["state-of-the-art"]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / ".run.json.abcdefgh").touch()  # of a start that was killed
     with pytest.raises(datasets.DataError):
-        finetune.start(sounds, tmp_path / "new", TrainConfig(batch_size=800), architecture=TINY)
+        finetune.finetune(sounds, tmp_path / "new", training=TrainConfig(batch_size=800), architecture=TINY)
 
 
 def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_path, no_compiling):
@@ -569,8 +634,8 @@ def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_p
     assert dataset.passed_over == (copy / "loose.wav", copy / "low" / "talk.m4a")
     assert sum(map(len, dataset.splits.values())) == 90
     said = []
-    finetune.start(copy, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=said.append)
-    assert f"passed over: 2 files that are no sound files of a class, the first is {copy / 'loose.wav'}" in said
+    finetune.finetune(copy, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=said.append)
+    assert f"ignored: 2 files that are no sound files of a class, the first is {copy / 'loose.wav'}" in said
 
 
 def test_sounds_that_are_longer_than_the_input_are_counted(sounds, tmp_path, no_compiling):
@@ -578,7 +643,7 @@ def test_sounds_that_are_longer_than_the_input_are_counted(sounds, tmp_path, no_
     for number in range(2):
         soundfile.write(copy / "low" / f"long{number}.flac", np.full(16000, 0.1), 16000)
     said = []
-    finetune.start(copy, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=said.append)
+    finetune.finetune(copy, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=said.append)
     assert "2 of 92 sounds are longer than the model's input: their first 0.49 s are used" in said
 
 
@@ -597,7 +662,7 @@ def with_bad(sounds, tmp_path):
 def test_bad_files_are_skipped_counted_and_listed(with_bad, tmp_path, no_compiling):
     said = []
     settings = TrainConfig(batch_size=8, epochs=2)
-    finetune.start(with_bad, tmp_path / "run", settings, architecture=TINY, say=said.append)
+    finetune.finetune(with_bad, tmp_path / "run", training=settings, architecture=TINY, log=said.append)
     (headers,) = [line for line in said if "cannot be used and will be skipped" in line]
     assert headers.startswith("2 of 90 files cannot be used and will be skipped, the first is ")
     with (tmp_path / "run" / "skipped.csv").open() as file:
@@ -619,7 +684,7 @@ def test_bad_sounds_of_other_splits_and_parts_of_files_are_listed_one_by_one(sou
     lines += ["bad.wav,low,val,,", "bad.wav,high,test,,", f"{sounds / 'low' / '11.wav'},low,test,,"]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     settings = TrainConfig(batch_size=8, epochs=3)
-    finetune.start(tmp_path / "m.csv", tmp_path / "run", settings, architecture=TINY, say=lambda _: None)
+    finetune.finetune(tmp_path / "m.csv", tmp_path / "run", training=settings, architecture=TINY, log=lambda _: None)
     with (tmp_path / "run" / "skipped.csv").open() as file:
         listed = [pathlib.Path(row["path"]).name for row in csv.DictReader(file)]
     assert sorted(listed) == ["bad.wav", *(f"long.wav, {start} s to {start + 0.4:g} s" for start in (4, 5, 6))]
@@ -629,16 +694,19 @@ def test_bad_sounds_of_other_splits_and_parts_of_files_are_listed_one_by_one(sou
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(audit, "check_headers", lambda *_, **__: audit.Headers(0, 0, []))
         with pytest.raises(datasets.DataError, match=r"bad\.wav: not a readable sound file"):
-            finetune.start(tmp_path / "m.csv", tmp_path / "strict", settings, architecture=TINY, say=lambda _: None)
+            finetune.finetune(
+                tmp_path / "m.csv", tmp_path / "strict", training=settings, architecture=TINY, log=lambda _: None
+            )
 
 
 def test_metrics_that_come_and_go_do_not_spoil_a_run(tmp_path):
     history = [{"epoch": 1, "train_loss": 2.0, "mAP": 0.5}, {"epoch": 2, "train_loss": 1.0, "mAP": math.nan},
                {"epoch": 3, "train_loss": 0.5, "accuracy": 0.7, "mAP": 0.4}]  # fmt: skip
-    assert run_folder.best_row(history) is history[2]  # by the last row's metric, which the others do not have
-    assert not run_folder.is_best(history[:2]) or run_folder.metric_of(history[:2]) is None
+    record = states.Record(history=history, metric="mAP")
+    assert record.best_row is history[0]  # by the metric that the first epoch chose, whatever others have
+    assert not states.Record(history=history[:2], metric="mAP").last_is_best
     assert run_folder.csv_text(history).splitlines()[0] == "epoch,train_loss,mAP,accuracy"
-    run_folder.Record.from_json_dict(dataclasses.asdict(run_folder.Record(history=history)))
+    assert states.Record.from_json_dict(dataclasses.asdict(record)).best_row == history[0]
 
 
 def test_best_is_mended_from_the_best_state(run, tmp_path):
@@ -646,7 +714,7 @@ def test_best_is_mended_from_the_best_state(run, tmp_path):
     copy = shutil.copytree(run[0], tmp_path / "run")
     for path in ("best", "results.json"):
         (shutil.rmtree if path == "best" else pathlib.Path.unlink)(copy / path)
-    finetune.resume(copy, say=lambda _: None)
+    finetune.resume(copy, log=lambda _: None)
     jax.tree.map(np.testing.assert_array_equal, ast_jax.load(copy / "best").params, run[1].params)
     assert ast_jax.load(copy / "best").metadata == run[1].metadata
 
@@ -658,25 +726,31 @@ def test_a_full_disk_in_the_first_epoch_leaves_something_to_go_on_with(sounds, t
 
     with monkeypatch.context() as patched:
         patched.setattr(run_folder, "save", full)
-        with pytest.raises(OSError, match=r"run: cannot be written \(No space left on device\); .* make room and"):
-            finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=2), architecture=TINY, say=lambda _: None)
-    finetune.resume(tmp_path / "run", say=lambda _: None)
+        with pytest.raises(
+            OSError, match=r"run: cannot be written \(No space left on device\); .* free some space and"
+        ):
+            finetune.finetune(
+                sounds, tmp_path / "run", training=TrainConfig(epochs=2), architecture=TINY, log=lambda _: None
+            )
+    finetune.resume(tmp_path / "run", log=lambda _: None)
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
 def test_a_signal_after_the_last_epoch_stops_too(sounds, tmp_path, no_compiling, monkeypatch):
     """Of a cross-validation the next fold must not begin."""
-    finish = trainer.Loop._finish
+    finish = trainer.Trainer._finish
 
     def interrupt(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return finish(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.Loop, "_finish", interrupt)
+        patched.setattr(trainer.Trainer, "_finish", interrupt)
         with pytest.raises(Terminated):
-            finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
-    finetune.resume(tmp_path / "run", say=lambda _: None)
+            finetune.finetune(
+                sounds, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=lambda _: None
+            )
+    finetune.resume(tmp_path / "run", log=lambda _: None)
     assert (tmp_path / "run" / "results.json").exists()
 
 
@@ -685,13 +759,13 @@ def test_strict_stops_at_bad_files(with_bad, tmp_path, no_compiling):
     with pytest.raises(
         datasets.DataError, match=r"2 of 90 files cannot be used, the first is .*7\.wav: not a readable"
     ):
-        finetune.start(with_bad, tmp_path / "run", strict, architecture=TINY, say=lambda _: None)
+        finetune.finetune(with_bad, tmp_path / "run", training=strict, architecture=TINY, log=lambda _: None)
     assert not (tmp_path / "run").exists()
     for name in ("high/7.wav", "low/8.wav"):
         (with_bad / name).unlink()
-    with pytest.raises(datasets.DataError, match=r"5\.wav: 1 of \d+ samples are NaN or Inf; mend or remove it"):
-        finetune.start(
-            with_bad, tmp_path / "run", strict, architecture=TINY, statistics=(-7.0, 4.0), say=lambda _: None
+    with pytest.raises(datasets.DataError, match=r"5\.wav: 1 of \d+ samples are NaN or Inf; repair or remove it"):
+        finetune.finetune(
+            with_bad, tmp_path / "run", training=strict, architecture=TINY, statistics=(-7.0, 4.0), log=lambda _: None
         )
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -699,10 +773,14 @@ def test_strict_stops_at_bad_files(with_bad, tmp_path, no_compiling):
 def test_data_that_are_gone_are_told_from_a_few_bad_files(sounds, tmp_path, no_compiling, monkeypatch):
     copy = shutil.copytree(sounds, tmp_path / "sounds")
     monkeypatch.setattr(
-        trainer.Loop, "_epochs", lambda self, real=trainer.Loop._epochs: (shutil.rmtree(copy), real(self))
+        trainer.Trainer,
+        "_train_epochs",
+        lambda self, real=trainer.Trainer._train_epochs: (shutil.rmtree(copy), real(self)),
     )
     with pytest.raises(datasets.DataError, match=r"8 sounds in a row cannot be read, the last is .*; are they there\?"):
-        finetune.start(copy, tmp_path / "run", TrainConfig(batch_size=8), architecture=TINY, say=lambda _: None)
+        finetune.finetune(
+            copy, tmp_path / "run", training=TrainConfig(batch_size=8), architecture=TINY, log=lambda _: None
+        )
 
 
 def test_any_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, no_compiling, monkeypatch):
@@ -714,14 +792,14 @@ def test_any_error_in_the_first_epoch_leaves_the_folder_free(sounds, tmp_path, n
     with monkeypatch.context() as patched:
         patched.setattr(DataParallel, "compile_train_step", lambda *_: exhausted)
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-            finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=print)
+            finetune.finetune(sounds, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=print)
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_start_killed_before_its_first_state_leaves_the_folder_free(run, sounds, tmp_path, no_compiling):
     (tmp_path / "run").mkdir()
     shutil.copy(run[0] / "run.json", tmp_path / "run")
-    finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+    finetune.finetune(sounds, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=lambda _: None)
     assert (tmp_path / "run" / "best").is_dir()
 
 
@@ -733,7 +811,7 @@ def test_somebody_s_own_file_of_that_name_stays(run, sounds, tmp_path):
     for name in ("own", "beside"):
         before = {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
         with pytest.raises(ValueError, match="expected a new or empty folder"):
-            finetune.start(sounds, tmp_path / name, SETTINGS, architecture=TINY, say=lambda _: None)
+            finetune.finetune(sounds, tmp_path / name, training=SETTINGS, architecture=TINY, log=lambda _: None)
         assert {path.name: path.read_text() for path in (tmp_path / name).iterdir()} == before
 
 
@@ -747,7 +825,7 @@ def test_a_run_that_came_while_the_data_were_read_is_left_alone(run, sounds, tmp
 
     monkeypatch.setattr(audit, "statistics", slow)
     with pytest.raises(ValueError, match="already holds a run"):
-        finetune.start(sounds, folder, SETTINGS, architecture=TINY, say=lambda _: None)
+        finetune.finetune(sounds, folder, training=SETTINGS, architecture=TINY, log=lambda _: None)
     assert run_folder.read_run(folder) == run_folder.read_run(run[0])
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in run[0].iterdir())
 
@@ -758,7 +836,7 @@ def test_sounds_that_are_all_silent_are_refused(sounds, tmp_path):
         for index in range(20):
             soundfile.write(tmp_path / name / f"{index}.wav", np.zeros(8000), 16000)
     with pytest.raises(datasets.DataError, match="are equal, as in silence"):
-        finetune.start(tmp_path, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+        finetune.finetune(tmp_path, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_its_files(sounds, tmp_path, monkeypatch, no_compiling):
@@ -767,7 +845,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_files(sounds, tmp_path
         DataParallel, "compile_train_step", lambda *_: lambda state, batch: (state, np.float32(next(losses)))
     )
     with pytest.raises(FloatingPointError, match=r"not finite at step 7 \(epoch 2\), whose batch is ") as found:
-        finetune.start(sounds, tmp_path / "run", SETTINGS, architecture=TINY, say=lambda _: None)
+        finetune.finetune(sounds, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
     dataset = datasets.read_dataset(sounds)
     frontend = FrontendConfig(max_length=48, num_mel_bins=32)
     batch = list(input_pipeline.train_batches(dataset.splits["train"], frontend, 3, SETTINGS))[7]
@@ -783,7 +861,9 @@ def test_parameters_that_are_not_finite_are_not_saved(sounds, tmp_path, no_compi
 
     monkeypatch.setattr(DataParallel, "unreplicate", staticmethod(spoil))
     with pytest.raises(FloatingPointError, match="the parameters are not finite after step 1;"):
-        finetune.start(sounds, tmp_path / "run", TrainConfig(epochs=1), architecture=TINY, say=lambda _: None)
+        finetune.finetune(
+            sounds, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=lambda _: None
+        )
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -794,7 +874,9 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
     size = {"max_length": 48, "num_mel_bins": 32}
     initial = ast_jax.load(tmp_path / "deit.pth", **size)
     settings = TrainConfig(batch_size=16, epochs=1, learning_rate=0.001)
-    best = finetune.start(sounds, tmp_path / "run", settings, initial=initial, say=lambda _: None)
+    best = ast_jax.load(
+        finetune.finetune(sounds, tmp_path / "run", training=settings, init=initial, log=lambda _: None).best
+    )
     assert best.config.grid == (2, 4)
     assert best.config.labels == ("high", "hiss", "low")
     measured = audit.statistics(datasets.read_dataset(sounds).splits["train"], FrontendConfig(**size))[:2]
@@ -808,8 +890,12 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
     told = ast_jax.from_torch(tmp_path / "deit.pth", mean=-7.0, std=3.0, **size)
     said = []
     monkeypatch.setattr(trainer.Loop, "train", lambda self: self.run)
-    again = finetune.start(sounds, tmp_path / "told", settings, initial=told, say=said.append)
+    again = ast_jax.load(
+        finetune.finetune(sounds, tmp_path / "told", training=settings, init=told, log=said.append).best
+    )
     assert (again.frontend.mean, again.frontend.std) == (-7.0, 3.0)
     assert "the model to start from: features are normalised with mean -7 and std 3: as said" in said
-    again = finetune.start(sounds, tmp_path / "again", settings, initial=best, say=lambda _: None)
+    again = ast_jax.load(
+        finetune.finetune(sounds, tmp_path / "again", training=settings, init=best, log=lambda _: None).best
+    )
     assert again.frontend == best.frontend  # and so are those of what has heard sounds

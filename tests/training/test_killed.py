@@ -18,7 +18,8 @@ import pytest
 import soundfile
 
 import ast_jax
-from ast_jax.training import run_folder
+from ast_jax.checkpoints.folder import restore_numpy
+from ast_jax.training import states
 
 ARCHITECTURE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 32,
@@ -43,17 +44,19 @@ def sounds(tmp_path_factory):
     return root
 
 
-def command(sounds, output, *options):
-    """Return a command whose every step is followed by a save, so that a kill often falls into one."""
-    return [
-        sys.executable, "-m", "ast_jax.cli.main", "finetune", str(sounds), "--output", str(output), "--workers", "0",
-        "--save-minutes", "1e-6", *options,
-    ]  # fmt: skip
+MAIN = [sys.executable, "-m", "ast_jax.cli.main"]
+OFTEN = ["--workers", "0", "--save-minutes", "1e-6"]  # a save after every step, so that a kill often falls into one
 
 
-def fresh(sounds):
+def resume(output):
+    return [*MAIN, "resume", str(output), *OFTEN]
+
+
+def fresh(sounds, output, beside=None):
     return [
-        "--architecture", str(sounds.parent / "architecture.json"), "--epochs", str(EPOCHS), "--batch-size", "8",
+        *MAIN, "finetune", str(sounds), "--output", str(output), *OFTEN,
+        "--architecture", str((beside or sounds.parent) / "architecture.json"), "--epochs", str(EPOCHS),
+        "--batch-size", "8",
         "--mixup", "0.5", "--time-mask", "4", "--noise", "--ema-decay", "0.9", "--average-from", "3", "--lr", "1e-3",
     ]  # fmt: skip
 
@@ -72,7 +75,7 @@ def finish(process):
 @pytest.fixture(scope="module")
 def undisturbed(sounds, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, stdout, stderr = finish(start(command(sounds, folder, *fresh(sounds))))
+    code, stdout, stderr = finish(start(fresh(sounds, folder)))
     assert (code, stderr) == (0, ""), stderr
     assert f"checkpoint: {folder / 'best'}" in stdout
     return folder
@@ -88,7 +91,7 @@ def wait_for(condition, process):
 
 
 def saved(folder):
-    return run_folder.newest_state(folder) is not None
+    return states.newest_state(folder) is not None
 
 
 def is_saving(folder):
@@ -97,7 +100,7 @@ def is_saving(folder):
 
 def assert_same_run(folder, other):
     """Every array bit for bit, and every figure but the seconds."""
-    arrays = [run_folder.restore_numpy(run_folder.newest_state(one) / "arrays") for one in (folder, other)]
+    arrays = [restore_numpy(states.newest_state(one) / "arrays") for one in (folder, other)]
     assert arrays[0].keys() == arrays[1].keys()
     for name, leaf in arrays[0].items():
         np.testing.assert_array_equal(leaf, arrays[1][name])
@@ -118,23 +121,23 @@ def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_
     chance, folder, moments = random.Random(kills), tmp_path / "run", []
     for number in range(kills):
         resumed = saved(folder)
-        process = start(command(sounds, folder, *(["--resume"] if resumed else fresh(sounds))))
-        before = run_folder.newest_state(folder)
-        wait_for(lambda: run_folder.newest_state(folder) != before or (folder / "results.json").exists(), process)  # noqa: B023
+        process = start(resume(folder) if resumed else fresh(sounds, folder))
+        before = states.newest_state(folder)
+        wait_for(lambda: states.newest_state(folder) != before or (folder / "results.json").exists(), process)  # noqa: B023
         if number % 2:
             wait_for(lambda: is_saving(folder), process)
         else:
             time.sleep(chance.uniform(0, 0.3))
         process.kill()
         process.communicate()
-        moments.append((int(run_folder.newest_state(folder).name), is_saving(folder)))
+        moments.append((int(states.newest_state(folder).name), is_saving(folder)))
     assert process.returncode == -signal.SIGKILL
     assert moments == sorted(moments, key=lambda moment: moment[0])  # no kill took the run back
     assert moments[0][0] < moments[-1][0] < 4 * EPOCHS + EPOCHS
     assert any(in_save for _, in_save in moments)
-    code, stdout, stderr = finish(start(command(sounds, folder, "--resume")))
+    code, stdout, stderr = finish(start(resume(folder)))
     assert (code, stderr) == (0, ""), stderr
-    assert "going on after epoch" in stdout
+    assert "resuming after epoch" in stdout
     assert_same_run(folder, undisturbed)
     assert not is_saving(folder)
 
@@ -143,15 +146,15 @@ def test_sigkill_at_any_instant_changes_nothing(kills, undisturbed, sounds, tmp_
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_say_how_to_go_on(number, status, undisturbed, sounds, tmp_path):
     folder = tmp_path / "stopped here"
-    process = start(command(sounds, folder, *fresh(sounds)))
-    wait_for(lambda: saved(folder) and run_folder.newest_state(folder).name != "0", process)
+    process = start(fresh(sounds, folder))
+    wait_for(lambda: saved(folder) and states.newest_state(folder).name != "0", process)
     process.send_signal(number)
     code, _, stderr = finish(process)
     assert code == status
     same = "--workers 0 --save-minutes 1e-06"  # what it was told of this machine
-    assert stderr == f"ast-jax: stopped; go on with: ast-jax finetune --output '{folder}' --resume {same}\n"
+    assert stderr == f"ast-jax: stopped; continue with: ast-jax resume '{folder}' {same}\n"
     if number == signal.SIGTERM:
-        assert finish(start(command(sounds, folder, "--resume")))[0] == 0
+        assert finish(start(resume(folder)))[0] == 0
         assert_same_run(folder, undisturbed)
 
 
@@ -159,15 +162,15 @@ def test_signals_save_and_say_how_to_go_on(number, status, undisturbed, sounds, 
 def test_a_full_disk_leaves_the_last_state_whole(undisturbed, sounds, tmp_path):
     """No file may grow beyond a few bytes from some moment on, which is what a full disk does to a writer."""
     folder = tmp_path / "run"
-    process = start(command(sounds, folder, *fresh(sounds)))
-    wait_for(lambda: saved(folder) and run_folder.newest_state(folder).name != "0", process)
+    process = start(fresh(sounds, folder))
+    wait_for(lambda: saved(folder) and states.newest_state(folder).name != "0", process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     code, _, stderr = finish(process)
     assert code == 1
     assert len(stderr.splitlines()) == 1, stderr
     assert stderr.startswith("ast-jax: ")
     assert "File too large" in stderr
-    assert finish(start(command(sounds, folder, "--resume")))[0] == 0
+    assert finish(start(resume(folder)))[0] == 0
     assert_same_run(folder, undisturbed)
 
 
@@ -175,7 +178,7 @@ def test_a_full_disk_leaves_the_last_state_whole(undisturbed, sounds, tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(sounds):
     """Nobody, root neither, can make a folder in /proc."""
     output = pathlib.Path("/proc/ast_jax_run")
-    code, stdout, stderr = finish(start(command(sounds, output, *fresh(sounds))))
+    code, stdout, stderr = finish(start(fresh(sounds, output)))
     assert code == 1
     assert len(stderr.splitlines()) == 1, stderr
     assert str(output) in stderr
@@ -204,7 +207,7 @@ def test_what_one_of_two_processes_cannot_read_ends_both(sounds, tmp_path):
     for place in places:
         place.mkdir()
     shutil.copytree(sounds, places[0] / "data")
-    pair = start_two(command("data", tmp_path / "run", *fresh(sounds)), tmp_path, cwd=places)
+    pair = start_two(fresh("data", tmp_path / "run", sounds.parent), tmp_path, cwd=places)
     assert [process.wait(timeout=60) for process in pair] == [1, 1]
     told = [(tmp_path / f"{number}.err").read_text().splitlines()[-1] for number in (0, 1)]
     assert told == ["ast-jax: process 1: data: no such file or folder", "ast-jax: data: no such file or folder"]
@@ -214,18 +217,18 @@ def test_what_one_of_two_processes_cannot_read_ends_both(sounds, tmp_path):
 def test_two_processes_stop_together_and_go_on(undisturbed, sounds, tmp_path):
     """SIGTERM to one of them: both save at the same step, and the two, later, end where one alone ends."""
     folder = tmp_path / "run"
-    pair = start_two(command(sounds, folder, *fresh(sounds)), tmp_path)
-    wait_for(lambda: saved(folder) and run_folder.newest_state(folder).name != "0", pair[0])
+    pair = start_two(fresh(sounds, folder), tmp_path)
+    wait_for(lambda: saved(folder) and states.newest_state(folder).name != "0", pair[0])
     pair[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in pair] == [143, 143]
     for number in (0, 1):
         told = (tmp_path / f"{number}.err").read_text()
-        assert f"ast-jax finetune --output {folder} --resume --workers 0 --save-minutes 1e-06 --coordinator" in told
-    assert run_folder.read_record(run_folder.newest_state(folder)).step > 0
-    pair = start_two(command(sounds, folder, "--resume"), tmp_path)
+        assert f"ast-jax resume {folder} --workers 0 --save-minutes 1e-06 --coordinator" in told
+    assert states.read_record(states.newest_state(folder)).step > 0
+    pair = start_two(resume(folder), tmp_path)
     assert [process.wait(timeout=300) for process in pair] == [0, 0], (tmp_path / "0.err").read_text()
-    assert "going on after epoch" in (tmp_path / "0.out").read_text()
-    assert "going on after epoch" not in (tmp_path / "1.out").read_text()  # the first speaks for both
+    assert "resuming after epoch" in (tmp_path / "0.out").read_text()
+    assert "resuming after epoch" not in (tmp_path / "1.out").read_text()  # the first speaks for both
     losses = []
     for one in (folder, undisturbed):
         with (one / "metrics.csv").open() as file:
