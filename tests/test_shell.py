@@ -110,7 +110,7 @@ def programs(tmp_path_factory):
     (folder / "raw").write_bytes(raw)
     (folder / "wav").write_bytes(header + note + struct.pack("<4sI", b"data", endless) + raw)
     scripts = {
-        "ast-jax": f'case "$*" in *--resume*) ;; finetune*) set -- "$@" {QUICKER};; esac\n'
+        "ast-jax": f'case "$*" in finetune*) set -- "$@" {QUICKER};; esac\n'
         f'exec {sys.executable} -m ast_jax.cli.main "$@"',
         "arecord": f"exec cat {folder}/wav",
         "ffmpeg": f'case "$*" in *s16le*) exec cat {folder}/raw;; *) exec cat {folder}/wav;; esac',

@@ -49,7 +49,7 @@ def measure(checkpoint: ast_jax.Checkpoint, folder: pathlib.Path) -> dict[str, d
     rows = read_rows(folder)
     examples = datasets.read_dataset(folder).reordered(checkpoint.config.labels).splits["test"]
     conditions = np.array([rows[example.path.relative_to(folder).as_posix()]["condition"] for example in examples])
-    logits, labels = evaluate.evaluate(checkpoint, examples, batch_size=32).measured()
+    logits, labels = evaluate.predict(checkpoint, examples, batch_size=32).measured()
     return {
         condition: figures(logits[conditions == condition], labels[conditions == condition], checkpoint.config.labels)
         for condition in CONDITIONS
