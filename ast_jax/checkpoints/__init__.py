@@ -1,1 +1,1 @@
-"""Folders to parameters and back: Orbax folders, the Hub, resizing to another input, and `load` on top of all."""
+"""Checkpoints: Orbax folders, the Hugging Face Hub, PyTorch files, resizing to another input, and `load`."""

@@ -1,10 +1,10 @@
-"""Checkpoint folders: everything inference needs in one place.
+"""`Checkpoint`, and the folder that holds one: parameters, architecture, frontend and origin.
 
 FOLDER/
   params/                    the parameter tree, an Orbax PyTree checkpoint
-  config.json                the architecture, labels and problem type, as transformers writes them
-  preprocessor_config.json   the frontend, likewise
-  ast_jax.json               {"format": 1, "metadata": {..., "provenance": {...}}}: where the weights came from
+  config.json                architecture, labels and problem type, in the format of transformers
+  preprocessor_config.json   the frontend, in the format of transformers
+  ast_jax.json               {"format": 1, "metadata": {..., "provenance": {...}}}: the origin of the weights
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from ast_jax.checkpoints.locate import FORMAT_FILE, is_own
 from ast_jax.checkpoints.provenance import Provenance, split_origin
-from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors, raise_differences, widen
+from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors, check_shapes, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig, read_config, read_json
 from ast_jax.model.functional import param_shapes
+from ast_jax.model.tree import shapes_of
 from ast_jax.runtime.files import whole_folder, write_text
 
 FORMAT = 1
@@ -39,14 +39,16 @@ PARAMS_FOLDER = "params"
 )
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model with all it needs; unpacks to `params, config, frontend`, and is a pytree whose leaves are the params.
+    """Parameters, architecture and frontend of a model; unpacks to `params, config, frontend`.
+
+    A pytree whose leaves are the params; all other fields are static.
 
     Attributes:
         params: nested dict of arrays, format 1.
         config: the architecture.
-        frontend: how sound becomes its input.
-        metadata_json: free-form information on the origin (data, figures, licences), as JSON text because the static
-            part of a pytree must be hashable.
+        frontend: settings of the features.
+        metadata_json: free-form information on the origin (data, figures, licences), as JSON text because static
+            fields must be hashable.
         provenance: what the weights were converted from and how they were changed since.
     """
 
@@ -76,10 +78,10 @@ class Checkpoint:
 
 
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write a checkpoint folder, whole or not at all; a checkpoint already there is replaced.
+    """Write a checkpoint folder atomically, replacing a checkpoint that is already there.
 
     Raises:
-        ValueError: the params or the frontend do not fit the config, or `folder` holds something else than a
+        ValueError: the params or the frontend do not fit the config, or `folder` holds something other than a
             checkpoint.
         OSError: the folder cannot be written.
     """
@@ -89,7 +91,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     check_params(checkpoint.params, checkpoint.config, str(folder))
     with whole_folder(folder) as new:
         write_numpy(new / PARAMS_FOLDER, jax.tree.map(np.asarray, dict(checkpoint.params)))
-        # A note of Orbax for object stores, which would carry the name of the scratch folder into the checkpoint.
+        # Orbax's marker for object stores contains the path of the temporary folder.
         (new / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)
         description = {"format": FORMAT, "metadata": checkpoint.origin}
         for name, content in (
@@ -101,20 +103,20 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 
 def check_destination(folder: pathlib.Path) -> None:
-    """Refuse a place where a checkpoint cannot be written.
+    """Check that a checkpoint can be written to a folder.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: it holds something other than a checkpoint.
     """
     if folder.exists() and not (folder.is_dir() and (is_own(folder) or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: expected a new folder or a checkpoint to replace, got something else")
 
 
 def read_folder(folder: pathlib.Path) -> Checkpoint:
-    """Read a checkpoint folder; the arrays are NumPy, half precision widened to float32.
+    """Read a checkpoint folder; arrays are NumPy, half precision is widened to float32.
 
     Raises:
-        CheckpointError: it is not a checkpoint of a known format, or its parts do not fit.
+        CheckpointError: not a checkpoint of a known format, or params, config and frontend do not fit together.
     """
     with as_checkpoint_errors():
         description = read_json(folder / FORMAT_FILE)
@@ -136,13 +138,13 @@ def read_folder(folder: pathlib.Path) -> Checkpoint:
 
 
 def write_numpy(folder: pathlib.Path, tree: Any) -> None:
-    """Write an Orbax PyTree; uncompressed, as weights shrink by a tenth and take many times as long to write."""
+    """Write an Orbax PyTree, uncompressed: compression saves a tenth of the size and takes many times as long."""
     with _checkpointer() as checkpointer:
         checkpointer.save(folder.absolute(), tree)
 
 
 def _checkpointer() -> Any:
-    """Return what reads and writes a tree in this process alone: of several, Orbax's own would wait for the others."""
+    """Return an Orbax checkpointer for this process alone; the default one synchronises with all other processes."""
     import orbax.checkpoint as ocp
 
     me = jax.process_index()
@@ -152,7 +154,7 @@ def _checkpointer() -> Any:
 
 
 def restore_numpy(folder: pathlib.Path) -> Any:
-    """Restore an Orbax PyTree to NumPy arrays, without regard to the devices that wrote it.
+    """Restore an Orbax PyTree as NumPy arrays, whatever devices it was saved from.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -162,45 +164,36 @@ def restore_numpy(folder: pathlib.Path) -> Any:
     try:
         with _checkpointer() as checkpointer:
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-            # restore_type: a plain restore would want the topology of the machine that saved.
+            # Without restore_type Orbax asks for the device topology of the machine that saved.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             return checkpointer.restore(folder.absolute(), restore_args=arguments)
-    except Exception as error:  # orbax and tensorstore raise many kinds for missing and damaged files
+    except Exception as error:  # Orbax and TensorStore raise many types for missing and damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: the parameters cannot be read ({reason[:200]})") from error
 
 
 def check_params(params: Mapping[str, Any], config: ASTConfig, name: str) -> None:
-    """Compare the tree with what `config` makes; the classifier may be missing.
+    """Compare the parameter tree with the architecture; the classifier may be missing.
 
     Raises:
-        CheckpointError: with sorted lists of what is missing, unexpected and misshaped.
+        CheckpointError: with sorted lists of what is missing, unexpected and of the wrong shape.
     """
-    expected, got = flatten_dict(param_shapes(config), sep="/"), flatten_dict(params, sep="/")
+    expected, got = shapes_of(param_shapes(config)), shapes_of(params)
     if not any(path.startswith("classifier/") for path in got):
-        expected = {path: leaf for path, leaf in expected.items() if not path.startswith("classifier/")}
-    raise_differences(
-        name,
-        missing=expected.keys() - got.keys(),
-        unexpected=got.keys() - expected.keys(),
-        misshaped={
-            path: (expected[path].shape, got[path].shape)
-            for path in expected.keys() & got.keys()
-            if tuple(expected[path].shape) != tuple(got[path].shape)
-        },
-    )
+        expected = {path: shape for path, shape in expected.items() if not path.startswith("classifier/")}
+    check_shapes(name, expected, got)
 
 
 def check_frontend(frontend: FrontendConfig, config: ASTConfig, name: str) -> None:
-    """Compare the features' size with the model's input.
+    """Compare the size of the features with the input of the model.
 
     Raises:
         CheckpointError: they differ.
     """
     for field in ("max_length", "num_mel_bins"):
-        wanted, got = getattr(config, field), getattr(frontend, field)
-        if wanted != got:
+        expected, got = getattr(config, field), getattr(frontend, field)
+        if expected != got:
             raise CheckpointError(
-                f"{name}: the features do not fit the model: {CONFIG_FILE} has {field} {wanted}, "
-                f"{PREPROCESSOR_FILE} {got}; set both to the model's own"
+                f"{name}: the features do not fit the model: {CONFIG_FILE} has {field} {expected}, "
+                f"{PREPROCESSOR_FILE} {got}; set both to the value that the model was trained with"
             )

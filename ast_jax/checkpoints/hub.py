@@ -7,15 +7,15 @@ import pathlib
 
 logger = logging.getLogger(__name__)
 JSON_FILES = ("config.json", "preprocessor_config.json", "ast_jax.json")
-OTHER_FORMATS = ("*.bin", "*.bin.index.json")  # fetched only where there is no safetensors file
+OTHER_FORMATS = ("*.bin", "*.bin.index.json")  # downloaded only if there is no safetensors file
 
 
 def download(repo_id: str) -> pathlib.Path:
-    """Return the local copy of a Hub repository, fetched into Hugging Face's own cache where it is not there yet.
+    """Return the local snapshot of a Hub repository, downloading what Hugging Face's cache does not have.
 
     Raises:
-        ConnectionError: the Hub cannot be reached and the cache does not have it; one line.
-        ValueError: the Hub has no such repository, or `repo_id` is no id.
+        ConnectionError: the Hub cannot be reached and the repository is not in the cache; one line.
+        ValueError: the repository does not exist, or `repo_id` is not a valid id.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -28,8 +28,8 @@ def download(repo_id: str) -> pathlib.Path:
             folder = pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*first, *OTHER_FORMATS]))
         return folder
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise ValueError(f"{repo_id}: neither a local folder nor a model on the Hub that you may read") from error
-    except Exception as error:  # the HTTP client below huggingface_hub has changed, and its exceptions with it
+        raise ValueError(f"{repo_id}: neither a local folder nor a model on the Hub that you have access to") from error
+    except Exception as error:  # the exceptions depend on which HTTP client the installed huggingface_hub uses
         raise ConnectionError(
             f"{repo_id}: not a local folder, not in the cache, and the Hugging Face Hub cannot be reached "
             f"({type(error).__name__})"

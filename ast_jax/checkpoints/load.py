@@ -1,4 +1,4 @@
-"""`load`: whatever a name stands for, as a checkpoint."""
+"""`load`: a checkpoint from a shipped name, a folder, the Hugging Face Hub, or PyTorch weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ast_jax.checkpoints.resize import resize
 def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
     """Load a model: the name of a shipped one, a checkpoint folder, a Hub id, or PyTorch weights (see `from_torch`).
 
-    The arrays are NumPy, whatever devices wrote them; half precision on disk becomes float32.
+    Arrays are NumPy, whatever devices they were saved from; half precision on disk becomes float32.
 
     Args:
         source: a name, a folder, or a file of weights.
@@ -21,13 +21,13 @@ def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
             `num_labels`, `labels`; see `resize`.
 
     Raises:
-        CheckpointError: nothing there, or it is not a checkpoint of a known format, or its parts do not fit.
-        ConnectionError: a Hub id, and the Hub cannot be reached.
+        CheckpointError: `source` does not exist, is not in a known format, or is inconsistent.
+        ConnectionError: `source` is a Hub id, and the Hub cannot be reached.
     """
     path = resolve(source)
     if is_own(path):
         return resize(read_folder(path), **changes)
-    # Only here, so that a checkpoint of our own loads without what reads PyTorch's.
+    # Imported here, so that a checkpoint folder loads without the readers of PyTorch files.
     from ast_jax.checkpoints.pytorch.from_torch import from_torch
     from ast_jax.checkpoints.pytorch.state_dicts import read_source
 
@@ -35,5 +35,5 @@ def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
 
 
 def loaded(model: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    """Return a checkpoint that is loaded already, or load what else is given."""
+    """Return a `Checkpoint` unchanged, and load anything else."""
     return model if isinstance(model, Checkpoint) else load(model)

@@ -1,4 +1,4 @@
-"""Which folder or file a name stands for: a local path, a shipped model, or a download from the Hub."""
+"""From a name to a path: a local folder or file, a shipped model, or a download from the Hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "models"
 
 
 def shipped_models() -> list[str]:
-    """Return the names of the models that come with the package."""
+    """Return the names of the models in this package."""
     return sorted(path.name for path in SHIPPED.iterdir() if (path / FORMAT_FILE).is_file()) if SHIPPED.is_dir() else []
 
 
 def is_own(path: pathlib.Path) -> bool:
-    """Whether a folder is a checkpoint of this package, as against PyTorch weights."""
+    """Whether a folder is a checkpoint folder of this package."""
     return (path / FORMAT_FILE).is_file()
 
 
 def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
-    """Return what a name stands for: a local folder or file, a shipped model, or a Hub id's download."""
+    """Return the path of a local folder or file, of a shipped model, or of the download of a Hub id.
+
+    Raises:
+        CheckpointError: none of these.
+        ConnectionError: a Hub id, and the Hub cannot be reached.
+    """
     path = pathlib.Path(source)
     if path.is_dir() or path.is_file():
         return path
@@ -34,6 +39,6 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
 
         return download(name)
     raise CheckpointError(
-        f"{name}: expected a shipped model ({', '.join(shipped_models()) or 'none here'}), "
+        f"{name}: expected a shipped model ({', '.join(shipped_models()) or 'none'}), "
         "a checkpoint folder, PyTorch weights or a Hub id like owner/name, got none of these"
     )

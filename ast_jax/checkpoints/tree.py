@@ -1,4 +1,4 @@
-"""Trees of parameters: how they differ, and the error that says so."""
+"""Checks on the arrays of a checkpoint, and `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-LONGEST_LIST = 20  # of what does not fit: more would hide the beginning
+from ast_jax.model.tree import Shape, differences
 
 
 class CheckpointError(ValueError):
@@ -17,7 +17,7 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def as_checkpoint_errors() -> Iterator[None]:
-    """Turn a ValueError about a file of a checkpoint into a `CheckpointError`."""
+    """Raise a ValueError about a file of a checkpoint as a `CheckpointError`."""
     try:
         yield
     except CheckpointError:
@@ -26,20 +26,34 @@ def as_checkpoint_errors() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
-def raise_differences(name: str, missing: Any, unexpected: Any, misshaped: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise one error with titled, sorted lists, or return where all of them are empty."""
-    shapes = [f"{path} (expected {tuple(want)}, got {tuple(got)})" for path, (want, got) in sorted(misshaped.items())]
-    titled = {"missing": sorted(missing), "unexpected": sorted(unexpected), "wrong shape": shapes}
-    lists = []
-    for title, entries in titled.items():
-        more = f", and {len(entries) - LONGEST_LIST} more" if len(entries) > LONGEST_LIST else ""
-        if entries:
-            lists.append(f"{title}: {', '.join(entries[:LONGEST_LIST])}{more}")
-    if lists:
-        raise CheckpointError(f"{name}: the weights do not fit the configuration; {'; '.join(lists)}")
+def check_shapes(name: str, expected: Mapping[str, Shape | None], got: Mapping[str, Shape]) -> None:
+    """Compare the names and shapes of a checkpoint's arrays with those of its configuration.
+
+    Args:
+        name: the checkpoint, for the message.
+        expected: the shape of every name, None where any shape will do.
+        got: the checkpoint's.
+
+    Raises:
+        CheckpointError: with sorted lists of what is missing, unexpected and of the wrong shape.
+    """
+    if different := differences(expected, got):
+        raise CheckpointError(f"{name}: the weights do not fit the configuration; {different}")
+
+
+def differing(expected: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the names whose arrays differ in dtype, shape or any bit; those missing in `got` are among them."""
+    return sorted(name for name, array in expected.items() if name not in got or not _identical(array, got[name]))
+
+
+def _identical(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays have the same dtype, shape and bits."""
+    return first.dtype == second.dtype and np.array_equal(
+        np.ascontiguousarray(first).view(np.uint8), np.ascontiguousarray(second).view(np.uint8)
+    )
 
 
 def widen(array: Any) -> np.ndarray:
-    """Return float32 for half precision, anything else as it is."""
+    """Return half precision as float32, any other dtype unchanged."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array

@@ -1,4 +1,4 @@
-"""Commands on models: convert, info, export."""
+"""The commands `convert`, `info` and `export`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ast_jax.cli.common import (
 
 
 class Target(enum.StrEnum):
-    """What `convert` writes."""
+    """Output formats of `convert`."""
 
     ast_jax = "ast-jax"
     huggingface = "huggingface"
@@ -39,22 +39,22 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="Hugging Face folder, file of PyTorch weights (.safetensors, .bin, .pth), Hub id, or checkpoint.",
+            help="Hugging Face folder, PyTorch weights (.safetensors, .bin, .pth), Hub id, or checkpoint folder.",
         ),
     ],
     destination: Annotated[
         pathlib.Path,
         typer.Argument(
-            metavar="DST", help="The folder to write (a checkpoint there is replaced); for --to original a .pth file."
+            metavar="DST", help="Output folder (a checkpoint there is replaced); a .pth file for --to original."
         ),
     ],
-    to: Annotated[Target, typer.Option("--to", help="What to write.")] = Target.ast_jax,
+    to: Annotated[Target, typer.Option("--to", help="Output format.")] = Target.ast_jax,
     check: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Turn every tensor back and compare; where PyTorch is installed, also run its model beside ours, "
-            "layer by layer. The table is kept as verification.json.",
+            help="Convert every tensor back and compare it bit by bit; where PyTorch is installed, also compare every "
+            "layer's output with its model. The table is written to verification.json.",
         ),
     ] = False,
     max_length: MaxLength = None,
@@ -62,41 +62,44 @@ def convert(
     frequency_stride: FrequencyStride = None,
     time_stride: TimeStride = None,
     num_labels: Annotated[
-        int | None, typer.Option("--num-labels", min=1, help="Another number of labels than SRC's: a new classifier.")
+        int | None,
+        typer.Option("--num-labels", min=1, help="Number of labels; if not SRC's, a new classifier is initialised."),
     ] = None,
     labels: Annotated[
         pathlib.Path | None,
         typer.Option(
             "--labels",
-            help="File of label names for a new classifier: a name a line, JSON, or class_labels_indices.csv.",
+            help="File of class names for a new classifier: one name per line, JSON, or class_labels_indices.csv.",
         ),
     ] = None,
     keep_classifier: Annotated[
-        bool, typer.Option("--keep-classifier", help="--labels are the right names of the classes SRC has already.")
+        bool, typer.Option("--keep-classifier", help="Keep SRC's classifier: --labels only renames its classes.")
     ] = False,
     mean: Annotated[
         float | None,
-        typer.Option("--mean", help="Mean of the features: where SRC does not say it, or anew."),
+        typer.Option("--mean", help="Mean of the features; overrides SRC's."),
     ] = None,
-    std: Annotated[float | None, typer.Option("--std", help="Their standard deviation.")] = None,
+    std: Annotated[
+        float | None, typer.Option("--std", help="Standard deviation of the features; overrides SRC's.")
+    ] = None,
     source_strides: Annotated[
         tuple[int, int] | None,
-        typer.Option("--source-strides", help="Strides of SRC (frequency, time), where its shapes fit several."),
+        typer.Option("--source-strides", help="Patch strides of SRC (frequency, time), if ambiguous."),
     ] = None,
     source_max_length: Annotated[
-        int | None, typer.Option("--source-max-length", min=1, help="Frames of SRC's input, likewise.")
+        int | None, typer.Option("--source-max-length", min=1, help="Input length of SRC in frames, if ambiguous.")
     ] = None,
     source_num_mel_bins: Annotated[
-        int | None, typer.Option("--source-num-mel-bins", min=1, help="Mel bins of SRC's input; else 128 are assumed.")
+        int | None, typer.Option("--source-num-mel-bins", min=1, help="Mel bins of SRC. [default: 128]")
     ] = None,
     source_heads: Annotated[
-        int | None, typer.Option("--source-heads", min=1, help="Heads of SRC; else one for 64 of the width is assumed.")
+        int | None, typer.Option("--source-heads", min=1, help="Attention heads of SRC. [default: width / 64]")
     ] = None,
 ) -> None:
-    """Convert a PyTorch checkpoint to ast_jax's, or back.
+    """Convert between PyTorch checkpoints and checkpoints of ast_jax.
 
-    No PyTorch is needed. Every tensor is used or named with the reason why not. Another input fits the position
-    embeddings to it: cut from the middle or interpolated, as the original does.
+    PyTorch is not needed. Every tensor is used, or reported with the reason why not. For another input the grid of
+    position embeddings is centre-cropped or interpolated, as in the original repository.
     """
     with user_errors():
         from ast_jax.checkpoints.pytorch.infer_config import Hints
@@ -121,7 +124,7 @@ def info(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a model is: size, input, labels and origin."""
+    """Print the size, input, labels and origin of a model."""
     with user_errors():
         from ast_jax.checkpoints.load import load
         from ast_jax.model.functional import num_params
@@ -161,30 +164,30 @@ def info(
             print(f"  {one_line(line)}")
         for key, value in checkpoint.metadata.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            more = " … (whole with --json)" if len(text) > LONGEST else ""
-            print(f"  {key:13} {one_line(text[:LONGEST])}{more}")
+            more = " … (in full with --json)" if len(text) > MAX_METADATA_CHARS else ""
+            print(f"  {key:13} {one_line(text[:MAX_METADATA_CHARS])}{more}")
 
 
-LONGEST = 160  # characters of a line of metadata
+MAX_METADATA_CHARS = 160  # shown of each entry
 
 
 def _short_list(names: tuple[str, ...], limit: int = 12) -> str:
-    """Return the first names, and how many more there are."""
+    """Join the first names, and count the others."""
     more = f"; and {len(names) - limit} more" if len(names) > limit else ""
-    return "; ".join(map(one_line, names[:limit])) + more  # AudioSet's names have commas in them
+    return "; ".join(map(one_line, names[:limit])) + more  # AudioSet's names contain commas
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    output: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="The .stablehlo file to write.")],
+    output: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="Output file, .stablehlo.")],
     platforms: Annotated[
-        str, typer.Option(help="Where it is to run: some of cpu, cuda, rocm, tpu, with commas between.")
+        str, typer.Option(help="Target platforms, comma-separated: cpu, cuda, rocm, tpu.")
     ] = "cpu,cuda,tpu",
 ) -> None:
-    """Write a model as one program that JAX runs alone.
+    """Export a model as a StableHLO program that runs with JAX alone.
 
-    It goes from samples to logits, for any size of batch.
+    It includes the features: samples to logits, for any batch size.
     """
     if output.suffix.lower() != ".stablehlo":
         wrong_usage(f"OUT: expected a name that ends in .stablehlo, got {output}")
@@ -201,6 +204,6 @@ def export(
             f"{output}: {output.stat().st_size / 1e6:.1f} MB for {platforms}",
             f"  takes    waveform [b, {frontend.max_samples}] float32 at {frontend.sampling_rate} Hz, "
             "num_samples [b] int32",
-            f"  returns  a logit [b] for each of {checkpoint.config.num_labels} labels",
+            f"  returns  logits [b, {checkpoint.config.num_labels}]",
             sep="\n",
         )

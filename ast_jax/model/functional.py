@@ -16,6 +16,7 @@ import numpy as np
 from ast_jax.config import ASTConfig
 from ast_jax.model.attention import IMPLEMENTATIONS
 from ast_jax.model.modules import ASTForAudioClassification, ASTModel, ASTOutput
+from ast_jax.model.tree import differences, shapes_of
 
 Params = Mapping[str, Any]
 
@@ -198,7 +199,7 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
     """
     if jnp.ndim(spec) not in (2, 3):
         raise ValueError(f"spec: expected [B, T, F] or [T, F], got shape {jnp.shape(spec)}")
-    shapes = _shapes(params)
+    shapes = shapes_of(params)
     needed = ("embeddings/projection/kernel", "embeddings/position_embeddings", "layers/attention/qkv/kernel",
               "layers/mlp/fc1/kernel")  # fmt: skip
     if missing := [path for path in needed if path not in shapes]:
@@ -269,14 +270,9 @@ def _check_whole(name: str, numbers: jax.Array, most: int, expected: str) -> Non
         raise ValueError(f"{name}: expected {expected}, got {numbers.min()} to {numbers.max()}")
 
 
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
-
-
 def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
     """Compare the shapes of params and config: Flax passes over what it does not know."""
-    expected, got = _shapes(param_shapes(config)), _shapes(params)
+    expected, got = shapes_of(param_shapes(config)), shapes_of(params)
     (stored,) = got.get("embeddings/position_embeddings", ())[:1] or (config.num_tokens,)
     if stored != config.num_tokens:  # by far the most common misfit
         raise ValueError(f"params hold {stored} position embeddings, but config makes {config.num_tokens} tokens")
@@ -285,10 +281,8 @@ def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
             {path: shape for path, shape in shapes.items() if not path.startswith("classifier/")}
             for shapes in (expected, got)
         )
-    if expected != got:
-        different = sorted(path for path in expected.keys() | got.keys() if expected.get(path) != got.get(path))
-        listed = [f"{path} (expected {expected.get(path)}, got {got.get(path)})" for path in different]
-        raise ValueError(f"params do not fit config: {', '.join(listed)}")
+    if different := differences(expected, got):
+        raise ValueError(f"params do not fit config; {different}")
 
 
 def _module(

@@ -82,7 +82,7 @@ def test_an_old_folder_of_an_imagenet_model(tmp_path):
     path.write_text(json.dumps({"format": 1, "metadata": OLD}))
     old = ast_jax.load(tmp_path / "model")
     assert (old.provenance, old.metadata) == (FULL, {"note": "mine"})
-    with pytest.raises(ValueError, match="12x101 already"):
+    with pytest.raises(ValueError, match="already resized to 12x101"):
         ast_jax.resize(old, max_length=128)
     ast_jax.save(tmp_path / "again", old)
     again = ast_jax.load(tmp_path / "again")

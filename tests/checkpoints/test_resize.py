@@ -125,7 +125,7 @@ def test_resized_model_has_the_new_input(changes, checkpoint):
     spec = torch_models.random_spec(resized.config).astype(np.float32)
     assert jax.eval_shape(lambda: ast_jax.apply(resized.params, spec, resized.config)).shape == (2, 3)
 
-    words = [("cut", "kept", "interpolated")[1 + (b > a) - (b < a)] for a, b in zip(old, new, strict=True)]
+    words = [("cropped", "unchanged", "interpolated")[1 + (b > a) - (b < a)] for a, b in zip(old, new, strict=True)]
     told = (
         f"input 48 bins x 64 frames at strides 10, 10 to {size['num_mel_bins']} x {size['max_length']} at "
         f"{resized.config.frequency_stride}, {resized.config.time_stride}: position grid {old[0]}x{old[1]} to "
@@ -154,17 +154,17 @@ def test_another_length_in_the_same_patches_keeps_the_positions(checkpoint):
     resized = ast_jax.resize(checkpoint, max_length=65)
     assert (resized.config.max_length, resized.frontend.max_length) == (65, 65)
     assert_same_params(resized.params, checkpoint.params)
-    assert resized.provenance.changes[-1].endswith("4x5 to 4x5 (frequency kept, time kept)")
+    assert resized.provenance.changes[-1].endswith("4x5 to 4x5 (frequency unchanged, time unchanged)")
 
 
 MISTAKES = [
     ({"max_length": 15}, r"patch_size: expected 1 to 15 frames, got 16"),
     ({"num_mel_bins": 15}, r"patch_size: expected 1 to 15 mel bins, got 16"),
     ({"num_labels": 3, "labels": ("a", "b")}, r"num_labels: expected 2, the number of labels, got 3"),
-    ({"labels": ()}, r"labels: expected one name or more, each once, got \(\)"),
-    ({"labels": ("a", "b", "a")}, r"labels: expected one name or more, each once, got \('a', 'b', 'a'\)"),
-    ({"keep_classifier": True}, "keep_classifier: expected labels, a name for each of the 3 classes .*, got 0"),
-    ({"labels": ("a", "b"), "keep_classifier": True}, "a name for each of the 3 classes that the model has, got 2"),
+    ({"labels": ()}, r"labels: expected at least one name and no duplicates, got \(\)"),
+    ({"labels": ("a", "b", "a")}, r"labels: expected at least one name and no duplicates, got \('a', 'b', 'a'\)"),
+    ({"keep_classifier": True}, "keep_classifier: expected labels, a name for each of the model's 3 classes, got 0"),
+    ({"labels": ("a", "b"), "keep_classifier": True}, "a name for each of the model's 3 classes, got 2"),
     ({"labels": ("a", 2)}, r"id2label: expected a string, got 2"),
     ({"labels": "audioset"}, r"labels: expected .*, got 'audioset'"),  # one text, not eight names of a letter
     ({"max_length": 64.5}, r"max_length: expected an integer, got 64\.5"),
@@ -205,7 +205,7 @@ def test_other_labels_draw_a_new_head(changes, names, checkpoint):
     check_params(resized.params, resized.config, "of the right shapes")
     # `initializer_range`, from 64 draws or more, of which that is four standard errors.
     assert resized.params["classifier"]["dense"]["kernel"].std() == pytest.approx(0.02, rel=0.4)
-    assert resized.provenance.changes[1:] == (f"classifier of {count} labels: new, untrained",)
+    assert resized.provenance.changes[1:] == (f"classifier of {count} labels: initialised, untrained",)
     assert_same(ast_jax.resize(checkpoint, **changes), resized)
     other = ast_jax.resize(checkpoint, **changes, seed=1).params
     assert_same_params(other, resized.params, "classifier/dense/kernel")
@@ -256,7 +256,7 @@ def test_an_imagenet_start_is_fitted_once(tmp_path):
     """What was cut to one grid cannot be stretched to another as the original would do it: that is refused."""
     torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
     ast_jax.save(tmp_path / "full", ast_jax.load(tmp_path / "deit.pth"))
-    with pytest.raises(ValueError, match="fitted to a grid of 12x101 already"):
+    with pytest.raises(ValueError, match="position grid of this ImageNet model was already resized to 12x101"):
         ast_jax.load(tmp_path / "full", max_length=128)
     labelled = ast_jax.load(tmp_path / "full", num_labels=3)  # the grid stays
     assert labelled.config.num_labels == 3

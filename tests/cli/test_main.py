@@ -395,10 +395,10 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
     changed = [line for line in done.stdout.splitlines() if line.startswith("  changed: ")]
     assert changed == [
         "  changed: input 128 bins x 128 frames at strides 10, 10 to 64 x 200 at 12, 16: position grid 12x12 to 5x12 "
-        "(frequency cut, time kept)",
-        "  changed: classifier of 2 labels: new, untrained",
+        "(frequency cropped, time unchanged)",
+        "  changed: classifier of 2 labels: initialised, untrained",
     ]
-    assert "mean -5.5 and std 4.25: as said, the source has mean -4.26774 and std 4.569" in done.stdout
+    assert "mean -5.5 and std 4.25: as given, the source has mean -4.26774 and std 4.569" in done.stdout
     checkpoint = ast_jax.load(tmp_path / "direct")
     config, frontend = checkpoint.config, checkpoint.frontend
     assert (config.max_length, config.num_mel_bins, config.frequency_stride, config.time_stride) == (200, 64, 12, 16)
@@ -421,14 +421,14 @@ def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "108 patches; with 128 mel bins possible: 10 10 with 96 to 105 frames" in done.stderr
-    assert "say them to `ast-jax convert`: --source-strides, --source-max-length" in done.stderr
+    assert "give them to `ast-jax convert`: --source-strides, --source-max-length" in done.stderr
     assert not (tmp_path / "out").exists()
     said = ["--source-strides", "10", "10", "--source-max-length", "100"]
     assert in_process("convert", tmp_path / "own.pth", tmp_path / "out", *said).returncode == 0
     assert ast_jax.load(tmp_path / "out").config.max_length == 100
     done = in_process("convert", tmp_path / "out", tmp_path / "again", *said)
     assert done.returncode == 1
-    assert "is a checkpoint of ast_jax, which tells its strides, length and heads itself" in done.stderr
+    assert "a checkpoint of ast_jax contains its strides, input size and heads" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
         (["sounds-tiny", "out", "--to", "huggingface"], "transformers has square patches only"),
         (["sounds-tiny", "out", "--to", "original"], "expected a name that ends in .pth"),
         (["sounds-tiny", "out.pth", "--to", "original"], "the model has width 128 with 2 heads"),
-        (["two.txt", "out"], "two.txt: expected a state dict that torch.save wrote, got a damaged or foreign file"),
+        (["two.txt", "out"], "two.txt: expected a state dict that torch.save wrote, got a damaged or another file"),
         (["sounds-tiny", "out", "--std", "0"], "std: expected a positive number, got 0.0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -475,11 +475,11 @@ def test_statistics_that_are_said_are_what_the_report_says(tmp_path):
     model = torch_original.OriginalAST(label_dim=2, input_tdim=128, depth=1)
     torch.save(model.state_dict(), tmp_path / "own_10_10_.pth")
     done = in_process("convert", tmp_path / "own_10_10_.pth", tmp_path / "a", "--mean", "-5", "--std", "3")
-    assert "  note: features are normalised with mean -5 and std 3: as said" in done.stdout.splitlines()
+    assert "  note: features are normalised with mean -5 and std 3: as given" in done.stdout.splitlines()
     done = in_process("convert", tmp_path / "a", tmp_path / "b", "--std", "4")
     assert done.stdout.splitlines()[1:] == ["  changed: normalisation from mean -5, std 3 to -5, 4"]
     done = in_process("convert", tmp_path / "own_10_10_.pth", tmp_path / "c")
-    assert "std 4.569: AudioSet's, which is assumed" in done.stdout
+    assert "std 4.569: assumed, AudioSet's" in done.stdout
     # What has to be assumed is said wherever such a file is used.
     done = in_process("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "own_10_10_.pth", "-k", "1")
     assert done.returncode == 0

@@ -442,16 +442,16 @@ def test_activations_equal_transformers(name):
 
 def test_params_that_do_not_fit_the_config_are_refused(params, spec):
     for changes, path in (
-        ({"qkv_bias": False}, r"layers/attention/qkv/bias \(expected None, got"),
+        ({"qkv_bias": False}, "unexpected: layers/attention/qkv/bias"),
         ({"num_labels": 9}, r"classifier/dense/bias \(expected \(9,\), got \(5,\)"),
         ({"intermediate_size": 48}, "layers/mlp/fc1/bias"),
         ({"num_hidden_layers": 2}, "layers/attention/out/bias"),
     ):
-        with pytest.raises(ValueError, match=f"params do not fit config: .*{path}"):
+        with pytest.raises(ValueError, match=f"params do not fit config; .*{path}"):
             ast_jax.apply(params, spec, SMALL.replace(**changes))
-    with pytest.raises(ValueError, match=r"unknown \(expected None, got \(3,\)\)"):
+    with pytest.raises(ValueError, match=r"unexpected: unknown$"):
         ast_jax.apply({**params, "unknown": np.zeros(3)}, spec, SMALL)
-    with pytest.raises(ValueError, match="layernorm/bias"):
+    with pytest.raises(ValueError, match=r"missing: layernorm/bias$"):
         ast_jax.encode({**params, "layernorm": {"scale": params["layernorm"]["scale"]}}, spec, SMALL)
     with pytest.raises(ValueError, match="an empty batch"):
         ast_jax.apply(params, np.zeros((0, SMALL.max_length, SMALL.num_mel_bins), np.float32), SMALL)

@@ -1,1 +1,1 @@
-"""PyTorch's files, without PyTorch: read, name, convert, write back, and prove that nothing changed."""
+"""PyTorch checkpoints, without PyTorch: reading, conversion, export and verification."""

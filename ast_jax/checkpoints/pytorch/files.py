@@ -1,8 +1,8 @@
-"""State dicts from and to PyTorch's `.pth` and `.bin` files, without PyTorch and without running any pickle's code.
+"""Reading and writing PyTorch's `.pth` and `.bin` files, without PyTorch and without executing pickles.
 
-A file that `torch.save` wrote is a zip archive (since PyTorch 1.6) or a row of pickles with raw numbers behind them.
-The pickle says which tensor is which part of which storage; `torch_pickle` interprets it. Tensors are views into the
-mapped file, so that reading takes no memory to speak of.
+A file that `torch.save` wrote is a zip archive (since PyTorch 1.6) or a sequence of pickles followed by the storages.
+The pickle maps tensors to parts of storages; `safe_pickle` interprets it. Tensors are views of the memory-mapped file,
+so that reading allocates next to nothing.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from ast_jax.checkpoints.pytorch.safe_pickle import (
     RESAVE,
     STORAGES,
     DamagedError,
-    RefusedError,
     Storage,
     Tensor,
+    UnsupportedError,
     expect,
     interpret,
-    short,
-    shown,
+    printable,
+    shortened,
 )
 from ast_jax.checkpoints.tree import CheckpointError
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # what training scripts keep a state dict under
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys of the state dict in checkpoints of training scripts
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LARGEST_PICKLE = 1 << 20  # names and shapes of some 4,000 tensors; a larger one is no state dict
-EXPANSION = 4  # tensors may overlap and repeat, but hold at most this many times the bytes of the file
+MAX_PICKLE_BYTES = 1 << 20  # enough for the names and shapes of 4,000 tensors
+MAX_EXPANSION = 4  # tensors may overlap and repeat, up to this many times the size of the file
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., lengths of its name and of its extra field
-EXTRA_HEADER = struct.Struct("<2sH")  # of a field in it: name and length
+EXTRA_HEADER = struct.Struct("<2sH")  # of an extra field: name and length
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Return the state dict in a file that `torch.save` wrote, as read-only arrays {name: array}.
 
-    Read are the zip format and the older one; a state dict may lie under "state_dict", "model" or "model_state_dict".
-    bfloat16 becomes `ml_dtypes.bfloat16`; all else is the NumPy type of the same name. Strides and shared storages are
-    kept.
+    Reads the zip format and the one before PyTorch 1.6; the state dict may be nested under "state_dict", "model" or
+    "model_state_dict". bfloat16 becomes `ml_dtypes.bfloat16`, any other dtype the NumPy dtype of the same name. Strides
+    and shared storages are preserved.
 
     Raises:
-        CheckpointError: not such a file, damaged, or it holds anything but tensors, ordered dicts and plain values,
-            none of which is run; or a TorchScript archive. One line, with the way out.
+        CheckpointError: not such a file, damaged, a TorchScript archive, or it contains anything but tensors, ordered
+            dicts and plain values, which is not executed. One line that says how to save the weights instead.
         OSError: the file cannot be opened.
     """
     path = pathlib.Path(path)
@@ -63,20 +63,20 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         content, storage = (_open_zip if mapped[:2] == b"PK" else _open_legacy)(mapped)
         tensors = _state_dict(content)
         used = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
-        if used > EXPANSION * len(mapped):
+        if used > MAX_EXPANSION * len(mapped):
             raise DamagedError(f"its tensors would take {used:,} bytes, the file has {len(mapped):,}")
-        return {name: _array(tensor, storage(tensor.storage)) for name, tensor in tensors.items()}
-    except RefusedError as error:
-        raise CheckpointError(f"{path}: {shown(error)}") from error
-    except Exception as error:  # zipfile, pickletools and struct raise many kinds for what is damaged
-        reason = shown(error) or type(error).__name__
+        return {name: _view(tensor, storage(tensor.storage)) for name, tensor in tensors.items()}
+    except UnsupportedError as error:
+        raise CheckpointError(f"{path}: {printable(error)}") from error
+    except Exception as error:  # zipfile, pickletools and struct raise many types for damaged files
+        reason = printable(error) or type(error).__name__
         raise CheckpointError(
-            f"{path}: expected a state dict that torch.save wrote, got a damaged or foreign file ({reason[:200]})"
+            f"{path}: expected a state dict that torch.save wrote, got a damaged or another file ({reason[:200]})"
         ) from error
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    """Find the dict of tensors in what a pickle holds."""
+    """Return the dict of tensors in the content of a pickle."""
     for wrapper in (*WRAPPERS, ""):
         found = content.get(wrapper) if wrapper and isinstance(content, dict) else content
         if isinstance(found, dict) and any(isinstance(value, Tensor) for value in found.values()):
@@ -84,38 +84,40 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
     else:
         kind = type(content).__name__.strip("_").lower()
         if isinstance(content, dict):
-            kind = f"a dict of {', '.join(map(short, list(content)[:5]))}"
-        raise RefusedError(f"expected a dict of tensors, or one under {' or '.join(WRAPPERS)}, got {kind}; {RESAVE}")
+            kind = f"a dict of {', '.join(map(shortened, list(content)[:5]))}"
+        raise UnsupportedError(
+            f"expected a dict of tensors, or one under {' or '.join(WRAPPERS)}, got {kind}; {RESAVE}"
+        )
     for name, value in found.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise RefusedError(f"{short(name)}: expected a tensor, got {type(value).__name__}; {RESAVE}")
+            raise UnsupportedError(f"{shortened(name)}: expected a tensor, got {type(value).__name__}; {RESAVE}")
     return found
 
 
-def _array(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
-    """Return the view of a storage that a tensor is."""
+def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
+    """Return a tensor as a view of its storage."""
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, storage.dtype)
     last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
     if last >= len(storage):
-        raise DamagedError(f"a tensor reaches to element {last} of a storage of {len(storage)}")
+        raise DamagedError(f"a tensor uses element {last} of a storage of {len(storage)}")
     strides = [step * storage.itemsize for step in tensor.strides]
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
 
 
-class _Limited:
-    """A file for zipfile that has no directory of more than a megabyte, as its entries take twenty times its room."""
+class _LimitedReader:
+    """A file for zipfile that limits the central directory to a megabyte: parsed, it takes twenty times its size."""
 
     def __init__(self, mapped: mmap.mmap):
         self._mapped, self.tell = mapped, mapped.tell
 
     def read(self, size: int = -1, /) -> bytes:
-        if size > LARGEST_PICKLE:
-            raise DamagedError(f"its directory has {size:,} bytes")
+        if size > MAX_PICKLE_BYTES:
+            raise DamagedError(f"its central directory has {size:,} bytes")
         return self._mapped.read(size)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._mapped.seek(offset, whence)  # type: ignore[arg-type]  # the stub wants the numbers written out
+        self._mapped.seek(offset, whence)  # type: ignore[arg-type]  # typeshed asks for a literal
         return self._mapped.tell()
 
 
@@ -123,31 +125,31 @@ Opened = tuple[Any, Callable[[Storage], np.ndarray]]
 
 
 def _open_zip(mapped: mmap.mmap) -> Opened:
-    """Return what the pickle of a zip archive holds, and a function that finds a storage's numbers."""
-    archive = zipfile.ZipFile(_Limited(mapped))
+    """Return the content of the pickle in a zip archive, and a function that returns the data of a storage."""
+    archive = zipfile.ZipFile(_LimitedReader(mapped))
     entries = {entry.filename: entry for entry in archive.infolist()}
     starts = sorted(entry.header_offset for entry in archive.infolist())
     if len(entries) < len(starts):
-        raise DamagedError("it has two entries of one name")
+        raise DamagedError("it has two entries of the same name")
     ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
     if len(ends) < len(starts):
-        raise DamagedError("it has two entries in one place")
+        raise DamagedError("it has two entries at the same offset")
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise DamagedError("a zip archive, but not of a model")
+        raise DamagedError("a zip archive without a single data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries or any(name.startswith(f"{root}code/") for name in entries):
-        raise RefusedError(
-            "expected weights, got a TorchScript program; load it with PyTorch and save its weights alone: "
+        raise UnsupportedError(
+            "expected weights, got a TorchScript program; load it with PyTorch and save only the weights: "
             "torch.save(torch.jit.load(…).state_dict(), …)"
         )
 
-    checked = any(entry.CRC for entry in entries.values())  # torch.serialization.set_crc32_options(False) leaves zeros
+    checked = any(entry.CRC for entry in entries.values())  # zeros after torch.serialization.set_crc32_options(False)
 
     def read(name: str) -> memoryview:
         entry = entries.get(root + name)
         if entry is None:
-            raise DamagedError(f"there is no {root}{name} in it")
+            raise DamagedError(f"it has no entry {root}{name}")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise DamagedError(f"{entry.filename} is compressed or encrypted")
         signature, name_length, extra_length = LOCAL_HEADER.unpack_from(mapped, entry.header_offset)
@@ -155,7 +157,7 @@ def _open_zip(mapped: mmap.mmap) -> Opened:
         data = memoryview(mapped)[start : start + entry.file_size]
         whole = signature == b"PK\3\4" and start + entry.file_size <= ends[entry.header_offset]
         if not whole or (checked and zlib.crc32(data) != entry.CRC):
-            raise DamagedError(f"{entry.filename} is cut off or its check sum is wrong")
+            raise DamagedError(f"{entry.filename} is truncated or its checksum is wrong")
         return data
 
     order = read("byteorder") if f"{root}byteorder" in entries else b"little"
@@ -165,24 +167,24 @@ def _open_zip(mapped: mmap.mmap) -> Opened:
 
     def storage(wanted: Storage) -> np.ndarray:
         if wanted.key not in found:
-            found[wanted.key] = _numbers(read(f"data/{wanted.key}"), wanted.dtype, order == b"big")
+            found[wanted.key] = _as_array(read(f"data/{wanted.key}"), wanted.dtype, order == b"big")
         if found[wanted.key].dtype != wanted.dtype:
-            raise DamagedError(f"storage {wanted.key!r} has two types")
+            raise DamagedError(f"storage {wanted.key!r} has two dtypes")
         return found[wanted.key]
 
     data = read("data.pkl")
-    if len(data) > LARGEST_PICKLE:
-        raise DamagedError(f"its list of tensors has {len(data):,} bytes")
+    if len(data) > MAX_PICKLE_BYTES:
+        raise DamagedError(f"its pickle has {len(data):,} bytes")
     return interpret(io.BytesIO(data)), storage
 
 
 def _open_legacy(mapped: mmap.mmap) -> Opened:
-    """Do the same for the format before PyTorch 1.6: five pickles, then each storage's length and numbers."""
-    file = io.BytesIO(mapped[:LARGEST_PICKLE])
+    """Do the same for the format before PyTorch 1.6: five pickles, then the length and data of each storage."""
+    file = io.BytesIO(mapped[:MAX_PICKLE_BYTES])
     if mapped[:1] != b"\x80" or interpret(file) != LEGACY_MAGIC:
-        raise DamagedError("it begins like neither of PyTorch's formats")
+        raise DamagedError("it has the signature of neither of PyTorch's formats")
     interpret(file)  # version
-    interpret(file)  # the machine, whose byte order does not matter: PyTorch writes this format in little-endian
+    interpret(file)  # the machine; its byte order is irrelevant, as this format is always little-endian
     used: dict[str, Storage] = {}
     content = interpret(file, used)
     keys = interpret(file)
@@ -194,22 +196,22 @@ def _open_legacy(mapped: mmap.mmap) -> Opened:
         start, size = start + 8, elements * used[key].dtype.itemsize
         places[key] = memoryview(mapped)[start : start + size]
         if elements < 0 or len(places[key]) != size:
-            raise DamagedError("it is cut off")
+            raise DamagedError("it is truncated")
         start += size
     return content, lambda wanted: np.frombuffer(places[wanted.key], wanted.dtype)
 
 
-def _numbers(data: memoryview, dtype: np.dtype, swapped: bool) -> np.ndarray:
-    """Return bytes of the file as numbers, without a copy where their order is this machine's."""
+def _as_array(data: memoryview, dtype: np.dtype, swapped: bool) -> np.ndarray:
+    """Return bytes of the file as an array, copied only if the byte order has to be swapped."""
     if not swapped:
         return np.frombuffer(data, dtype)
     return np.frombuffer(data, f"u{dtype.itemsize}").byteswap().view(dtype)
 
 
 def write_torch_file(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
-    """Write a state dict as `torch.save` does: an ordered dict of tensors, each with a storage of its own.
+    """Write a state dict in the format of `torch.save`: an ordered dict of tensors, each with its own storage.
 
-    The numbers begin at multiples of 64 bytes, so that `torch.load(…, mmap=True)` can use them where they lie.
+    The data is aligned to 64 bytes, so that `torch.load(…, mmap=True)` can use it in place.
 
     Args:
         path: the file.
@@ -223,10 +225,10 @@ def write_torch_file(path: str | os.PathLike[str], state: Mapping[str, np.ndarra
     pickled = [b"\x80\x02", ordered_dict, b"("]
     for key, (name, array) in enumerate(state.items()):
         identity = [_text("storage"), f"ctorch\n{names[array.dtype]}\n".encode(), _text(str(key)), _text("cpu"),
-                    _number(array.size)]  # fmt: skip
+                    _int(array.size)]  # fmt: skip
         steps = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)]
-        shape, strides = (b"(" + b"".join(map(_number, sizes)) + b"t" for sizes in (array.shape, steps))
-        pickled += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", *identity, b"tQ", _number(0), shape, strides,
+        shape, strides = (b"(" + b"".join(map(_int, sizes)) + b"t" for sizes in (array.shape, steps))
+        pickled += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", *identity, b"tQ", _int(0), shape, strides,
                     b"\x89", ordered_dict, b"tR"]  # fmt: skip
     root = "archive"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -234,7 +236,7 @@ def write_torch_file(path: str | os.PathLike[str], state: Mapping[str, np.ndarra
         archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
         for key, array in enumerate(state.values()):
             entry = zipfile.ZipInfo(f"{root}/data/{key}")
-            assert archive.fp is not None  # until it is closed
+            assert archive.fp is not None  # open
             place = archive.fp.tell() + LOCAL_HEADER.size + len(entry.filename) + EXTRA_HEADER.size
             padding = -place % 64
             entry.extra = EXTRA_HEADER.pack(b"FB", padding) + bytes(padding)
@@ -244,11 +246,11 @@ def write_torch_file(path: str | os.PathLike[str], state: Mapping[str, np.ndarra
 
 
 def _text(value: str) -> bytes:
-    """Return the pickle instruction that puts a text."""
+    """Return the pickle opcode that pushes a string."""
     data = value.encode()
     return b"X" + struct.pack("<I", len(data)) + data
 
 
-def _number(value: int) -> bytes:
-    """Return the pickle instruction that puts a number of up to 63 bits."""
+def _int(value: int) -> bytes:
+    """Return the pickle opcode that pushes an integer of up to 63 bits."""
     return b"\x8a\x08" + struct.pack("<q", value)

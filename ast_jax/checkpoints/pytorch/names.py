@@ -1,7 +1,7 @@
-"""The names that PyTorch checkpoints of AST have, and how each tensor lies there and here: one literal table a format.
+"""Tensor names and layouts of PyTorch checkpoints of AST: one literal table for each format.
 
-Each row says where one PyTorch tensor goes: its name with {n} for the layer, the path in the parameter tree, and how it
-is turned round, both ways. Letters: D width, H heads, K = D / H, M MLP width, C classes, Pf and Pt the patch.
+Each row maps one PyTorch tensor: its name with {n} for the layer, the path in the parameter tree, and the transform of
+its layout in both directions. Letters: D width, H heads, K = D / H, M MLP width, C classes, Pf and Pt the patch size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-    """How a tensor lies here and in PyTorch; both functions return views where they can."""
+class Transform:
+    """Converts the layout of a tensor from PyTorch's to ours and back; returns views where possible."""
 
-    here: Callable[[Array, ASTConfig], Array]
-    there: Callable[[Array, ASTConfig], Array]
+    to_jax: Callable[[Array, ASTConfig], Array]
+    to_torch: Callable[[Array, ASTConfig], Array]
 
 
 def _heads(array: Array, config: ASTConfig) -> Array:
@@ -32,50 +32,54 @@ def _heads(array: Array, config: ASTConfig) -> Array:
     return array.reshape(*array.shape[:-1], config.num_attention_heads, -1)
 
 
-SAME = Turn(lambda x, _: x, lambda x, _: x)
-TOKEN = Turn(lambda x, _: x[0, 0], lambda x, _: x[None, None])  # [1, 1, D] and [D]
-POSITIONS = Turn(lambda x, _: x[0], lambda x, _: x[None])  # [1, N, D] and [N, D]
-DENSE = Turn(lambda x, _: x.T, lambda x, _: x.T)  # [out, in] and [in, out]
-PATCH = Turn(lambda x, _: x.transpose(2, 3, 1, 0), lambda x, _: x.transpose(3, 2, 0, 1))  # [D,1,Pf,Pt], [Pf,Pt,1,D]
-# The sum over red, green and blue is what the original makes of an ImageNet model's kernel; there is no way back.
-RGB_PATCH = Turn(lambda x, c: PATCH.here(x.sum(1, keepdims=True, dtype=x.dtype), c), lambda x, c: PATCH.there(x, c))
-HEAD_KERNEL = Turn(lambda x, c: _heads(x.T, c), lambda x, c: x.reshape(x.shape[0], -1).T)  # [D, D] and [D, H, K]
-HEAD_BIAS = Turn(_heads, lambda x, c: x.reshape(-1))  # [D] and [H, K]
-OUT_KERNEL = Turn(  # [D, D] and [H, K, D]
+IDENTITY = Transform(lambda x, _: x, lambda x, _: x)
+TOKEN = Transform(lambda x, _: x[0, 0], lambda x, _: x[None, None])  # [1, 1, D] and [D]
+POSITIONS = Transform(lambda x, _: x[0], lambda x, _: x[None])  # [1, N, D] and [N, D]
+DENSE = Transform(lambda x, _: x.T, lambda x, _: x.T)  # [out, in] and [in, out]
+PATCH = Transform(  # [D, 1, Pf, Pt] and [Pf, Pt, 1, D]
+    lambda x, _: x.transpose(2, 3, 1, 0), lambda x, _: x.transpose(3, 2, 0, 1)
+)
+# The original sums the kernel of an ImageNet model over the three colour channels, which cannot be inverted.
+RGB_PATCH = Transform(
+    lambda x, c: PATCH.to_jax(x.sum(1, keepdims=True, dtype=x.dtype), c), lambda x, c: PATCH.to_torch(x, c)
+)
+HEAD_KERNEL = Transform(lambda x, c: _heads(x.T, c), lambda x, c: x.reshape(x.shape[0], -1).T)  # [D, D] and [D, H, K]
+HEAD_BIAS = Transform(_heads, lambda x, c: x.reshape(-1))  # [D] and [H, K]
+OUT_KERNEL = Transform(  # [D, D] and [H, K, D]
     lambda x, c: x.T.reshape(c.num_attention_heads, -1, x.shape[0]), lambda x, c: x.reshape(-1, x.shape[-1]).T
 )
-QKV_KERNEL = Turn(  # [3 D, D], rows q | k | v, and [D, 3, H, K]
+QKV_KERNEL = Transform(  # [3 D, D], rows q | k | v, and [D, 3, H, K]
     lambda x, c: _heads(x.T.reshape(x.shape[1], 3, -1), c), lambda x, c: x.reshape(x.shape[0], -1).T
 )
-QKV_BIAS = Turn(lambda x, c: _heads(x.reshape(3, -1), c), lambda x, c: x.reshape(-1))  # [3 D] and [3, H, K]
+QKV_BIAS = Transform(lambda x, c: _heads(x.reshape(3, -1), c), lambda x, c: x.reshape(-1))  # [3 D] and [3, H, K]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Where one tensor goes.
+    """The mapping of one tensor.
 
     Attributes:
         source: name in the PyTorch state dict; {n} stands for the layer.
         target: path in the parameter tree.
-        turn: how it lies there and here.
-        part: of query, key, value (0, 1, 2), which share one array; None for all else.
+        transform: converts its layout.
+        part: index of query, key or value (0, 1, 2) in the array that they share; None for all other tensors.
     """
 
     source: str
     target: str
-    turn: Turn
+    transform: Transform
     part: int | None = None
 
 
-# In every Hugging Face file on disk, whichever version of transformers wrote it.
+# In files on disk, whichever version of transformers wrote them.
 HUGGING_FACE_ROWS = (
     Row("embeddings.cls_token", "embeddings/cls_token", TOKEN),
     Row("embeddings.distillation_token", "embeddings/distillation_token", TOKEN),
     Row("embeddings.position_embeddings", "embeddings/position_embeddings", POSITIONS),
     Row("embeddings.patch_embeddings.projection.weight", "embeddings/projection/kernel", PATCH),
-    Row("embeddings.patch_embeddings.projection.bias", "embeddings/projection/bias", SAME),
-    Row("encoder.layer.{n}.layernorm_before.weight", "layers/layernorm_before/scale", SAME),
-    Row("encoder.layer.{n}.layernorm_before.bias", "layers/layernorm_before/bias", SAME),
+    Row("embeddings.patch_embeddings.projection.bias", "embeddings/projection/bias", IDENTITY),
+    Row("encoder.layer.{n}.layernorm_before.weight", "layers/layernorm_before/scale", IDENTITY),
+    Row("encoder.layer.{n}.layernorm_before.bias", "layers/layernorm_before/bias", IDENTITY),
     Row("encoder.layer.{n}.attention.attention.query.weight", "layers/attention/qkv/kernel", HEAD_KERNEL, 0),
     Row("encoder.layer.{n}.attention.attention.query.bias", "layers/attention/qkv/bias", HEAD_BIAS, 0),
     Row("encoder.layer.{n}.attention.attention.key.weight", "layers/attention/qkv/kernel", HEAD_KERNEL, 1),
@@ -83,25 +87,25 @@ HUGGING_FACE_ROWS = (
     Row("encoder.layer.{n}.attention.attention.value.weight", "layers/attention/qkv/kernel", HEAD_KERNEL, 2),
     Row("encoder.layer.{n}.attention.attention.value.bias", "layers/attention/qkv/bias", HEAD_BIAS, 2),
     Row("encoder.layer.{n}.attention.output.dense.weight", "layers/attention/out/kernel", OUT_KERNEL),
-    Row("encoder.layer.{n}.attention.output.dense.bias", "layers/attention/out/bias", SAME),
-    Row("encoder.layer.{n}.layernorm_after.weight", "layers/layernorm_after/scale", SAME),
-    Row("encoder.layer.{n}.layernorm_after.bias", "layers/layernorm_after/bias", SAME),
+    Row("encoder.layer.{n}.attention.output.dense.bias", "layers/attention/out/bias", IDENTITY),
+    Row("encoder.layer.{n}.layernorm_after.weight", "layers/layernorm_after/scale", IDENTITY),
+    Row("encoder.layer.{n}.layernorm_after.bias", "layers/layernorm_after/bias", IDENTITY),
     Row("encoder.layer.{n}.intermediate.dense.weight", "layers/mlp/fc1/kernel", DENSE),
-    Row("encoder.layer.{n}.intermediate.dense.bias", "layers/mlp/fc1/bias", SAME),
+    Row("encoder.layer.{n}.intermediate.dense.bias", "layers/mlp/fc1/bias", IDENTITY),
     Row("encoder.layer.{n}.output.dense.weight", "layers/mlp/fc2/kernel", DENSE),
-    Row("encoder.layer.{n}.output.dense.bias", "layers/mlp/fc2/bias", SAME),
-    Row("layernorm.weight", "layernorm/scale", SAME),
-    Row("layernorm.bias", "layernorm/bias", SAME),
+    Row("encoder.layer.{n}.output.dense.bias", "layers/mlp/fc2/bias", IDENTITY),
+    Row("layernorm.weight", "layernorm/scale", IDENTITY),
+    Row("layernorm.bias", "layernorm/bias", IDENTITY),
 )
-# In the `state_dict()` of a model that transformers 5 holds in memory.
+# In the `state_dict()` of a live transformers 5 model.
 LIVE_ROWS = (
     Row("embeddings.cls_token", "embeddings/cls_token", TOKEN),
     Row("embeddings.distillation_token", "embeddings/distillation_token", TOKEN),
     Row("embeddings.position_embeddings", "embeddings/position_embeddings", POSITIONS),
     Row("embeddings.patch_embeddings.projection.weight", "embeddings/projection/kernel", PATCH),
-    Row("embeddings.patch_embeddings.projection.bias", "embeddings/projection/bias", SAME),
-    Row("layers.{n}.layernorm_before.weight", "layers/layernorm_before/scale", SAME),
-    Row("layers.{n}.layernorm_before.bias", "layers/layernorm_before/bias", SAME),
+    Row("embeddings.patch_embeddings.projection.bias", "embeddings/projection/bias", IDENTITY),
+    Row("layers.{n}.layernorm_before.weight", "layers/layernorm_before/scale", IDENTITY),
+    Row("layers.{n}.layernorm_before.bias", "layers/layernorm_before/bias", IDENTITY),
     Row("layers.{n}.attention.q_proj.weight", "layers/attention/qkv/kernel", HEAD_KERNEL, 0),
     Row("layers.{n}.attention.q_proj.bias", "layers/attention/qkv/bias", HEAD_BIAS, 0),
     Row("layers.{n}.attention.k_proj.weight", "layers/attention/qkv/kernel", HEAD_KERNEL, 1),
@@ -109,49 +113,49 @@ LIVE_ROWS = (
     Row("layers.{n}.attention.v_proj.weight", "layers/attention/qkv/kernel", HEAD_KERNEL, 2),
     Row("layers.{n}.attention.v_proj.bias", "layers/attention/qkv/bias", HEAD_BIAS, 2),
     Row("layers.{n}.attention.o_proj.weight", "layers/attention/out/kernel", OUT_KERNEL),
-    Row("layers.{n}.attention.o_proj.bias", "layers/attention/out/bias", SAME),
-    Row("layers.{n}.layernorm_after.weight", "layers/layernorm_after/scale", SAME),
-    Row("layers.{n}.layernorm_after.bias", "layers/layernorm_after/bias", SAME),
+    Row("layers.{n}.attention.o_proj.bias", "layers/attention/out/bias", IDENTITY),
+    Row("layers.{n}.layernorm_after.weight", "layers/layernorm_after/scale", IDENTITY),
+    Row("layers.{n}.layernorm_after.bias", "layers/layernorm_after/bias", IDENTITY),
     Row("layers.{n}.mlp.fc1.weight", "layers/mlp/fc1/kernel", DENSE),
-    Row("layers.{n}.mlp.fc1.bias", "layers/mlp/fc1/bias", SAME),
+    Row("layers.{n}.mlp.fc1.bias", "layers/mlp/fc1/bias", IDENTITY),
     Row("layers.{n}.mlp.fc2.weight", "layers/mlp/fc2/kernel", DENSE),
-    Row("layers.{n}.mlp.fc2.bias", "layers/mlp/fc2/bias", SAME),
-    Row("layernorm.weight", "layernorm/scale", SAME),
-    Row("layernorm.bias", "layernorm/bias", SAME),
+    Row("layers.{n}.mlp.fc2.bias", "layers/mlp/fc2/bias", IDENTITY),
+    Row("layernorm.weight", "layernorm/scale", IDENTITY),
+    Row("layernorm.bias", "layernorm/bias", IDENTITY),
 )
 HUGGING_FACE_HEAD = (
-    Row("classifier.layernorm.weight", "classifier/layernorm/scale", SAME),
-    Row("classifier.layernorm.bias", "classifier/layernorm/bias", SAME),
+    Row("classifier.layernorm.weight", "classifier/layernorm/scale", IDENTITY),
+    Row("classifier.layernorm.bias", "classifier/layernorm/bias", IDENTITY),
     Row("classifier.dense.weight", "classifier/dense/kernel", DENSE),
-    Row("classifier.dense.bias", "classifier/dense/bias", SAME),
+    Row("classifier.dense.bias", "classifier/dense/bias", IDENTITY),
 )
-# timm's distilled vision transformer, which is what the original repository has under `v.`.
+# timm's distilled vision transformer, which the original repository has under the prefix `v.`.
 TIMM_ROWS = (
     Row("cls_token", "embeddings/cls_token", TOKEN),
     Row("dist_token", "embeddings/distillation_token", TOKEN),
     Row("pos_embed", "embeddings/position_embeddings", POSITIONS),
     Row("patch_embed.proj.weight", "embeddings/projection/kernel", PATCH),
-    Row("patch_embed.proj.bias", "embeddings/projection/bias", SAME),
-    Row("blocks.{n}.norm1.weight", "layers/layernorm_before/scale", SAME),
-    Row("blocks.{n}.norm1.bias", "layers/layernorm_before/bias", SAME),
+    Row("patch_embed.proj.bias", "embeddings/projection/bias", IDENTITY),
+    Row("blocks.{n}.norm1.weight", "layers/layernorm_before/scale", IDENTITY),
+    Row("blocks.{n}.norm1.bias", "layers/layernorm_before/bias", IDENTITY),
     Row("blocks.{n}.attn.qkv.weight", "layers/attention/qkv/kernel", QKV_KERNEL),
     Row("blocks.{n}.attn.qkv.bias", "layers/attention/qkv/bias", QKV_BIAS),
     Row("blocks.{n}.attn.proj.weight", "layers/attention/out/kernel", OUT_KERNEL),
-    Row("blocks.{n}.attn.proj.bias", "layers/attention/out/bias", SAME),
-    Row("blocks.{n}.norm2.weight", "layers/layernorm_after/scale", SAME),
-    Row("blocks.{n}.norm2.bias", "layers/layernorm_after/bias", SAME),
+    Row("blocks.{n}.attn.proj.bias", "layers/attention/out/bias", IDENTITY),
+    Row("blocks.{n}.norm2.weight", "layers/layernorm_after/scale", IDENTITY),
+    Row("blocks.{n}.norm2.bias", "layers/layernorm_after/bias", IDENTITY),
     Row("blocks.{n}.mlp.fc1.weight", "layers/mlp/fc1/kernel", DENSE),
-    Row("blocks.{n}.mlp.fc1.bias", "layers/mlp/fc1/bias", SAME),
+    Row("blocks.{n}.mlp.fc1.bias", "layers/mlp/fc1/bias", IDENTITY),
     Row("blocks.{n}.mlp.fc2.weight", "layers/mlp/fc2/kernel", DENSE),
-    Row("blocks.{n}.mlp.fc2.bias", "layers/mlp/fc2/bias", SAME),
-    Row("norm.weight", "layernorm/scale", SAME),
-    Row("norm.bias", "layernorm/bias", SAME),
+    Row("blocks.{n}.mlp.fc2.bias", "layers/mlp/fc2/bias", IDENTITY),
+    Row("norm.weight", "layernorm/scale", IDENTITY),
+    Row("norm.bias", "layernorm/bias", IDENTITY),
 )
 ORIGINAL_HEAD = (
-    Row("mlp_head.0.weight", "classifier/layernorm/scale", SAME),
-    Row("mlp_head.0.bias", "classifier/layernorm/bias", SAME),
+    Row("mlp_head.0.weight", "classifier/layernorm/scale", IDENTITY),
+    Row("mlp_head.0.bias", "classifier/layernorm/bias", IDENTITY),
     Row("mlp_head.1.weight", "classifier/dense/kernel", DENSE),
-    Row("mlp_head.1.bias", "classifier/dense/bias", SAME),
+    Row("mlp_head.1.bias", "classifier/dense/bias", IDENTITY),
 )
 _UNUSED_HEAD = "the classifier of 1,000 ImageNet classes, which AST does not use"
 IMAGENET_HEADS = {name: _UNUSED_HEAD for name in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")}
@@ -159,15 +163,15 @@ IMAGENET_HEADS = {name: _UNUSED_HEAD for name in ("head.weight", "head.bias", "h
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A way to name the tensors.
+    """A naming scheme of PyTorch state dicts.
 
     Attributes:
-        kind: the naming scheme.
-        rows: of the body, after `prefix`.
-        head: rows of the classifier.
-        prefix: before the body's names, where there is a classifier beside it.
-        ignored: names, with the prefix, that may be there and are passed over, and why.
-        eps: of the LayerNorms in the body and in the head, where no config.json says so.
+        kind: which scheme.
+        rows: the encoder, without `prefix`.
+        head: the classifier.
+        prefix: of the encoder's names in a model with a classifier.
+        ignored: {name with prefix: reason} of tensors that may be present and are not used.
+        eps: of the LayerNorms in the encoder and in the classifier, where there is no config.json.
     """
 
     kind: SourceFormat
@@ -178,17 +182,17 @@ class Format:
     eps: tuple[float, float] = (1e-12, 1e-12)
 
     def with_prefix(self, prefix: str) -> Format:
-        """Return the format with another prefix before the body's names."""
+        """Return the format with another prefix of the encoder's names."""
         return dataclasses.replace(self, prefix=prefix)
 
     def all_rows(self, with_head: bool) -> Iterator[Row]:
-        """Yield the rows with the names that a state dict has."""
+        """Yield the rows with full names: the encoder's with the prefix."""
         for row in self.rows:
             yield dataclasses.replace(row, source=self.prefix + row.source)
         yield from self.head if with_head else ()
 
     def places(self, config: ASTConfig, with_head: bool) -> dict[str, tuple[Row, tuple[Any, ...]]]:
-        """Return {name: (row, the index in the target)} with the layers written out."""
+        """Return {name: (row, index into the target array)} for every tensor of every layer."""
         places: dict[str, tuple[Row, tuple[Any, ...]]] = {}
         for row in self.all_rows(with_head):
             if not config.qkv_bias and row.target == "layers/attention/qkv/bias":
@@ -199,29 +203,29 @@ class Format:
             for layer in range(config.num_hidden_layers):
                 index: tuple[Any, ...] = (layer,)
                 if row.part is not None:  # [L, D, 3, H, K] for the kernel, [L, 3, H, K] for the bias
-                    index = (layer, slice(None), row.part) if row.turn is HEAD_KERNEL else (layer, row.part)
+                    index = (layer, slice(None), row.part) if row.transform is HEAD_KERNEL else (layer, row.part)
                 places[row.source.format(n=layer)] = row, index
         return places
 
-    def going_back(self) -> Format:
-        """Return the format in which transformers writes what it holds in memory; any other as it is."""
+    def exported(self) -> Format:
+        """Return the format in which such a checkpoint is exported: that of files for live transformers models."""
         return HUGGING_FACE.with_prefix(self.prefix) if self.kind is SourceFormat.HUGGING_FACE_LIVE else self
 
-    def names_back(self, config: ASTConfig, with_head: bool) -> dict[str, str]:
-        """Return {name here: the name that the same tensor has when it goes back}."""
-        return dict(zip(self.places(config, with_head), self.going_back().places(config, with_head), strict=True))
+    def exported_names(self, config: ASTConfig, with_head: bool) -> dict[str, str]:
+        """Return {name in this format: name of the same tensor in the export format}."""
+        return dict(zip(self.places(config, with_head), self.exported().places(config, with_head), strict=True))
 
     @property
     def is_transformers(self) -> bool:
-        """Whether the names are those of transformers, on disk or in memory."""
+        """Whether this is a format of transformers, on disk or in memory."""
         return self.kind in (SourceFormat.HUGGING_FACE, SourceFormat.HUGGING_FACE_LIVE)
 
     def name_of(self, target: str) -> str:
-        """Return the name, with {n} for the layer, of the first tensor that goes to a target."""
+        """Return the name, with {n} for the layer, of the first tensor that maps to a target."""
         return next(row.source for row in self.all_rows(with_head=True) if row.target == target)
 
     def find(self, names: Iterable[str], target: str) -> str | None:
-        """Return such a name, of any layer, that is among `names`, or None."""
+        """Return the name among `names`, in any layer, of a tensor that maps to a target, or None."""
         pattern = re.compile(re.escape(self.name_of(target)).replace(r"\{n\}", r"\d+"))
         return min((name for name in names if pattern.fullmatch(name)), default=None)
 
@@ -235,13 +239,13 @@ ORIGINAL = Format(
 )  # fmt: skip
 DEIT = Format(
     SourceFormat.DEIT,
-    tuple(dataclasses.replace(row, turn=RGB_PATCH) if row.turn is PATCH else row for row in TIMM_ROWS),
+    tuple(dataclasses.replace(row, transform=RGB_PATCH) if row.transform is PATCH else row for row in TIMM_ROWS),
     ignored=IMAGENET_HEADS, eps=(1e-6, 1e-5),
 )  # fmt: skip
 
 
 def detect(names: Iterable[str]) -> Format | None:
-    """Return the format that has names like these, or None."""
+    """Return the format of a state dict with these names, None for an unknown one."""
     names = list(names)
 
     def has(pattern: str) -> bool:

@@ -1,7 +1,7 @@
-"""Proof of a conversion: every tensor turned back and compared and, where PyTorch is there, both models side by side.
+"""Verification of conversions: tensors converted back bit by bit, activations against the PyTorch model.
 
-The reference is transformers for its own checkpoints. For those of the original repository, and for the vision
-transformers that it starts from, it is the forward pass below, in PyTorch and by PyTorch's names.
+The reference model is transformers' for its own checkpoints. For those of the original repository, and for the vision
+transformers of its ImageNet initialisation, it is the forward pass below, in PyTorch and with PyTorch's names.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ast_jax.checkpoints.folder import Checkpoint, read_folder
-from ast_jax.checkpoints.pytorch.from_torch import unwrapped
+from ast_jax.checkpoints.pytorch.from_torch import strip_data_parallel
 from ast_jax.checkpoints.pytorch.names import ORIGINAL, Format, detect
 from ast_jax.checkpoints.pytorch.state_dicts import Source, read_source
 from ast_jax.checkpoints.pytorch.to_torch import state_dict, with_qkv_bias
-from ast_jax.checkpoints.tree import CheckpointError, widen
+from ast_jax.checkpoints.tree import CheckpointError, differing, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE
 from ast_jax.labels import label_set_of_size
 from ast_jax.model.functional import apply, encode
 
-# Of the largest value of a stage. Rounding in float32 came to 2e-6 of it over twelve layers; tanh instead of erf in
-# GELU, the smallest of the mistakes that people make, moves two layers by 1e-4.
+# Relative to the largest value of a stage. Float32 rounding over twelve layers was measured as 2e-6; the tanh form of
+# GELU instead of the erf form, the subtlest of the common mistakes, changes the output of two layers by 1e-4.
 TOLERANCE = 3e-5
 SEED = 0
 VERIFICATION_FILE = "verification.json"
@@ -35,13 +35,13 @@ VERIFICATION_FILE = "verification.json"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What two models make of the same input at one place: differences are absolute.
+    """The activations of two models for the same input at one stage.
 
     Attributes:
         name: "embeddings", "layer 1" and so on, "norm", "pooled", "logits".
-        largest_difference: over all its numbers.
-        mean_difference: likewise.
-        largest_value: of the reference, to compare with.
+        largest_difference: maximum absolute difference.
+        mean_difference: mean absolute difference.
+        largest_value: maximum absolute value of the reference.
     """
 
     name: str
@@ -51,22 +51,22 @@ class Stage:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is rounding."""
+        """Whether the difference is within the tolerance for rounding."""
         return self.largest_difference <= TOLERANCE * self.largest_value
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify`.
+    """The result of `verify`.
 
     Attributes:
-        tensors: how many were turned back and compared, bit for bit.
-        different: the names of those that did not come back as they were.
-        summed: the names of those that have no way back (an ImageNet kernel, summed over its colours).
-        reference: what ran beside our model, or why nothing did.
-        stages: from the embeddings to the logits; empty where nothing ran beside our model.
+        tensors: how many were converted back and compared bit by bit.
+        different: names of the tensors that differ from the source.
+        summed: names of the tensors that cannot be converted back (an ImageNet kernel summed over colour channels).
+        reference: the model that ours was compared with, or why there was none.
+        stages: from the embeddings to the logits; empty without a reference.
         of: what was compared.
-        given: what the source does not say, so that nothing here proves it.
+        given: settings that the source does not contain, which therefore are not verified.
     """
 
     tensors: int
@@ -79,19 +79,19 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor came back and every stage agrees."""
+        """Whether no tensor differs and every stage agrees."""
         return not self.different and all(stage.passed for stage in self.stages)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Return all of it for JSON."""
+        """Return the content of verification.json."""
         return {**dataclasses.asdict(self), "tolerance": TOLERANCE, "passed": self.passed}
 
     def __str__(self) -> str:
         """Return a table."""
         lines = [f"compared: {self.of}"]
-        lines += [f"{self.tensors} tensors turned back: {len(self.different) or 'none'} different"]
+        lines += [f"{self.tensors} tensors converted back: {len(self.different) or 'none'} different"]
         lines += [f"  {name} is different" for name in self.different]
-        lines += [f"  {name} has no way back: summed over its colours" for name in self.summed]
+        lines += [f"  {name} cannot be converted back: summed over colour channels" for name in self.summed]
         lines += [f"reference: {self.reference}"]
         if self.stages:
             lines += [f"{'stage':<12}{'largest difference':>20}{'mean difference':>18}{'largest value':>16}"]
@@ -101,28 +101,29 @@ class Verification:
             for stage in self.stages
         ]
         if self.given:
-            lines += [f"taken as given, not proved: {', '.join(self.given)}"]
+            lines += [f"not verified, as the source does not contain them: {', '.join(self.given)}"]
         return "\n".join(lines)
 
 
 def verify(source: Source, checkpoint: Checkpoint) -> Verification:
-    """Compare PyTorch weights with the checkpoint that was made of them, or that they were made of.
+    """Compare PyTorch weights with the checkpoint that they were converted to or from.
 
-    Both models run in float32 on the CPU on one spectrogram of normal noise.
+    Both models run in float32 on the CPU on one spectrogram of Gaussian noise.
 
     Args:
         source: the weights.
-        checkpoint: with the source's input and labels, as `convert` gives it.
+        checkpoint: with the source's input and labels, as `convert` returns it.
     """
-    state = unwrapped(source.state)
+    state = strip_data_parallel(source.state)
     form = detect(state)
-    assert form is not None  # or there would be no checkpoint of it
+    assert form is not None  # `convert` has checked it
     has_head = "classifier" in checkpoint.params
-    names = form.names_back(checkpoint.config, has_head)
-    back = state_dict(checkpoint, form.going_back())
+    names = form.exported_names(checkpoint.config, has_head)
+    back = state_dict(checkpoint, form.exported())
     summed = tuple(name for name, other in names.items() if state[name].shape != back[other].shape)
+    invertible = {name: other for name, other in names.items() if name not in summed}
     different = tuple(
-        name for name, other in names.items() if name not in summed and not _same(state[name], back[other])
+        differing({name: state[name] for name in invertible}, {name: back[other] for name, other in invertible.items()})
     )
     given: tuple[str, ...] = ()
     if not (form.is_transformers and source.read_json(CONFIG_FILE)):
@@ -146,22 +147,15 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
 
 
 def _names_in(source: Source) -> bool:
-    """Whether a source names its labels, other than by numbers."""
+    """Whether a source has class names other than LABEL_0, LABEL_1, ..."""
     names = (source.read_json(CONFIG_FILE) or {}).get("id2label") or {}
     return any(str(name) != f"LABEL_{index}" for index, name in names.items())
 
 
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays have the same dtype and bits."""
-    return first.dtype == second.dtype and np.array_equal(
-        np.ascontiguousarray(first).view(np.uint8), np.ascontiguousarray(second).view(np.uint8)
-    )
+def verify_exported(destination: str | os.PathLike[str], checkpoint: Checkpoint) -> Verification:
+    """Compare what `to_torch` wrote with the checkpoint that it was exported from.
 
-
-def verify_written(destination: str | os.PathLike[str], checkpoint: Checkpoint) -> Verification:
-    """Compare what `to_torch` wrote with the checkpoint that it was made of.
-
-    The eps are the target's: where they are others than the checkpoint's, `to_torch` has said so.
+    The model runs with the eps of the target format; `to_torch` reports where that differs from the checkpoint's.
     """
     source, config = read_source(destination), checkpoint.config
     if pathlib.Path(destination).is_dir():
@@ -172,19 +166,19 @@ def verify_written(destination: str | os.PathLike[str], checkpoint: Checkpoint) 
     return verify(source, checkpoint.replace(config=config))
 
 
-def read_back(destination: str | os.PathLike[str], checkpoint: Checkpoint) -> int:
-    """Compare a checkpoint folder with what should be in it; return the number of arrays.
+def verify_saved(destination: str | os.PathLike[str], checkpoint: Checkpoint) -> int:
+    """Compare a checkpoint folder with the checkpoint that was saved there; return the number of arrays.
 
     Raises:
-        CheckpointError: something is other than it should be.
+        CheckpointError: they differ.
     """
     got = read_folder(pathlib.Path(destination))
-    wanted, flat = flatten_dict(checkpoint.params, sep="/"), flatten_dict(got.params, sep="/")
-    wrong = sorted(name for name in wanted if not np.array_equal(wanted[name], flat[name], equal_nan=True))
-    wrong += [name for name in ("config", "frontend") if getattr(got, name) != getattr(checkpoint, name)]
-    if wrong:
-        raise CheckpointError(f"{destination}: expected what was written, read others back: {', '.join(wrong)}")
-    return len(wanted)
+    expected, read = flatten_dict(checkpoint.params, sep="/"), flatten_dict(got.params, sep="/")
+    different = differing(expected, read)
+    different += [name for name in ("config", "frontend") if getattr(got, name) != getattr(checkpoint, name)]
+    if different:
+        raise CheckpointError(f"{destination}: what was read back differs from what was saved: {', '.join(different)}")
+    return len(expected)
 
 
 def _stage(name: str, ours: Any, theirs: Any) -> Stage:
@@ -194,11 +188,11 @@ def _stage(name: str, ours: Any, theirs: Any) -> Stage:
 
 
 def _our_stages(checkpoint: Checkpoint, spec: np.ndarray) -> dict[str, Any]:
-    """Return what each stage of our model makes of a spectrogram."""
+    """Return the activations of our model at each stage."""
     params, config = checkpoint.params, checkpoint.config
     try:
         device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS without the CPU
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         device = None
     with jax.default_device(device), jax.default_matmul_precision("highest"):
         out = jax.jit(encode, static_argnames=("config", "output_hidden_states"))(
@@ -211,13 +205,13 @@ def _our_stages(checkpoint: Checkpoint, spec: np.ndarray) -> dict[str, Any]:
 
 
 def _named(hidden: Any, normed: Any, pooled: Any) -> dict[str, Any]:
-    """Give the stages of the body their names."""
+    """Return the stages of the encoder by name."""
     names = ["embeddings", *(f"layer {index}" for index in range(1, len(hidden)))]
     return {**dict(zip(names, hidden, strict=True)), "norm": normed, "pooled": pooled}
 
 
 def _reference(form: Format) -> tuple[Any, str]:
-    """Return the function that runs the reference, and what it is.
+    """Return the function that runs the reference model, and its description.
 
     Raises:
         ImportError: it is not installed.
@@ -229,8 +223,8 @@ def _reference(form: Format) -> tuple[Any, str]:
     import transformers
 
     try:
-        transformers.ASTModel  # noqa: B018 (which is imported when it is asked for)
-    except OSError as error:  # of a library beside it that does not fit PyTorch
+        transformers.ASTModel  # noqa: B018 (imported lazily)
+    except OSError as error:  # an optional dependency whose shared library does not fit PyTorch
         raise ImportError(f"transformers ({error})") from error
     return _transformers_stages, f"transformers {transformers.__version__}, torch {torch.__version__}"
 
@@ -238,7 +232,7 @@ def _reference(form: Format) -> tuple[Any, str]:
 def _transformers_stages(
     source: Source, state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the stages of transformers' model, which finds its tensors by its own means."""
+    """Yield the stages of transformers' model, loaded by `from_pretrained` from the state dict."""
     import torch
     import transformers
 
@@ -264,7 +258,7 @@ def _transformers_stages(
 def _original_stages(
     source: Source, state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the stages of the original's class (paper section 2); a picture gets the spectrogram in all its colours."""
+    """Yield the stages of the original's class (paper section 2); image models get the spectrogram in each channel."""
     import torch
     from torch.nn import functional
 

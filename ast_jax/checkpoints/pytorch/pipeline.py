@@ -1,4 +1,4 @@
-"""A conversion from end to end: read, adapt, write, and prove; what `ast-jax convert` does."""
+"""`convert_to`: read, convert, resize, write and verify; the command `ast-jax convert`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from typing import Any
 from ast_jax.checkpoints.folder import Checkpoint, read_folder, save
 from ast_jax.checkpoints.folder import check_destination as check_folder
 from ast_jax.checkpoints.locate import is_own, resolve
-from ast_jax.checkpoints.pytorch.from_torch import convert, fit
+from ast_jax.checkpoints.pytorch.from_torch import convert, resize_converted
 from ast_jax.checkpoints.pytorch.infer_config import Hints
-from ast_jax.checkpoints.pytorch.parity import VERIFICATION_FILE, Verification, read_back, verify, verify_written
+from ast_jax.checkpoints.pytorch.parity import (
+    VERIFICATION_FILE,
+    Verification,
+    verify,
+    verify_exported,
+    verify_saved,
+)
 from ast_jax.checkpoints.pytorch.state_dicts import read_source
 from ast_jax.checkpoints.pytorch.to_torch import check_destination, to_torch
 from ast_jax.checkpoints.resize import resize
@@ -39,24 +45,24 @@ def convert_to(
     changes: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Checkpoint:
-    """Convert weights of any kind to a checkpoint folder or to a PyTorch checkpoint, and say what was found.
+    """Convert a checkpoint or PyTorch weights to a checkpoint folder or a PyTorch checkpoint, and report on it.
 
     Args:
-        source: what `load` takes.
-        destination: where to write.
+        source: as for `load`.
+        destination: path to write.
         target: "ast-jax", "huggingface" or "original".
-        check: prove it, and keep the proof as JSON in or beside the destination.
-        hints: what PyTorch weights do not tell, see `from_torch`.
-        mean: of the features; in place of what a checkpoint of ours has.
+        check: verify the conversion, and write the result as JSON in or beside the destination.
+        hints: settings that PyTorch weights do not contain, see `from_torch`.
+        mean: of the features; overrides the source's.
         std: likewise.
         changes: arguments of `resize`.
-        say: where the report goes, a line or a table at a time.
+        say: called with each line or table of the report.
 
     Returns:
-        What was written.
+        The checkpoint that was written.
 
     Raises:
-        ValueError: see `from_torch`, `resize`, `save` and `to_torch`; or the proof failed, and nothing is left behind.
+        ValueError: see `from_torch`, `resize`, `save` and `to_torch`; or verification failed, and nothing was written.
         OSError: files cannot be read or written.
     """
     destination, changes = pathlib.Path(destination), dict(changes or {})
@@ -64,22 +70,28 @@ def convert_to(
         check_folder(destination)
     else:
         check_destination(destination, target)
-    path, proof = resolve(source), None
+    path, verification = resolve(source), None
     if is_own(path):
         if hints:
-            raise ValueError(f"{source}: is a checkpoint of ast_jax, which tells its strides, length and heads itself")
+            raise ValueError(
+                f"{source}: expected no --source-… options, got some; a checkpoint of ast_jax contains its strides, "
+                "input size and heads"
+            )
         before = read_folder(path)
         checkpoint = _with_statistics(resize(before, **changes), mean, std)
-        told = len(before.provenance.report())
+        already_reported = len(before.provenance.report())
     else:
-        found = read_source(path, os.fspath(source))
-        before = convert(found, None, hints, mean, std)
-        checkpoint, told = fit(before, **changes), 0
-        proof = verify(found, before) if check else None
-    if proof is not None:
+        weights = read_source(path, os.fspath(source))
+        before = convert(weights, None, hints, mean, std)
+        checkpoint, already_reported = resize_converted(before, **changes), 0
+        verification = verify(weights, before) if check else None
+    if verification is not None:
         if checkpoint.provenance.changes:
-            proof = dataclasses.replace(proof, of=f"{proof.of}, before {'; '.join(checkpoint.provenance.changes)}")
-        _require(proof, f"{source}: does not give the same numbers after conversion; nothing was written", say)
+            compared = f"{verification.of}, before {'; '.join(checkpoint.provenance.changes)}"
+            verification = dataclasses.replace(verification, of=compared)
+        _require_passed(
+            verification, f"{source}: the converted model differs from the source; nothing was written", say
+        )
     notes: tuple[str, ...] = ()
     if target == OURS:
         checkpoint = _with_problem_type(checkpoint)
@@ -88,17 +100,17 @@ def convert_to(
         notes = to_torch(checkpoint, destination, format=target)
     labels = f"{checkpoint.config.num_labels} labels" if "classifier" in checkpoint.params else "no classifier"
     say(f"{destination}: {num_params(checkpoint.params):,} parameters, {labels}")
-    for line in [*checkpoint.provenance.report()[told:], *(f"note: {note}" for note in notes)]:
+    for line in [*checkpoint.provenance.report()[already_reported:], *(f"note: {note}" for note in notes)]:
         say(f"  {line}")
     if check:
-        _prove(destination, target, checkpoint, proof, say)
+        _verify_destination(destination, target, checkpoint, verification, say)
     return checkpoint
 
 
 def _with_statistics(checkpoint: Checkpoint, mean: float | None, std: float | None) -> Checkpoint:
-    """Return a checkpoint of ours with other statistics of its features, and a word of it in the metadata."""
-    told = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
-    frontend = checkpoint.frontend.replace(**told)
+    """Return a checkpoint with other mean and standard deviation of the features, noted in its provenance."""
+    given = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+    frontend = checkpoint.frontend.replace(**given)
     if frontend == checkpoint.frontend:
         return checkpoint
     old = checkpoint.frontend
@@ -109,7 +121,7 @@ def _with_statistics(checkpoint: Checkpoint, mean: float | None, std: float | No
 
 
 def _with_problem_type(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint that says what its labels mean, and remembers that its source did not."""
+    """Return a checkpoint with an explicit problem type; its provenance keeps that the source had none."""
     config = checkpoint.config
     if config.problem_type is not None:
         return checkpoint
@@ -119,33 +131,34 @@ def _with_problem_type(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _require(proof: Verification, message: str, say: Callable[[str], None]) -> None:
-    if not proof.passed:
-        say(str(proof))
+def _require_passed(verification: Verification, message: str, say: Callable[[str], None]) -> None:
+    """Report a failed verification and raise ValueError."""
+    if not verification.passed:
+        say(str(verification))
         raise ValueError(message)
 
 
-def _prove(
+def _verify_destination(
     destination: pathlib.Path,
     target: str,
     checkpoint: Checkpoint,
-    proof: Verification | None,
+    verification: Verification | None,
     say: Callable[[str], None],
 ) -> None:
-    """Compare what was written with what should have been, print the proofs and keep one."""
-    if proof is not None:
-        say(str(proof))
+    """Read the destination back and compare it, report the verifications of source and destination, and write one."""
+    if verification is not None:
+        say(str(verification))
     elif target == OURS:
         say("the source is a checkpoint of ast_jax: there is no PyTorch model to compare with")
     if target == OURS:
-        say(f"{read_back(destination, checkpoint)} arrays written and read back: none different")
+        say(f"{verify_saved(destination, checkpoint)} arrays written and read back: none different")
     else:
-        proof = verify_written(destination, checkpoint)
-        if not proof.passed:
+        verification = verify_exported(destination, checkpoint)
+        if not verification.passed:
             shutil.rmtree(destination) if destination.is_dir() else destination.unlink()
-        _require(proof, f"{destination}: does not give the same numbers; it was removed", say)
-        say(str(proof))
-    if proof is not None:
-        beside = destination.with_suffix(f".{VERIFICATION_FILE}")
-        kept = destination / VERIFICATION_FILE if destination.is_dir() else beside
-        write_text(kept, json.dumps(proof.to_json_dict(), indent=2, ensure_ascii=False) + "\n")
+        _require_passed(verification, f"{destination}: the exported model differs from the source; it was removed", say)
+        say(str(verification))
+    if verification is not None:
+        in_folder, beside = destination / VERIFICATION_FILE, destination.with_suffix(f".{VERIFICATION_FILE}")
+        text = json.dumps(verification.to_json_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_text(in_folder if destination.is_dir() else beside, text)

@@ -1,6 +1,6 @@
-"""Where PyTorch weights are found: folders, files, shards, and state dicts in memory; all as arrays by name.
+"""State dicts from folders, files, shards, memory and live models, as {name: NumPy array}.
 
-Files are mapped, not copied: their tensors are views that are read when they are used.
+Files are memory-mapped: tensors are views whose data is read on access.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from ast_jax.checkpoints.locate import resolve
 from ast_jax.checkpoints.pytorch.files import read_torch_file
 from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors
 from ast_jax.config import CONFIG_FILE, read_json
+from ast_jax.model.tree import differences
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
-WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")  # the first that is there is read
+WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")  # the first that exists is read
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _SAFETENSORS_DTYPES = {
@@ -34,14 +35,14 @@ _SAFETENSORS_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A state dict and what lay beside it.
+    """A state dict and the configuration files beside it.
 
     Attributes:
-        name: for messages, and for a file's strides.
-        label: what is kept as the place where the weights came from: a file's name without its folder, a Hub id.
+        name: for messages, and for strides in a file name.
+        label: for the provenance: a file name without its folder, or a Hub id.
         state: arrays by name.
-        folder: where `config.json` and `preprocessor_config.json` may lie, or None.
-        live_config: of a live model, as it would write it, or None.
+        folder: with `config.json` and `preprocessor_config.json`, if they exist; None for weights in memory.
+        live_config: the configuration of a live model, or None.
     """
 
     name: str
@@ -51,10 +52,10 @@ class Source:
     live_config: Mapping[str, Any] | None = None
 
     def read_json(self, name: str) -> Mapping[str, Any] | None:
-        """Return the content of a JSON file beside the weights, None where there is none.
+        """Return the content of a JSON file beside the weights, None if it does not exist.
 
         Raises:
-            CheckpointError: it is there, and no JSON object.
+            CheckpointError: it is not a JSON object.
         """
         if name == CONFIG_FILE and self.live_config is not None:
             return self.live_config
@@ -63,8 +64,8 @@ class Source:
         with as_checkpoint_errors():
             return read_json(self.folder / name)
 
-    def where(self, name: str) -> str:
-        """Return what to call a JSON file beside the weights in a message."""
+    def path_of(self, name: str) -> str:
+        """Return the path of a JSON file beside the weights, for messages."""
         return f"{self.folder or self.name}/{name}"
 
 
@@ -73,11 +74,11 @@ def read_source(source: Any, name: str | None = None) -> Source:
 
     Args:
         source: what to read.
-        name: what it is called, where `source` is a download's folder.
+        name: for messages; default is the path. A Hub id where `source` is the folder of its download.
 
     Raises:
-        CheckpointError: nothing there, or files that are damaged, incomplete or of another kind.
-        ConnectionError: a Hub id, and the Hub cannot be reached.
+        CheckpointError: `source` does not exist, or is damaged, incomplete or of another format.
+        ConnectionError: `source` is a Hub id, and the Hub cannot be reached.
     """
     if isinstance(source, Mapping):
         for key in source:
@@ -85,7 +86,7 @@ def read_source(source: Any, name: str | None = None) -> Source:
                 raise CheckpointError(f"state dict: {key!r}: expected a name, got {type(key).__name__}")
         return Source("state dict", "state dict", {key: _as_numpy(key, value) for key, value in source.items()})
     if hasattr(source, "state_dict"):
-        model = getattr(source, "module", source)  # DataParallel's
+        model = getattr(source, "module", source)  # inside DataParallel
         config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else None
         live = config and json.loads(json.dumps(config, default=str))
         kind = type(model).__name__
@@ -109,9 +110,9 @@ def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read the weights of a Hugging Face folder, in one file or in shards."""
+    """Read the weights of a Hugging Face folder, a single file or shards."""
     if not (folder / CONFIG_FILE).is_file():
-        hint = f"; a run's checkpoint is {folder / 'best'}" if (folder / "best" / CONFIG_FILE).is_file() else ""
+        hint = f"; the checkpoint of a run is {folder / 'best'}" if (folder / "best" / CONFIG_FILE).is_file() else ""
         raise CheckpointError(
             f"{folder}: expected a checkpoint or a Hugging Face folder, found no {CONFIG_FILE} in it{hint}"
         )
@@ -124,30 +125,29 @@ def _read_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
     with as_checkpoint_errors():
         shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{index}: expected the name of a file for each tensor under weight_map")
+        raise CheckpointError(f"{index}: expected a file name for each tensor under weight_map")
     state: dict[str, np.ndarray] = {}
     for shard in sorted(set(shards.values())):
         if pathlib.PurePath(shard).name != shard or not (folder / shard).is_file():
-            raise CheckpointError(f"{index}: names the file {shard!r}, which is not in {folder}")
+            raise CheckpointError(f"{index}: lists the file {shard!r}, which is not in {folder}")
         tensors = _read_file(folder / shard)
-        listed = {name for name, file in shards.items() if file == shard}
-        if tensors.keys() != listed:
-            wrong = ", ".join(sorted(tensors.keys() ^ listed))
-            raise CheckpointError(f"{folder / shard}: expected the tensors that {index.name} lists, differing: {wrong}")
+        listed = dict.fromkeys(name for name, file in shards.items() if file == shard)
+        if different := differences(listed, {name: tensor.shape for name, tensor in tensors.items()}):
+            raise CheckpointError(f"{folder / shard}: the tensors are not those that {index.name} lists; {different}")
         state |= tensors
     return state
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return all tensors of a safetensors file as they are, bfloat16 included, as read-only views into it.
+    """Return all tensors of a safetensors file, bfloat16 included, as read-only views of the mapped file.
 
     Raises:
-        CheckpointError: damaged or truncated, or a tensor of another kind of number.
+        CheckpointError: damaged or truncated, or a tensor of an unsupported dtype.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "numpy"):  # checks the header and every place in it; its arrays know no bfloat16
+        with safe_open(path, "numpy"):  # validates the header and its offsets; its NumPy arrays lack bfloat16
             pass
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -170,7 +170,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _as_numpy(name: str, value: Any) -> np.ndarray:
-    """Return a tensor of any library as a NumPy array; PyTorch's bfloat16, which NumPy lacks, by its bits."""
+    """Return a tensor of any library as a NumPy array; PyTorch's bfloat16, which NumPy lacks, is reinterpreted."""
     try:
         if type(value).__module__.split(".")[0] == "torch":
             import torch
@@ -180,7 +180,7 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
                 return value.contiguous().view(torch.int16).numpy().view(BFLOAT16)
             return value.numpy()
         array = np.asarray(value)
-    except Exception as error:  # a library's tensor without data, of a dtype that NumPy lacks, or no tensor at all
+    except Exception as error:  # a tensor without data or of a dtype that NumPy lacks, or not a tensor
         raise CheckpointError(f"state dict: {name}: expected a tensor of numbers ({error})") from error
     if array.dtype == object:
         raise CheckpointError(f"state dict: {name}: expected a tensor, got {type(value).__name__}")

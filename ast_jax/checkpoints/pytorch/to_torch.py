@@ -1,7 +1,7 @@
-"""Parameters back to PyTorch checkpoints: a folder that transformers loads, or a file that the original class loads.
+"""`to_torch`: export to a folder that transformers loads, or to a file that the original repository's class loads.
 
-Every tensor goes back with the bits that it came with. What the target cannot say raises, or is reported with its
-effect.
+Converted tensors are written with the bits that they were read with. Settings that the target format lacks raise an
+error, or are reported with their effect.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendCo
 from ast_jax.runtime.files import whole_file, whole_folder, write_text
 
 TARGETS = ("huggingface", "original")
-# Width and heads of the sizes that the original's class knows; all have 12 layers and an MLP of four times the width.
+# (width, heads) of the model sizes of the original's class; all have 12 layers and an MLP of four times the width.
 ORIGINAL_SIZES = {(192, 3): "tiny224", (384, 6): "small224", (768, 12): "base384"}
 IMAGENET_CLASSES = 1000
-# What we can set and neither transformers' extractor nor the original's scripts can, and what they use.
-FEATURES_OF_OURS = {
+# Settings that neither transformers' extractor nor the original's scripts have, and the values they use.
+FRONTEND_EXTRAS = {
     name: getattr(FrontendConfig, name)
     for name in ("frame_length", "frame_shift", "low_freq", "high_freq", "window_type", "preemphasis_coefficient",
                  "dither", "remove_dc_offset")
@@ -38,20 +38,20 @@ FEATURES_OF_OURS = {
 def to_torch(
     checkpoint: Checkpoint, destination: str | os.PathLike[str], *, format: str = "huggingface"
 ) -> tuple[str, ...]:
-    """Write a PyTorch checkpoint; no PyTorch needed.
+    """Write a PyTorch checkpoint; PyTorch is not needed.
 
     Args:
-        checkpoint: what to write.
+        checkpoint: the model to export.
         destination: for "huggingface" a new or empty folder, which `transformers` loads: `model.safetensors`,
             `config.json`, `preprocessor_config.json`. For "original" a file that ends in `.pth`: the state dict of the
             original repository's class in `torch.nn.DataParallel`, as its scripts load it.
         format: "huggingface" or "original".
 
     Returns:
-        What the format cannot say, a line each, with its effect.
+        Settings that the format lacks, one line each, with the effect.
 
     Raises:
-        ValueError: the model cannot be said in that format at all, or `destination` is in use.
+        ValueError: the format cannot represent the model, or `destination` is in use.
         OSError: the files cannot be written.
     """
     if format not in TARGETS:
@@ -65,46 +65,46 @@ def to_torch(
 
 
 def check_destination(destination: pathlib.Path, format: str) -> None:
-    """Refuse a place where `to_torch` cannot write.
+    """Check that `to_torch` can write to a path.
 
     Raises:
-        ValueError: it is in use, or no name that the format's users can load.
+        ValueError: it is in use, or has a name that the programs reading the format do not accept.
     """
     if format == "original" and destination.suffix != ".pth":
         raise ValueError(
-            f"{destination}: expected a name that ends in .pth, which is what the original repository loads"
+            f"{destination}: expected a name that ends in .pth, the files that the original repository loads"
         )
     if format == "original" and destination.exists():
-        raise ValueError(f"{destination}: expected a new file, got one that is there already")
+        raise ValueError(f"{destination}: expected a new file, got an existing one")
     empty = destination.is_dir() and not any(destination.iterdir())
     if format == "huggingface" and destination.exists() and not empty:
-        kind = "folder in use" if destination.is_dir() else "file"
+        kind = "folder that is not empty" if destination.is_dir() else "file"
         raise ValueError(f"{destination}: expected a new or empty folder, got a {kind}")
 
 
 def state_dict(checkpoint: Checkpoint, form: Format) -> dict[str, np.ndarray]:
-    """Return the tensors of a checkpoint with a format's names, each with the dtype it came with.
+    """Return the tensors of a checkpoint by a format's names, each in the dtype of its source.
 
-    A tensor that has changed since, and no longer fits the half precision it came with, stays as it is.
+    A tensor that has changed since and would be rounded in that dtype keeps its own.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(checkpoint.params, sep="/").items()}
     state = {}
     for name, (row, index) in form.places(checkpoint.config, "classifier" in checkpoint.params).items():
-        tensor = row.turn.there(leaves[row.target][index], checkpoint.config)
-        state[name] = _narrowed(tensor, _recorded_dtype(checkpoint, form, name) or tensor.dtype)
+        tensor = row.transform.to_torch(leaves[row.target][index], checkpoint.config)
+        state[name] = _lossless_cast(tensor, _recorded_dtype(checkpoint, form, name) or tensor.dtype)
     return state
 
 
 def _recorded_dtype(checkpoint: Checkpoint, form: Format, name: str) -> np.dtype | None:
-    """Return the dtype that a tensor came with from PyTorch, None where it did not."""
+    """Return the dtype of a tensor in the source, None where the checkpoint was not converted."""
     return _DTYPES.get(checkpoint.provenance.dtype_of(name.removeprefix(form.prefix)) or "")
 
 
 _DTYPES = {dtype.name: dtype for dtype in FLOATS}
 
 
-def _narrowed(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return a tensor in another dtype where that keeps every bit, else as it is."""
+def _lossless_cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return a tensor in another dtype if no value is rounded, else unchanged."""
     with np.errstate(over="ignore"):
         other = tensor.astype(dtype, copy=False)
     return other if np.array_equal(other.astype(tensor.dtype, copy=False), tensor, equal_nan=True) else tensor
@@ -122,7 +122,7 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
         notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, config.layer_norm_eps, "transformers"))
     notes += _feature_notes(checkpoint.frontend, "transformers' extractor")
     features = checkpoint.frontend.to_json_dict()
-    for name, usual in FEATURES_OF_OURS.items():
+    for name, usual in FRONTEND_EXTRAS.items():
         if features[name] == usual:
             del features[name]
     form = HUGGING_FACE.with_prefix(HF_PREFIX if has_head else "")
@@ -130,14 +130,14 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
     values = config.to_json_dict()
     values["architectures"] = ["ASTForAudioClassification" if has_head else "ASTModel"]
     if checkpoint.provenance.problem_type_resolved and config == _resolved(config):
-        values["problem_type"] = None  # as it came
+        values["problem_type"] = None  # as in the source
     if any(tensor.dtype != _recorded_dtype(checkpoint, form, name) for name, tensor in state.items()):
         dtypes = {tensor.dtype for tensor in state.values()}
         widest = functools.reduce(np.promote_types, dtypes, np.dtype(np.float32)).name
         values |= {key: widest for key in ("dtype", "torch_dtype") if values.get(key)}  # transformers 5 and 4
     with whole_folder(folder) as new:
         whole = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
-        with whole_file(new / SAFETENSORS) as file:  # safetensors makes files private
+        with whole_file(new / SAFETENSORS) as file:  # safetensors creates files with mode 600
             save_file(whole, file, {"format": "pt"})
         for name, content in ((CONFIG_FILE, values), (PREPROCESSOR_FILE, features)):
             write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -145,15 +145,15 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
 
 
 def _resolved(config: ASTConfig) -> ASTConfig:
-    """Return a configuration whose problem type is what None would stand for."""
+    """Return a configuration whose problem type is the one that None resolves to."""
     return config.replace(problem_type=config.replace(problem_type=None).resolved_problem_type)
 
 
 def _feature_notes(frontend: FrontendConfig, whose: str, **more: Any) -> list[str]:
-    """Say which settings of the features the target does not have, and that its features will be others."""
-    fixed = {**FEATURES_OF_OURS, "padding_value": 0.0, **more}
+    """Return a note for each setting of the features that the target lacks and that differs from what it uses."""
+    fixed = {**FRONTEND_EXTRAS, "padding_value": 0.0, **more}
     return [
-        f"the features have {name} {getattr(frontend, name)}, {whose} uses {value}: it hears other features"
+        f"the features have {name} {getattr(frontend, name)}, {whose} uses {value}: its features will differ"
         for name, value in fixed.items()
         if getattr(frontend, name) != value
     ]
@@ -165,28 +165,28 @@ def _write_original(checkpoint: Checkpoint, path: pathlib.Path) -> tuple[str, ..
     size = _original_size(config)
     if "classifier" not in checkpoint.params:
         raise ValueError(
-            "the original's class has a classifier, the model has none; give it one: num_labels (--num-labels)"
+            "the original's class has a classifier, the model has none; add one with num_labels (--num-labels)"
         )
     eps, head_eps = ORIGINAL.eps
     notes = []
     if config.layer_norm_eps != eps:
-        notes.append(_eps_note("every LayerNorm of the body", config.layer_norm_eps, eps, "the original"))
+        notes.append(_eps_note("every LayerNorm of the encoder", config.layer_norm_eps, eps, "the original"))
     if config.head_eps != head_eps:
         notes.append(_eps_note("the classifier's LayerNorm", config.head_eps, head_eps, "the original"))
     notes += _feature_notes(checkpoint.frontend, "the original", sampling_rate=16000, do_normalize=True)
     if not config.qkv_bias:
-        notes.append("query, key and value have no bias, the original's have: written as zeros, which is the same")
+        notes.append("query, key and value have no bias, the original's have: written as zeros, which is equivalent")
     state = state_dict(with_qkv_bias(checkpoint), ORIGINAL)
     dtype = state["v.pos_embed"].dtype
     for name in IMAGENET_HEADS:
         shape = (IMAGENET_CLASSES, config.hidden_size) if name.endswith("weight") else (IMAGENET_CLASSES,)
         state[f"v.{name}"] = np.zeros(shape, dtype)
-    notes.append("the two ImageNet classifiers, which the original's class has and does not use, are zeros")
+    notes.append("the two ImageNet classifiers, which the original's class has but does not use, are zeros")
     notes.append(
-        f"the file holds tensors alone; make the class with label_dim={config.num_labels}, "
+        f"the file holds only tensors; construct the class with label_dim={config.num_labels}, "
         f"fstride={config.frequency_stride}, tstride={config.time_stride}, input_fdim={config.num_mel_bins}, "
         f"input_tdim={config.max_length}, model_size={size!r}, normalise with mean {checkpoint.frontend.mean} and "
-        f"std {checkpoint.frontend.std}, and keep the labels elsewhere"
+        f"std {checkpoint.frontend.std}, and store the labels elsewhere"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new:
@@ -195,10 +195,10 @@ def _write_original(checkpoint: Checkpoint, path: pathlib.Path) -> tuple[str, ..
 
 
 def _original_size(config: ASTConfig) -> str:
-    """Return what the original calls a model of this size.
+    """Return the original's name of this model size.
 
     Raises:
-        ValueError: its class has no such model.
+        ValueError: its class does not have this size.
     """
     size = ORIGINAL_SIZES.get((config.hidden_size, config.num_attention_heads))
     fixed = {"num_hidden_layers": 12, "intermediate_size": 4 * config.hidden_size, "hidden_act": "gelu",
@@ -215,7 +215,7 @@ def _original_size(config: ASTConfig) -> str:
 
 
 def with_qkv_bias(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint in which query, key and value have a bias: their own or zeros, which is the same."""
+    """Return an equivalent checkpoint whose query, key and value have a bias: their own or zeros."""
     qkv = checkpoint.params["layers"]["attention"]["qkv"]
     layers, _, three, heads, width = np.shape(qkv["kernel"])
     zeros = np.zeros((layers, three, heads, width), np.asarray(qkv["kernel"]).dtype)
@@ -225,9 +225,9 @@ def with_qkv_bias(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _eps_note(where: str, ours: float, theirs: float, target: str) -> str:
-    """Say what another eps does: LayerNorm divides by sqrt(variance + eps)."""
+    """Return a note on the effect of another eps: LayerNorm divides by sqrt(variance + eps)."""
     effect = abs(ours - theirs) / 2
     return (
-        f"eps of {where} is {ours:g} here and {theirs:g} in {target}: its output changes by {effect:.1g} of its size "
-        "where the variance of its input is 1, and by more in proportion where that is less"
+        f"eps of {where} is {ours:g} here and {theirs:g} in {target}: where the variance of its input is 1 its output "
+        f"changes by a relative {effect:.1g}, at a lower variance by proportionally more"
     )

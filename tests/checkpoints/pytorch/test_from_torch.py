@@ -141,7 +141,7 @@ def test_every_source_gives_the_same_bits(kind, made, tmp_path):
         untold["num_labels"] = 7
     assert checkpoint.config.replace(**untold) == want.config.replace(**untold)
     notes = "\n".join(provenance.notes)
-    assert ("as in DataParallel" in notes) == ("DataParallel" in kind)
+    assert ("of DataParallel" in notes) == ("DataParallel" in kind)
     for assumed in ("no config.json: eps 1e-12", "3 heads of 64", "strides 10 10 and 128 frames: as pub"):
         assert (assumed in notes) != (kind in WITH_CONFIG)
 
@@ -278,8 +278,8 @@ def test_known_labels_are_attached(count, kind):
     """LABEL_0, which is what transformers writes for want of a name, is none."""
     checkpoint, known = ast_jax.from_torch(LABELLED[kind](count)), label_set_of_size(count)
     notes = [note for note in checkpoint.provenance.notes if "labels" in note]
-    said = f"the {count} labels bring no names; those of {known.name} are attached, for their number" if known else None
-    assert [note.split(" alone")[0] for note in notes] == ([said] if known else [])
+    said = f"the {count} labels have no names; those of {known.name} are assumed from their number" if known else None
+    assert [note.split(" (to")[0] for note in notes] == ([said] if known else [])
     assert checkpoint.config.labels == (known.labels if known else tuple(f"LABEL_{index}" for index in range(count)))
     # So do the statistics of the data set, which the original's weights do not tell.
     means = {35: -6.845978, 50: -6.6268077} if kind == "original" else {}
@@ -368,9 +368,9 @@ def test_the_report_says_what_was_found(tmp_path):
         "mine_10_10_0.4.pth: original repository, float32",
         "tensors: 23 used, 4 ignored",
         "ignored: v.head.bias, v.head.weight, v.head_dist.bias, v.head_dist.weight: the classifier of 1,000",
-        "note: names lie under `module.`, as in DataParallel",
-        "note: strides 10 10 and 128 frames: from the file's name",
-        "note: the 527 labels bring no names; those of audioset are attached, for their number alone "
-        "(others: --labels FILE --keep-classifier)",
+        "note: names have the prefix `module.` of DataParallel",
+        "note: strides 10 10 and 128 frames: from the file name",
+        "note: the 527 labels have no names; those of audioset are assumed from their number "
+        "(to rename: --labels FILE --keep-classifier)",
     ):
         assert f"  {line}" in done.stdout

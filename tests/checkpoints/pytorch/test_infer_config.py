@@ -107,7 +107,7 @@ def test_file_names(name):
     assert found(state_of(patches), name=name, notes=notes) == want
     by_name = re.search(rf"_{want[0]}_{want[1]}[_.][^/]*$", name)
     (note,) = (note for note in notes if note.startswith("strides"))
-    assert (": from the file's name" if by_name else ": as published") in note
+    assert (": from the file name" if by_name else ": as published") in note
 
 
 @pytest.mark.parametrize(("patches", "strides", "max_length", "want"), ASKED)
@@ -126,15 +126,15 @@ def test_misfits(patches, strides, max_length, possible):
     message = refused(state_of(patches), strides, max_length, name="some/file.pth")
     assert message.startswith("some/file.pth: ")
     assert f"({patches} patches; with 128 mel bins possible: {possible})" in message
-    assert "say them to `ast-jax convert`: --source-strides, --source-max-length" in message
+    assert "give them to `ast-jax convert`: --source-strides, --source-max-length" in message
 
 
 def test_what_is_said_and_does_not_fit_is_called_that():
     message = refused(state_of(1212), (12, 12), 1024)
-    assert "what was said of strides and input length does not fit (1212 patches; " in message
+    assert "the given strides and input length do not fit the weights (1212 patches; " in message
     notes = []
     read(state_of(108), max_length=100, notes=notes)
-    assert "strides 10 10 and 100 frames: the length as said" in "; ".join(notes)
+    assert "strides 10 10 and 100 frames: with the given length" in "; ".join(notes)
 
 
 def test_what_else_would_fit_is_noted():
@@ -182,7 +182,7 @@ def test_a_plain_vision_transformer_is_called_one():
 def test_an_unusual_depth_is_noted():
     notes = []
     read(state_of(144, layers=3), notes=notes)
-    assert "3 layers were found; the published models have 12" in notes
+    assert "3 layers; the published models have 12" in notes
     notes = []
     read(state_of(144, layers=12), notes=notes)
     assert not any("layers" in note for note in notes)
@@ -215,7 +215,7 @@ def test_patches_higher_than_the_spectrogram(side, patches):
 @pytest.mark.parametrize("width", [96, 200])
 def test_width_of_no_whole_heads(width):
     message = refused(state_of(144, width))
-    assert f"heads of 64 do not divide the width {width}; say how many there are to `ast-jax convert`" in message
+    assert f"heads of 64 do not divide the width {width}; give their number to `ast-jax convert`" in message
     assert read(state_of(144, width), heads=4).num_attention_heads == 4
 
 
@@ -238,7 +238,7 @@ def test_imagenet_grids_are_square():
     assert (config.layer_norm_eps, config.head_eps) == (1e-6, 1e-5)
     for patches in (24, 0):
         message = refused(state | {"pos_embed": np.zeros((1, 2 + patches, 192))}, form=DEIT)
-        assert f"expected a square grid of positions, got {patches} of them" in message
+        assert f"expected a square position grid, got {patches} positions" in message
 
 
 @pytest.mark.parametrize("width", [64, 192, 384, 768])

@@ -1,4 +1,4 @@
-"""The tables of names against live models, and every turn of a tensor there and back."""
+"""The tables of names against live models, and every layout transform in both directions."""
 
 import re
 
@@ -92,24 +92,24 @@ def test_every_place_is_filled_exactly_once(name, form, head, bias):
 
 def test_both_hugging_face_tables_have_one_order():
     """Names of the one are found by their place in the other when going back."""
-    orders = [[(row.target, row.part, row.turn) for row in form.rows] for form in (HUGGING_FACE, LIVE)]
+    orders = [[(row.target, row.part, row.transform) for row in form.rows] for form in (HUGGING_FACE, LIVE)]
     assert orders[0] == orders[1]
     assert HUGGING_FACE.head == LIVE.head
 
 
 @FOR_ALL
-def test_every_turn_has_a_way_back(name, form, head, state):
+def test_every_transform_is_invertible(name, form, head, state):
     """Bits of every kind, those of NaN and -0 among them, come back in the shape that the live model has."""
     shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(CONFIG), sep="/").items()}
     random, real = np.random.default_rng(0), state(name, head)
     for source, (row, index) in form.places(CONFIG, head).items():
         tensor = random.integers(0, 2**32, real[source].shape, np.uint32).view(np.float32)
-        if row.turn is RGB_PATCH:  # no way back from a sum over three colours
-            assert row.turn.here(np.ones(tensor.shape, np.float32), CONFIG).shape == shapes[row.target]
+        if row.transform is RGB_PATCH:  # a sum over three channels cannot be inverted
+            assert row.transform.to_jax(np.ones(tensor.shape, np.float32), CONFIG).shape == shapes[row.target]
             continue
-        here = row.turn.here(tensor, CONFIG)
+        here = row.transform.to_jax(tensor, CONFIG)
         assert here.shape == np.empty(shapes[row.target])[index].shape, source
-        there = row.turn.there(here, CONFIG)
+        there = row.transform.to_torch(here, CONFIG)
         assert there.dtype == np.float32
         assert there.shape == tensor.shape, source
         assert np.ascontiguousarray(there).tobytes() == tensor.tobytes(), source
@@ -130,18 +130,18 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("turn", "shape", "there", "here"), PLACES)
-def test_where_a_number_goes(turn, shape, there, here):
+@pytest.mark.parametrize(("transform", "shape", "there", "here"), PLACES)
+def test_where_a_number_goes(transform, shape, there, here):
     config = ASTConfig(6, 1, 2, 8)
     tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    assert turn.here(tensor, config)[here] == tensor[there]
-    assert turn.there(turn.here(tensor, config), config)[there] == tensor[there]
+    assert transform.to_jax(tensor, config)[here] == tensor[there]
+    assert transform.to_torch(transform.to_jax(tensor, config), config)[there] == tensor[there]
 
 
 def test_colours_are_summed():
     kernel = np.random.default_rng(0).standard_normal((6, 3, 2, 4))
     want = np.einsum("dcft->ftd", kernel)[:, :, None]
-    np.testing.assert_allclose(RGB_PATCH.here(kernel, CONFIG), want, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(RGB_PATCH.to_jax(kernel, CONFIG), want, rtol=1e-14, atol=1e-14)
 
 
 @FOR_ALL

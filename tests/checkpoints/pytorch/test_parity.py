@@ -149,7 +149,7 @@ def test_convert_verify_prints_and_keeps_the_table(name, files, tmp_path):
     content = json.loads((tmp_path / "out" / "verification.json").read_text())
     assert content["passed"] is True
     assert content["reference"].endswith(f"torch {torch.__version__}")
-    assert f"{content['tensors']} tensors turned back: none different" in done.stdout
+    assert f"{content['tensors']} tensors converted back: none different" in done.stdout
     rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
     for stage in content["stages"]:
         assert f"{stage['largest_difference']:.2e}" in rows[stage["name"]]
@@ -164,7 +164,7 @@ def test_convert_verify_writes_nothing_where_the_numbers_differ(files, tmp_path,
     assert done.exit_code == 1
     assert "DIFFERS" in done.stdout
     assert done.stderr.splitlines() == [
-        f"ast-jax: {files / 'hf'}: does not give the same numbers after conversion; nothing was written"
+        f"ast-jax: {files / 'hf'}: the converted model differs from the source; nothing was written"
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -176,15 +176,15 @@ def test_verify_reads_back_what_goes_to_pytorch(target, name, files, tmp_path, m
     done = run("convert", tmp_path / "own_10_10_0.5.pth", tmp_path / name, "--to", target, "--verify")
     assert done.exit_code == 0, done.output
     written = 203 if target == "huggingface" else 155  # query, key and value apart or together
-    assert "compared: own_10_10_0.5.pth\n155 tensors turned back: none different" in done.stdout
-    assert f"compared: {name}\n{written} tensors turned back: none different" in done.stdout
+    assert "compared: own_10_10_0.5.pth\n155 tensors converted back: none different" in done.stdout
+    assert f"compared: {name}\n{written} tensors converted back: none different" in done.stdout
     kept = "back/verification.json" if target == "huggingface" else "back.verification.json"
     content = json.loads((tmp_path / kept).read_text())
     assert content["passed"] is True
     assert content["of"] == name
     assert content["stages"][-1]["name"] == "logits"
     checkpoint = from_torch.convert(read_source(tmp_path / "own_10_10_0.5.pth"))
-    proof = parity.verify_written(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
+    proof = parity.verify_exported(tmp_path / name, changed(checkpoint, "layernorm/scale", lambda x: x * 2))
     assert len(proof.different) == 1
     assert [stage.name for stage in proof.stages if not stage.passed] == ["norm", "pooled", "logits"]
 
@@ -194,20 +194,23 @@ def test_what_was_written_wrongly_is_removed(files, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # rounding alone is too much
     done = run("convert", tmp_path / "ours", tmp_path / "hf", "--to", "huggingface", "--verify")
     assert done.exit_code == 1
-    assert done.stderr.endswith(": does not give the same numbers; it was removed\n")
+    assert done.stderr.endswith(": the exported model differs from the source; it was removed\n")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
     lone = run("convert", files / "lone" / "own_10_10_0.5.pth", tmp_path / "a", "--verify", "--num-labels", "2")
-    given = "taken as given, not proved: strides, input size, heads, mean and standard deviation of the features"
+    given = (
+        "not verified, as the source does not contain them: strides, input size, heads, mean and standard deviation "
+        "of the features"
+    )
     assert given in lone.stdout
-    assert "compared: own_10_10_0.5.pth, before classifier of 2 labels: new, untrained" in lone.stdout
+    assert "compared: own_10_10_0.5.pth, before classifier of 2 labels: initialised, untrained" in lone.stdout
     assert json.loads((tmp_path / "a" / "verification.json").read_text())["of"].startswith("own_10_10_0.5.pth, before")
-    assert "taken as given" not in run("convert", files / "hf", tmp_path / "b", "--verify").stdout
+    assert "not verified" not in run("convert", files / "hf", tmp_path / "b", "--verify").stdout
     torch_models.saved_model(tmp_path / "hf", "stride-10-10", num_hidden_layers=1, num_labels=35)
     attached = run("convert", tmp_path / "hf", tmp_path / "c", "--verify").stdout
-    assert "taken as given, not proved: names of the labels" in attached.splitlines()
+    assert "not verified, as the source does not contain them: names of the labels" in attached.splitlines()
     again = run("convert", tmp_path / "c", tmp_path / "d", "--verify").stdout
     assert "the source is a checkpoint of ast_jax: there is no PyTorch model to compare with" in again
 
@@ -215,11 +218,11 @@ def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
 def test_what_is_read_back_is_compared(files, tmp_path):
     checkpoint = ast_jax.load(files / "hf")
     ast_jax.save(tmp_path / "ours", checkpoint)
-    assert parity.read_back(tmp_path / "ours", checkpoint) == 23
+    assert parity.verify_saved(tmp_path / "ours", checkpoint) == 23
     other = changed(checkpoint, "layernorm/scale", lambda x: x * 2)
     other = other.replace(frontend=other.frontend.replace(mean=-1.0))
-    with pytest.raises(ast_jax.CheckpointError, match=r"read others back: layernorm/scale, frontend$"):
-        parity.read_back(tmp_path / "ours", other)
+    with pytest.raises(ast_jax.CheckpointError, match=r"differs from what was saved: layernorm/scale, frontend$"):
+        parity.verify_saved(tmp_path / "ours", other)
 
 
 def test_json_has_every_field(files):
@@ -254,7 +257,7 @@ def test_in_an_environment_without_torch(files, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "reference: none: torch is not installed" in done.stdout
-        assert "tensors turned back: none different" in done.stdout
+        assert "tensors converted back: none different" in done.stdout
         assert done.stderr == ""
         jax.tree.map(np.testing.assert_array_equal, ast_jax.load(out).params, ast_jax.load(files / name).params)
     torch.save({"a": Touch(str(tmp_path / "was-run"))}, tmp_path / "hostile.pth")
