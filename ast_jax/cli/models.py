@@ -96,7 +96,7 @@ def convert(
         int | None, typer.Option("--source-heads", min=1, help="Attention heads of SRC. [default: width / 64]")
     ] = None,
 ) -> None:
-    """Convert between PyTorch checkpoints and checkpoints of ast_jax.
+    """Convert checkpoints from and to PyTorch.
 
     PyTorch is not needed. Every tensor is used, or reported with the reason why not. For another input the grid of
     position embeddings is centre-cropped or interpolated, as in the original repository.
@@ -185,9 +185,9 @@ def export(
         str, typer.Option(help="Target platforms, comma-separated: cpu, cuda, rocm, tpu.")
     ] = "cpu,cuda,tpu",
 ) -> None:
-    """Export a model as a StableHLO program that runs with JAX alone.
+    """Export a model as a StableHLO program.
 
-    It includes the features: samples to logits, for any batch size.
+    It runs with JAX alone and includes the features: samples to logits, for any batch size.
     """
     if output.suffix.lower() != ".stablehlo":
         wrong_usage(f"OUT: expected a name that ends in .stablehlo, got {output}")

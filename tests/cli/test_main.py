@@ -483,7 +483,7 @@ def test_statistics_that_are_said_are_what_the_report_says(tmp_path):
     # What has to be assumed is said wherever such a file is used.
     done = in_process("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "own_10_10_.pth", "-k", "1")
     assert done.returncode == 0
-    assert "own_10_10_.pth: features are normalised with mean -4.26774 and std 4.569: AudioSet's" in done.stderr
+    assert "own_10_10_.pth: features are normalised with mean -4.26774 and std 4.569: assumed, AudioSet's" in done.stderr
     assert in_process("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "c").stderr == ""
 
 
@@ -500,7 +500,7 @@ def test_a_run_folder_as_a_model_names_its_checkpoint(tmp_path):
     ast_jax.save(tmp_path / "run" / "best", ast_jax.load("sounds-tiny"))
     done = in_process("classify", SOUNDS / "speech.flac", "--model", tmp_path / "run")
     assert done.returncode == 1
-    assert done.stderr.endswith(f"found no config.json in it; a run's checkpoint is {tmp_path / 'run' / 'best'}\n")
+    assert done.stderr.endswith(f"found no config.json in it; the checkpoint of a run is {tmp_path / 'run' / 'best'}\n")
 
 
 def test_version():
