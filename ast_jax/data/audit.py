@@ -348,7 +348,7 @@ def survey(
         shared=[f"{key}: {', '.join(splits)}" for key, splits in splits_of.items() if len(splits) > 1],
         max_length=length,
         reason=reason,
-        passed_over=len(dataset.passed_over),
+        ignored=len(dataset.ignored),
         notes=dataset.notes,
     )
 

@@ -46,7 +46,7 @@ class Survey:
         shared: files and groups that are in several splits.
         max_length: suggested input length in frames; None if no clip can be decoded.
         reason: of the suggestion.
-        passed_over: number of files that are not audio files of a class.
+        ignored: number of files that are not audio files of a class.
         notes: the data set's notes, which `lines` does not repeat.
     """
 
@@ -64,7 +64,7 @@ class Survey:
     shared: list[str]
     max_length: int | None
     reason: str
-    passed_over: int
+    ignored: int
     notes: tuple[str, ...]
 
     @property
@@ -125,8 +125,8 @@ class Survey:
                 ("channels", _counted(self.channels, "")),
                 ("suggestion", f"--max-length {self.max_length}: {self.reason}"),
             ]
-        if self.passed_over:
-            facts.append(("passed over", f"{self.passed_over} files that are not audio files of a class"))
+        if self.ignored:
+            facts.append(("ignored", f"{self.ignored} files that are not audio files of a class"))
         lines = _aligned(facts) + self._class_table()
         within = [found for found in self.duplicates if len({split for split, _ in found}) == 1]
         lines += _named("warning: duplicates within a split", _joined(within))

@@ -61,14 +61,14 @@ class DataSet:
     Attributes:
         labels: class names in index order.
         splits: the examples of each of `SPLITS`.
-        passed_over: files in the folder that are not audio files of a class.
+        ignored: files in the folder that are not audio files of a class.
         folds: the cross-validation folds in order; empty if there are none.
         notes: lines for the user about files left out and choices made.
     """
 
     labels: tuple[str, ...]
     splits: dict[str, list[Example]]
-    passed_over: tuple[pathlib.Path, ...] = ()
+    ignored: tuple[pathlib.Path, ...] = ()
     folds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -209,7 +209,7 @@ def read_dataset(data: DatasetConfig | str | os.PathLike[str], seed: int = 0) ->
             other = _read(pathlib.Path(further))
             rows = rows + _of_split(other.rows, split, further)
             notes, labels = notes + other.notes, labels or other.labels
-            listing.passed_over += other.passed_over
+            listing.ignored += other.ignored
     _check_files(rows, source)
     if label_file is None and pathlib.Path(source).suffix.lower() == ".json":
         label_file = manifests.find_label_file(pathlib.Path(source))
@@ -221,7 +221,7 @@ def read_dataset(data: DatasetConfig | str | os.PathLike[str], seed: int = 0) ->
         raise DataError(f"{source}: no example is in the split 'train'")
     if len(labels) == 1 and all(row.names for row in rows):
         raise DataError(f"{source}: every sound has the one label {labels[0]!r}; expected at least two classes")
-    return DataSet(labels, splits, tuple(listing.passed_over), tuple(folds), tuple(notes))
+    return DataSet(labels, splits, tuple(listing.ignored), tuple(folds), tuple(notes))
 
 
 def _read(source: pathlib.Path) -> Listing:

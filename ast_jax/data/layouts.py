@@ -62,14 +62,14 @@ def _read_splits(source: pathlib.Path, folders: list[pathlib.Path]) -> Listing:
         )
     if doubled := [split for split in SPLITS if names.count(split) > 1]:
         raise DataError(f"{source}: expected one folder per split, got several for {doubled[0]!r}")
-    whole = Listing([], passed_over=[path for path in _visible(source) if not path.is_dir()])
+    whole = Listing([], ignored=[path for path in _visible(source) if not path.is_dir()])
     for folder, split in zip(folders, names, strict=True):
         listing = _read_listed(folder, split) if find_manifests(folder) else _read_classes(folder, split)
         if not listing.rows:
             raise DataError(f"{folder}: expected folders of sound files, one for each class, or a manifest; found none")
         whole.rows += listing.rows
         whole.notes += listing.notes
-        whole.passed_over += listing.passed_over
+        whole.ignored += listing.ignored
     return whole
 
 
@@ -78,13 +78,13 @@ def _read_classes(source: pathlib.Path, split: str = "") -> Listing:
     listing = Listing([])
     for entry in _visible(source):
         if not entry.is_dir():
-            listing.passed_over.append(entry)
+            listing.ignored.append(entry)
             continue
         for path in visible_files(entry):
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 listing.rows.append(Row(path, (entry.name,), split))
             else:
-                listing.passed_over.append(path)
+                listing.ignored.append(path)
     return listing
 
 
@@ -122,7 +122,7 @@ def _read_speech_commands(source: pathlib.Path) -> Listing:
     # The rest is listed but not on disk; `datasets` reports it with all other missing files.
     listing.rows += [Row(source / name, (pathlib.PurePath(name).parts[0],), split) for name, split in split_of.items()]
     known = {source / name for name in COMMAND_TEXTS}
-    listing.passed_over = [path for path in found.passed_over if path not in known]
+    listing.ignored = [path for path in found.ignored if path not in known]
     if background := len(found.rows) + len(split_of) - len(listing.rows):
         listing.notes.append(f"{source / BACKGROUND} is not a class: its {background} files are left out")
     return listing

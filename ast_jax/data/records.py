@@ -49,13 +49,13 @@ class Listing:
         rows: its clips.
         labels: class names in index order if the layout defines one, else empty.
         notes: lines for the user about files left out and choices made.
-        passed_over: files without a class or with another suffix than an audio file's.
+        ignored: files without a class or with another suffix than an audio file's.
     """
 
     rows: list[Row]
     labels: tuple[str, ...] = ()
     notes: list[str] = dataclasses.field(default_factory=list)
-    passed_over: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    ignored: list[pathlib.Path] = dataclasses.field(default_factory=list)
 
 
 def split_named(name: str) -> str:

@@ -1,11 +1,13 @@
-"""Reading CSV and tab-separated files with a header."""
+"""CSV and tab-separated files with a header: reading, and rows as CSV text."""
 
 from __future__ import annotations
 
 import collections
 import csv
+import io
 import pathlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 TAB_SUFFIXES = (".tsv", ".tab")
 
@@ -55,6 +57,16 @@ def one_of(names: Sequence[str], present: Collection[str], where: object) -> str
     if len(found) != 1:
         raise ValueError(f"{where}: expected {' or '.join(names)}, got {'both' if found else 'neither'}")
     return found[0]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV text; its columns are all keys of all rows."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _check_header(header: list[str], required: Sequence[tuple[str, ...]], path: pathlib.Path) -> None:

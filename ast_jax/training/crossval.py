@@ -28,6 +28,7 @@ from ast_jax.checkpoints.locate import is_own
 from ast_jax.config import ASTConfig, ProblemType
 from ast_jax.data.datasets import DataError, DatasetConfig, read_dataset
 from ast_jax.runtime.files import sole_use, write_text
+from ast_jax.runtime.tables import csv_text
 from ast_jax.training import finetune, run_folder
 from ast_jax.training.config import ExecutionConfig, TrainConfig
 from ast_jax.training.finetune import Plan
@@ -255,7 +256,7 @@ def _write_table(output: pathlib.Path, folds: Sequence[str]) -> list[dict[str, A
                     records[fold] = record
     rows = table(records)
     if rows:
-        write_text(output / "folds.csv", run_folder.csv_text(rows))
+        write_text(output / "folds.csv", csv_text(rows))
         write_text(output / TABLE_JSON, run_folder.json_text(rows))
     return rows
 

@@ -243,10 +243,10 @@ def _prepare(
     config = architecture.replace(num_labels=len(dataset.labels), id2label=dataset.labels, problem_type=kind)
     train.check_fit(training, config)
     frontend = _frontend(dataset, config, plan, init, log)
-    if dataset.passed_over:
+    if dataset.ignored:
         log(
-            f"ignored: {len(dataset.passed_over)} files that are no sound files of a class, the first is "
-            f"{dataset.passed_over[0]}"
+            f"ignored: {len(dataset.ignored)} files that are no sound files of a class, the first is "
+            f"{dataset.ignored[0]}"
         )
     for note in dataset.notes:
         log(note)

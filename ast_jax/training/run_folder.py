@@ -17,15 +17,13 @@ newest state and that of the best epoch are kept.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 import math
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ast_jax.checkpoints.folder import Checkpoint, save
@@ -33,6 +31,7 @@ from ast_jax.checkpoints.locate import FORMAT_FILE
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.data.datasets import DatasetConfig
 from ast_jax.runtime.files import write_text
+from ast_jax.runtime.tables import csv_text
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.states import STATES, Record, damage_as_value_error, newest_state, writing
 
@@ -272,16 +271,6 @@ def row_line(row: Mapping[str, Any]) -> str:
 def _number(value: Any) -> str:
     """Return a float with four significant digits, anything else as it is."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV text; its columns are all keys of all rows."""
-    text = io.StringIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def json_text(content: Any) -> str:

@@ -59,7 +59,7 @@ def test_folders_of_splits(tmp_path):
         "Val/a/4.wav": ("validation", "a"),
         "test/b/5.wav": ("test", "b"),
     }
-    assert dataset.passed_over == (tmp_path / "README.md", tmp_path / "train" / "loose.wav")
+    assert dataset.ignored == (tmp_path / "README.md", tmp_path / "train" / "loose.wav")
     assert dataset.notes == dataset.folds == ()
 
 
@@ -427,7 +427,7 @@ def test_speech_commands_as_downloaded(commands):
     assert dataset.labels == ("no", "yes")
     assert {example.group for example in dataset.splits["validation"]} == {"bb"}
     assert dataset.notes == (f"{commands / '_background_noise_'} is not a class: its 2 files are left out",)
-    assert dataset.passed_over == (commands / "other.txt",)
+    assert dataset.ignored == (commands / "other.txt",)
 
 
 def test_damaged_speech_commands(commands):
@@ -486,6 +486,6 @@ def test_groups_and_segments_are_held_out_together():
 def test_reordering_keeps_labels_and_notes(esc50):
     dataset = read_dataset(esc50)
     other = dataset.reordered(("siren", "dog", "rooster"))
-    assert (other.folds, other.notes, other.passed_over) == (dataset.folds, dataset.notes, dataset.passed_over)
+    assert (other.folds, other.notes, other.ignored) == (dataset.folds, dataset.notes, dataset.ignored)
     assert listed(other, esc50) == listed(dataset, esc50)
     assert other.labels == ("siren", "dog", "rooster")

@@ -1,10 +1,10 @@
-"""CSV and tab-separated files: what is read, and what is refused with file and line."""
+"""CSV and tab-separated files: rows, errors with file and line, and CSV text."""
 
 import csv
 
 import pytest
 
-from ast_jax.runtime.tables import one_of, read_table
+from ast_jax.runtime.tables import csv_text, one_of, read_table
 
 REQUIRED = [("path", "file"), ("label",)]
 ROWS = [{"path": "a, b.wav", "label": "x"}, {"path": "ü.wav", "label": ""}]
@@ -64,6 +64,13 @@ def test_another_encoding(tmp_path):
     path.write_bytes("path,label\nü,a\n".encode("latin-1"))
     with pytest.raises(UnicodeDecodeError):
         list(read_table(path, REQUIRED))
+
+
+def test_csv_text_has_the_columns_of_all_rows(tmp_path):
+    text = csv_text([{"path": "a, b", "label": 1}, {"label": None, "more": 'say "x"'}])
+    assert text == 'path,label,more\n"a, b",1,\n,,"say ""x"""\n'
+    (tmp_path / "t.csv").write_text(text)
+    assert [row["more"] for _, row in read_table(tmp_path / "t.csv", REQUIRED)] == ["", 'say "x"']
 
 
 def test_one_of_a_name_and_its_alias():

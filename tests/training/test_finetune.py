@@ -23,6 +23,7 @@ from ast_jax.checkpoints.folder import restore_numpy
 from ast_jax.config import FrontendConfig
 from ast_jax.data import audit, datasets
 from ast_jax.data.datasets import DatasetConfig
+from ast_jax.runtime import tables
 from ast_jax.runtime.files import sole_use
 from ast_jax.runtime.signals import Terminated, defer_signals
 from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, states, trainer
@@ -623,7 +624,7 @@ def test_refused_starts_leave_nothing_and_other_things_stay(sounds, tmp_path):
         finetune.finetune(sounds, tmp_path / "new", training=TrainConfig(batch_size=800), architecture=TINY)
 
 
-def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_path, no_compiling):
+def test_ignored_files_are_named_and_hidden_ones_skipped(sounds, tmp_path, no_compiling):
     copy = shutil.copytree(sounds, tmp_path / "sounds")
     (copy / "low" / "._0.wav").write_bytes(b"what macOS leaves")
     (copy / ".cache").mkdir()
@@ -631,7 +632,7 @@ def test_files_passed_over_are_named_and_hidden_ones_are_not_taken(sounds, tmp_p
     (copy / "low" / "talk.m4a").touch()
     shutil.copy(copy / "low" / "0.wav", copy / "loose.wav")
     dataset = datasets.read_dataset(copy)
-    assert dataset.passed_over == (copy / "loose.wav", copy / "low" / "talk.m4a")
+    assert dataset.ignored == (copy / "loose.wav", copy / "low" / "talk.m4a")
     assert sum(map(len, dataset.splits.values())) == 90
     said = []
     finetune.finetune(copy, tmp_path / "run", training=TrainConfig(epochs=1), architecture=TINY, log=said.append)
@@ -705,7 +706,7 @@ def test_metrics_that_come_and_go_do_not_spoil_a_run(tmp_path):
     record = states.Record(history=history, metric="mAP")
     assert record.best_row is history[0]  # by the metric that the first epoch chose, whatever others have
     assert not states.Record(history=history[:2], metric="mAP").last_is_best
-    assert run_folder.csv_text(history).splitlines()[0] == "epoch,train_loss,mAP,accuracy"
+    assert tables.csv_text(history).splitlines()[0] == "epoch,train_loss,mAP,accuracy"
     assert states.Record.from_json_dict(dataclasses.asdict(record)).best_row == history[0]
 
 
