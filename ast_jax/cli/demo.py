@@ -1,7 +1,7 @@
-"""A page to try a model on: a sound dropped or recorded, what is heard when, and why. Gradio's, without a network.
+"""The web demo, by Gradio: classify and explain an uploaded or recorded sound.
 
-Nothing is loaded from elsewhere: Gradio's own page asks for a script and fonts of other hosts, which the content
-security policy that goes with every answer forbids the browser.
+Nothing is loaded from other hosts: Gradio's page requests a script and fonts from them, which the content security
+policy of every response forbids.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; connect-src 'self' ws: wss: data: blob:; worker-src 'self' blob:"
 )
 FONTS = ("system-ui", "sans-serif")
-RATE = 16000  # Hz, at which a sound is measured
+RATE = 16000  # Hz, at which durations are measured
+PICTURES = 20  # that are kept; older ones are removed
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the page takes.
+    """Limits of uploads and recordings.
 
     Attributes:
-        megabytes: of an upload.
-        minutes: of a sound.
+        megabytes: maximum size of an upload.
+        minutes: maximum duration of a sound.
     """
 
     megabytes: int = 50
@@ -50,8 +51,8 @@ def build_app(models: list[str], limits: Limits) -> Any:
     """Return the page as an ASGI application.
 
     Args:
-        models: to choose from, as `load` takes them; the first is chosen at the beginning. Shipped models follow.
-        limits: of what it takes.
+        models: what `load` takes, to choose from; the first is the default. Shipped models follow them.
+        limits: of uploads and recordings.
 
     Raises:
         ValueError: Gradio is missing.
@@ -59,13 +60,13 @@ def build_app(models: list[str], limits: Limits) -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    folder = tempfile.mkdtemp(prefix="ast_jax_page_")
-    os.environ["GRADIO_TEMP_DIR"] = folder  # uploads are there, too
+    folder = tempfile.mkdtemp(prefix="ast_jax_demo_")
+    os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads
     try:
         import fastapi
         import gradio
     except ImportError as error:
-        raise ValueError("the page needs Gradio; install it with: pip install 'ast-jax[demo]'") from error
+        raise ValueError("the demo needs Gradio; install it with: pip install 'ast-jax[demo]'") from error
 
     names = list(dict.fromkeys([*models, *shipped_models()]))
     with progress_display(), step("loading the model"):
@@ -84,25 +85,25 @@ def build_app(models: list[str], limits: Limits) -> Any:
                     buttons=["download"],
                 )
                 model = gradio.Dropdown(names, value=names[0], label="Model", elem_id="model")
-                threshold = gradio.Slider(0.05, 0.95, 0.5, step=0.05, label="Heard from this score on")
-                listen = gradio.Button("What is heard", variant="primary", elem_id="listen")
-                why = gradio.Button("Why", elem_id="why")
+                threshold = gradio.Slider(0.05, 0.95, 0.5, step=0.05, label="Score threshold", elem_id="threshold")
+                classify = gradio.Button("Classify", variant="primary", elem_id="classify")
+                explain = gradio.Button("Explain", elem_id="explain")
             with gradio.Column(scale=2):
-                told = gradio.Markdown(elem_id="told")
+                message = gradio.Markdown(elem_id="message")
                 labels = gradio.Label(label="Labels", num_top_classes=5, elem_id="labels")
-        picture = gradio.Image(label="When", elem_id="timeline", **shown)
-        stretches = gradio.Dataframe(
-            headers=["start, s", "end, s", "label", "score"], label="Stretches", elem_id="stretches", interactive=False
+        picture = gradio.Image(label="Timeline", elem_id="timeline", **shown)
+        segments = gradio.Dataframe(
+            headers=["start, s", "end, s", "label", "score"], label="Segments", elem_id="segments", interactive=False
         )
-        reasons = gradio.Image(label="Why", elem_id="reasons", **shown)
-        listen.click(
-            page.listen,
+        explanation = gradio.Image(label="Explanation", elem_id="explanation", **shown)
+        classify.click(
+            page.classify,
             [audio, model, threshold],
-            [told, labels, picture, stretches],
-            api_name="listen",
+            [message, labels, picture, segments],
+            api_name="classify",
             concurrency_id="model",
         )
-        why.click(page.explain, [audio, model], [told, reasons], api_name="why", concurrency_id="model")
+        explain.click(page.explain, [audio, model], [message, explanation], api_name="explain", concurrency_id="model")
     blocks.queue(max_size=20, default_concurrency_limit=1)
 
     app = fastapi.FastAPI()
@@ -121,17 +122,17 @@ def build_app(models: list[str], limits: Limits) -> Any:
 
 
 def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) -> None:
-    """Serve the page until it is interrupted.
+    """Serve the page until interrupted.
 
     Args:
         models: as in `build_app`.
         limits: as in `build_app`.
-        host: to listen at.
-        port: to listen at.
-        tell: called with the page's address when it is there.
+        host: to listen on.
+        port: to listen on; 0 for a free one.
+        tell: called with the page's URL once it is served.
 
     Raises:
-        OSError: nothing can listen there, as something does already.
+        OSError: the address is in use or not one of this machine.
         ValueError: see `build_app`.
         CheckpointError: see `build_app`.
     """
@@ -154,20 +155,20 @@ def serve(models: list[str], limits: Limits, host: str, port: int, tell: Any) ->
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before anything is loaded.
+    """Return a listening socket, before anything is loaded.
 
     Raises:
-        OSError: something listens there already, or the host is none of this machine's.
+        OSError: the address is in use or not one of this machine.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"{host}:{port}: {reason}; --port takes another port, 0 any that is free") from error
+        raise OSError(f"{host}:{port}: {reason}; choose another --port, 0 for a free one") from error
 
 
 class _Page:
-    """What the page's buttons do."""
+    """The functions behind the page's buttons."""
 
     def __init__(self, limits: Limits, loaded: dict[str, Checkpoint], folder: str):
         self.limits, self.loaded, self.folder = limits, loaded, folder
@@ -176,42 +177,42 @@ class _Page:
         """Remove pictures and uploads."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def listen(self, audio: str | None, model: str, threshold: float) -> Any:
-        """Return what is told, the labels, the picture and the stretches of a sound."""
-        with _told():
+    def classify(self, audio: str | None, model: str, threshold: float) -> Any:
+        """Return a message, scores by label, the timeline picture and the segments of a sound."""
+        with _shown_errors():
             checkpoint = self._ready(audio, model)
             found = predict.analyze(audio, checkpoint)
             path = self._new_picture()
             pictures.timeline_picture(found, checkpoint.frontend, path, threshold)
             rows = [[f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}"] for s in found.timeline(threshold)]
             windows = f"{len(found.times)} windows" if len(found.times) > 1 else "one window"
-            return f"{found.duration:.2f} s were heard, in {windows}.", dict(found.best()), str(path), rows
+            return f"Classified {found.duration:.2f} s in {windows}.", dict(found.best()), str(path), rows
 
     def explain(self, audio: str | None, model: str) -> Any:
-        """Return what is told and the picture of an explanation."""
-        with _told():
+        """Return a message and the picture of an explanation."""
+        with _shown_errors():
             found = explanations.explain(audio, self._ready(audio, model))
             path = self._new_picture()
             pictures.explanation_picture(found, path)
-            return f"{found.duration:.2f} s from {found.start:.2f} s on are explained.", str(path)
+            return f"Explained {found.duration:.2f} s from {found.start:.2f} s on.", str(path)
 
     def _ready(self, audio: str | None, model: str) -> Checkpoint:
-        """Check the sound's length, and return the model."""
+        """Check the sound's duration and return the loaded model."""
         if audio is None:
             raise AudioError("Drop or record a sound first.")
         seconds = 0.0
-        for block in mono_blocks(audio, RATE):  # a header may be wrong
+        for block in mono_blocks(audio, RATE):  # the duration in a header may be wrong
             seconds += len(block) / RATE
             if seconds > 60 * self.limits.minutes:
-                raise AudioError(f"The sound is longer than {self.limits.minutes:g} minutes, the most this page takes.")
+                raise AudioError(f"The sound is longer than {self.limits.minutes:g} minutes, the maximum of this page.")
         if model not in self.loaded:
             self.loaded[model] = load(model)
         return self.loaded[model]
 
     def _new_picture(self) -> pathlib.Path:
-        """Return the name of a new picture; the oldest go."""
+        """Return the path of a new picture, and remove the oldest."""
         old = sorted(pathlib.Path(self.folder).glob("*.png"), key=lambda path: path.stat().st_mtime)
-        for path in old[:-20]:
+        for path in old[:-PICTURES]:
             path.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(suffix=".png", dir=self.folder)
         os.close(handle)
@@ -219,8 +220,8 @@ class _Page:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Show a user's error on the page as one line, with the name of the upload alone."""
+def _shown_errors() -> Iterator[None]:
+    """Show users' errors on the page as one line, with the name of the upload in place of its path."""
     try:
         yield
     except (ValueError, OSError) as error:

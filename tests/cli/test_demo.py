@@ -1,4 +1,4 @@
-"""The page, in headless Chromium from end to end: nothing is asked of other hosts, limits hold, errors are a line."""
+"""The web demo in headless Chromium, end to end: no requests to other hosts, limits, errors of one line."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def address():
-    """The page's address, while the command runs."""
+    """The page's URL, while the command runs."""
     command = [
         sys.executable,
         "-m",
@@ -59,7 +59,7 @@ def page(address):
         asked = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
-        page.wait_for_selector("#listen", timeout=60_000)
+        page.wait_for_selector("#classify", timeout=60_000)
         yield page
         browser.close()
     hosts = {url.split("/")[2] for url in asked if url.startswith(("http", "ws"))}
@@ -71,27 +71,27 @@ def upload(page, path):
     page.wait_for_selector("#sound [aria-label='Play']", timeout=30_000)
 
 
-def told(page, text):
-    page.wait_for_function(f"document.querySelector('#told').innerText.includes({text!r})", timeout=120_000)
+def wait_for_message(page, text):
+    page.wait_for_function(f"document.querySelector('#message').innerText.includes({text!r})", timeout=120_000)
 
 
-def test_a_sound_is_heard_and_explained(page, tmp_path):
+def test_a_sound_is_classified_and_explained(page, tmp_path):
     sound = np.concatenate([ast_jax.read_audio(SOUNDS / f"{name}.flac") for name in ("speech", "music", "siren")])
     soundfile.write(tmp_path / "meeting.flac", sound, 16000)
     upload(page, tmp_path / "meeting.flac")
-    page.click("#listen")
-    told(page, f"{len(sound) / 16000:.2f} s were heard, in 8 windows.")
+    page.click("#classify")
+    wait_for_message(page, f"Classified {len(sound) / 16000:.2f} s in 8 windows.")
     page.wait_for_selector("#timeline img", timeout=60_000)
     labels = page.inner_text("#labels")
     assert labels.index("Speech") < labels.index("Siren")
-    stretches = page.inner_text("#stretches")
+    segments = page.inner_text("#segments")
     for segment in ast_jax.analyze(tmp_path / "meeting.flac").timeline():
-        assert f"{segment.start:.2f}" in stretches
-        assert segment.label in stretches
-    page.click("#why")
-    told(page, "are explained.")
-    page.wait_for_selector("#reasons img", timeout=60_000)
-    for name in ("timeline", "reasons"):
+        assert f"{segment.start:.2f}" in segments
+        assert segment.label in segments
+    page.click("#explain")
+    wait_for_message(page, "Explained 2.58 s from ")
+    page.wait_for_selector("#explanation img", timeout=60_000)
+    for name in ("timeline", "explanation"):
         assert page.eval_on_selector(f"#{name} img", "image => image.complete && image.naturalWidth") > 900
     if "DEMO_SCREENSHOT" in os.environ:  # for docs/demo.png
         page.screenshot(path=os.environ["DEMO_SCREENSHOT"], full_page=True)
@@ -104,12 +104,12 @@ def test_a_recording(page):
     page.wait_for_timeout(3000)
     page.click("#sound .stop-button, #sound button.stop")
     page.wait_for_selector("#sound [aria-label='Play']", timeout=30_000)
-    page.click("#listen")
-    told(page, "s were heard")
+    page.click("#classify")
+    wait_for_message(page, "Classified ")
     assert page.inner_text("#labels").split()[1] in ("Alarm", "Music", "Percussion", "Silence", "Noise")
 
 
-@pytest.mark.parametrize("button", ["listen", "why"])
+@pytest.mark.parametrize("button", ["classify", "explain"])
 def test_no_sound_yet(page, button):
     page.click(f"#{button}")
     page.wait_for_selector("text=Drop or record a sound first.", timeout=30_000)
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_sound(page, tmp_path):
     (tmp_path / "text.wav").write_text("this is text")
     page.set_input_files("#sound input[type=file]", tmp_path / "text.wav")
     page.wait_for_timeout(2000)
-    page.click("#listen")
+    page.click("#classify")
     page.wait_for_selector("text=text.wav: not a readable sound file", timeout=30_000)
     assert "/tmp" not in page.inner_text("body")
 
@@ -127,8 +127,8 @@ def test_a_file_that_is_no_sound(page, tmp_path):
 def test_a_sound_that_is_too_long(page, tmp_path):
     soundfile.write(tmp_path / "long.flac", np.zeros(31 * 16000), 16000)
     upload(page, tmp_path / "long.flac")
-    page.click("#listen")
-    page.wait_for_selector("text=The sound is longer than 0.5 minutes, the most this page takes.", timeout=30_000)
+    page.click("#classify")
+    page.wait_for_selector("text=The sound is longer than 0.5 minutes, the maximum of this page.", timeout=30_000)
 
 
 def test_an_upload_that_is_too_large(page, tmp_path):
