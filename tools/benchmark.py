@@ -1,65 +1,51 @@
-"""What ast_jax costs beside what people would use instead: time and memory, in turn, medians and spread.
+"""Time and memory of ast_jax beside the alternatives, measured alternately; medians and quartiles.
 
-python tools/benchmark.py forward            # the base model's forward pass on this CPU
-python tools/benchmark.py train              # a step of training on this CPU
-python tools/benchmark.py features           # log-mel features of ten seconds of sound, and of 64 such clips
-python tools/benchmark.py cold-start         # one recording in a fresh process
-python tools/benchmark.py files              # many files: rate and memory
-python tools/benchmark.py growth             # time and memory by length and batch, with a figure
-python tools/benchmark.py gpu                # inference and training in bfloat16 on a GPU
-python tools/benchmark.py convert            # the base model from PyTorch files, and its checkpoint loaded
-
-Each takes --json FILE, and all but growth take --against FILE to say what has moved since that was written.
-Results are compared before anything is timed. PyTorch and transformers come with the extra
-`test`; ONNX Runtime (onnxruntime, onnx, onnxscript) and OpenVINO (openvino) are measured where they are installed.
+Each command writes its results with --json FILE; all but growth list the changes since an earlier FILE with
+--against FILE. Before anything is timed, the outputs of all contenders are checked for agreement. PyTorch and
+transformers come with the extra `test`; ONNX Runtime (onnxruntime, onnx, onnxscript) and OpenVINO (openvino) are
+measured if they are installed.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib.util
-import json
 import math
-import multiprocessing
 import os
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
-import bench_features
-import bench_files
-import bench_growth
-import bench_models
-import bench_report
-import bench_worker
 import numpy as np
 import typer
-from bench_worker import MIB
+from bench import features as bench_features
+from bench import files as bench_files
+from bench import growth as bench_growth
+from bench import models as bench_models
+from bench import report as bench_report
+from bench import worker as bench_worker
+from bench.worker import MIB, in_process
 
 app = typer.Typer(add_completion=False, help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-# Relative to the largest result: float32's rounding adds up over twelve layers to less than a thousandth of this.
+# Relative to the maximum of the result: float32 rounding errors of twelve layers are less than a thousandth of this.
 TOLERANCE = 1e-3
-BFLOAT16_TOLERANCE = 0.1  # 8 bits a number, over twelve layers
-PRODUCT_SIZE = 3072  # of the square matrices whose product gives the peak
+BFLOAT16_TOLERANCE = 0.1  # rounding errors of 8 bits over twelve layers
+PRODUCT_SIZE = 3072  # of the square matrices whose product measures peak FLOP/s
 
-Rounds = Annotated[int, typer.Option(min=1, help="How often each takes its turn.")]
-JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Also write the numbers here.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds, in each of which all contenders take their turn.")]
+JsonFile = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the results to this file.")]
 Against = Annotated[
     pathlib.Path | None,
-    typer.Option("--against", help="Numbers that were written earlier: say what is beyond their spread."),
+    typer.Option("--against", help="Results of an earlier --json: list significant changes."),
 ]
 
 
 @app.command()
 def forward(
-    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "base",
-    max_length: Annotated[int, typer.Option(min=16, help="Frames of a clip.")] = 1024,
+    preset: Annotated[str, typer.Option(help="Architecture: tiny, small or base.")] = "base",
+    max_length: Annotated[int, typer.Option(min=16, help="Frames per clip.")] = 1024,
     batch_sizes: Annotated[list[int] | None, typer.Option("--batch-size", help="Default: 1 and 8.")] = None,
     rounds: Rounds = 5,
     json_file: JsonFile = None,
@@ -67,7 +53,7 @@ def forward(
 ) -> None:
     """Time the forward pass in float32: ast_jax, PyTorch eager and compiled, ONNX Runtime, OpenVINO.
 
-    And in bfloat16, where the CPU may have units for it: ast_jax.
+    ast_jax also in bfloat16, for CPUs with bfloat16 instructions.
     """
     contenders = {
         "ast_jax": "ast_jax_forward", "PyTorch": "torch_eager", "torch.compile": "torch_compiled",
@@ -83,7 +69,7 @@ def train(
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Time a step of training in float32: tiny at 128 frames, batch 32, and base at 512 frames, batch 2."""
+    """Time a training step in float32: tiny with 128 frames and batch 32, base with 512 frames and batch 2."""
     contenders = {"ast_jax": "ast_jax_train", "PyTorch": "torch_train"}
     _compare_models("train", contenders, [("tiny", 128, 32), ("base", 512, 2)], 3, rounds, json_file, against)
 
@@ -95,9 +81,9 @@ def features(
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Time log-mel features of a clip, and of 64: ast_jax in NumPy and jitted, torchaudio, transformers' NumPy path.
+    """Time log-mel features of a clip, and of 64: ast_jax in NumPy and jitted, torchaudio, transformers in NumPy.
 
-    Times are relative to torchaudio's, or to transformers' where torchaudio is not installed.
+    Times are relative to torchaudio's, or to transformers' if torchaudio is not installed.
     """
     reference = "torchaudio" if importlib.util.find_spec("torchaudio") else "transformers"
     contenders = {
@@ -113,11 +99,9 @@ def features(
         with tempfile.TemporaryDirectory() as scratch:
             path = pathlib.Path(scratch) / "waveforms.npy"
             bench_features.write_waveforms(path, batch, seconds)
-            wanted = {
-                name: (f"bench_features.{function}", {"waveforms": str(path)}) for name, function in contenders.items()
-            }
+            wanted = {name: (f"features.{function}", {"waveforms": str(path)}) for name, function in contenders.items()}
             found = _measure(wanted, rounds, reference, repeats)
-        print(f"{'':<18}{'ms a clip':>10}{'quartiles':>18}{'of ' + reference:>16}{'MiB':>7}{'differs':>9}")
+        print(f"{'':<18}{'ms/clip':>10}{'quartiles':>18}{'of ' + reference:>16}{'MiB':>7}{'differs':>9}")
         for name, row in found.items():
             rows.append({"case": title, "contender": name, **row})
             low, middle, high = (1e3 * row[key] / batch for key in ("low", "median", "high"))
@@ -137,8 +121,8 @@ def cold_start(
 ) -> None:
     """Time `ast-jax classify` of a shipped recording in a fresh process, beside transformers' pipeline.
 
-    Both have the same weights on the disk, of the shipped model's size but with patches that transformers takes. The
-    first run of each, in which ours compiles, is told apart.
+    Both load the same weights, of the shipped model's size but with square patches, as transformers needs. The first
+    run of each, in which ast-jax compiles, is listed separately.
     """
     import ast_jax
 
@@ -146,8 +130,7 @@ def cold_start(
     machine = bench_worker.machine()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            other.submit(bench_files.write_models, folder / "ours", folder / "theirs").result()
+        in_process("files.write_models", str(folder / "ours"), str(folder / "theirs"))
         commands = {
             "ast-jax classify": bench_files.classify_command(sound, "-k", "1", "--model", folder / "ours"),
             "transformers pipeline": bench_files.pipeline_command(folder / "theirs", sound),
@@ -182,21 +165,21 @@ def cold_start(
 
 @app.command()
 def files(
-    count: Annotated[int, typer.Option(min=100, help="Files of the larger folder, for memory.")] = 2000,
+    count: Annotated[int, typer.Option(min=100, help="Number of files when memory is measured.")] = 2000,
     rounds: Rounds = 5,
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Time the shipped model on many files: the parts alone, and together as `classify` does; memory by their number.
+    """Time the shipped model on many files: decoding and model alone and together; peak memory by number of files.
 
-    Three seconds of stereo at 44.1 kHz in FLAC. What the parts allow on a CPU is decoding spread over the cores and the
-    model on all of them, one after the other; on an accelerator the slower of the two.
+    Files are FLAC of 2.5 s in stereo at 44.1 kHz. The achievable time per file is, on a CPU, that of decoding on all
+    cores plus that of the model; on an accelerator the longer of the two.
     """
     machine = bench_worker.machine()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         bench_files.write_sounds(folder / "some", 200)
-        found = bench_files.in_process("measure_parts", str(folder / "some"), rounds)
+        found = in_process("files.measure_parts", str(folder / "some"), rounds)
         peaks = {}
         for number in (count // 10, count):
             bench_files.write_sounds(folder / str(number), number)
@@ -209,35 +192,36 @@ def files(
     parts = {name: bench_worker.spread(values) for name, values in found["seconds"].items()}
     decode, compute = parts["decode"]["median"] / found["cores"], parts["compute"]["median"]
     allowed = decode + compute if found["platform"] == "cpu" else max(decode, compute)
-    print(f"{machine}; ms a file, medians of {rounds} rounds of 200 files (quartiles)")
+    print(f"{machine}; ms per file, medians of {rounds} rounds of 200 files (quartiles)")
     for name, row in parts.items():
         print(f"{name:<12}{1e3 * row['median']:>8.2f}  ({1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})")
-    print(f"the parts allow {1e3 * allowed:.2f}; of that rate {allowed / parts['together']['median']:.0%} is reached")
+    reached = allowed / parts["together"]["median"]
+    print(f"achievable: {1e3 * allowed:.2f} ms per file; together reaches {reached:.0%} of that rate")
     rows = [{"case": "files", "contender": f"ast-jax {name}", **row} for name, row in parts.items()]
     bench_report.finish(rows, machine, json_file, against, peak_bytes={str(key): value for key, value in peaks.items()})
 
 
 @app.command()
 def growth(
-    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
-    rounds: Annotated[int, typer.Option(min=1, help="Runs after the first, up to 30 s of sound.")] = 2,
+    preset: Annotated[str, typer.Option(help="Architecture: tiny, small or base.")] = "tiny",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs after the first, for clips of up to 30 s.")] = 2,
     longest: Annotated[
-        bool, typer.Option("--longest", help="Only the logits of the base model for 5 minutes.")
+        bool, typer.Option("--longest", help="Measure only the base model's logits of a clip of 5 minutes.")
     ] = False,
-    figure: Annotated[pathlib.Path | None, typer.Option("--figure", help="Draw them in this PNG.")] = None,
+    figure: Annotated[pathlib.Path | None, typer.Option("--figure", help="Write a figure to this PNG file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure how time and memory grow with the length of a clip (1 s to 5 min) and with the size of a batch."""
+    """Measure how time and memory grow with the length of a clip (1 s to 5 min) and with the batch size."""
     by_length = [(preset, seconds, 1) for seconds in bench_growth.SECONDS]
     by_batch = [(preset, bench_growth.BATCH_SECONDS, batch) for batch in bench_growth.BATCHES[1:]]
     cases = [(*case, backward) for case in by_length + by_batch for backward in (False, True)]
     if longest:
         cases = [("base", bench_growth.SECONDS[-1], 1, False)]
     machine = bench_worker.machine()
-    print(f"{machine}\n{'':<8}{'sound, s':>9}{'batch':>7}{'tokens':>8}{'':>10}{'seconds':>9}{'MiB':>7}{'peak MiB':>10}")
+    print(f"{machine}\n{'':<8}{'clip, s':>9}{'batch':>7}{'tokens':>8}{'':>10}{'seconds':>9}{'MiB':>7}{'peak MiB':>10}")
     rows = []
     for case in cases:
-        row = bench_growth.in_process(*case, rounds if case[1] < bench_growth.SECONDS[-2] else 0)
+        row = in_process("growth.measure", *case, rounds if case[1] < bench_growth.SECONDS[-2] else 0)
         rows.append(row)
         print(
             f"{row['preset']:<8}{row['clip_seconds']:>9g}{row['batch']:>7}{row['tokens']:>8}"
@@ -252,24 +236,26 @@ def growth(
 
 @app.command()
 def gpu(
-    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "base",
-    max_length: Annotated[int, typer.Option(min=16, help="Frames of a clip.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips of a forward pass.")] = 64,
-    train_batch_size: Annotated[int, typer.Option(min=1, help="Clips of a training step.")] = 32,
-    device: Annotated[str, typer.Option(help="PyTorch's name of it; with cpu this only shows that it runs.")] = "cuda",
+    preset: Annotated[str, typer.Option(help="Architecture: tiny, small or base.")] = "base",
+    max_length: Annotated[int, typer.Option(min=16, help="Frames per clip.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the forward pass.")] = 64,
+    train_batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the training step.")] = 32,
+    device: Annotated[
+        str, typer.Option(help="PyTorch's name of the device; cpu is for trying out the command.")
+    ] = "cuda",
     rounds: Rounds = 7,
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Time inference and training in bfloat16 on a GPU beside PyTorch, and compare its numbers with this CPU's.
+    """Time inference and training in bfloat16 on a GPU beside PyTorch, and compare logits with this CPU's.
 
-    Needs JAX and PyTorch that both see the GPU. It also tells what features on the device cost (waveforms to logits
-    beside spectrograms to logits), how far float32 logits are from the CPU's with every product in full, and bfloat16
-    logits from float32's.
+    Needs builds of JAX and PyTorch that support the GPU. Waveforms to logits beside features to logits shows the cost
+    of features on the device. Logits of the GPU in float32 (at the default and at the highest matmul precision) and in
+    bfloat16 are compared with float32 logits of the CPU.
     """
     half = {"dtype": "bfloat16"}
     torch_half = {**half, "device": device}
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both have to find room on it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX and PyTorch share its memory
     inference = {
         "PyTorch": ("torch_eager", torch_half), "torch.compile": ("torch_compiled", torch_half),
         "ast_jax": ("ast_jax_forward", half), "ast_jax waveforms": ("ast_jax_waveforms", half),
@@ -292,28 +278,28 @@ def gpu(
 
 
 def _drift(preset: str, max_length: int) -> None:
-    """Print how far the device's logits are from those of this CPU, for two clips."""
+    """Print the maximum difference of the device's logits from this CPU's, for two clips."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, inputs = _write_case(pathlib.Path(scratch), preset, max_length, 2)
         arguments = {"folder": folder, "inputs": inputs}
         wanted = {
-            "CPU, float32": ("bench_models.ast_jax_exact", arguments, {"JAX_PLATFORMS": "cpu"}),
-            "float32 in full": ("bench_models.ast_jax_exact", arguments, {}),
-            "float32": ("bench_models.ast_jax_forward", arguments, {}),
-            "bfloat16": ("bench_models.ast_jax_forward", {**arguments, "dtype": "bfloat16"}, {}),
+            "CPU, float32": ("models.ast_jax_exact", arguments, {"JAX_PLATFORMS": "cpu"}),
+            "float32, highest": ("models.ast_jax_exact", arguments, {}),
+            "float32": ("models.ast_jax_forward", arguments, {}),
+            "bfloat16": ("models.ast_jax_forward", {**arguments, "dtype": "bfloat16"}, {}),
         }
         logits = {}
         for name, (function, given, environment) in wanted.items():
             with bench_worker.Worker(function, given, environment) as worker:
                 logits[name] = worker.result()[0]
         reference = logits.pop("CPU, float32")
-        print(f"logits beside the CPU's in float32, whose largest is {np.abs(reference).max():.3g}:")
+        print(f"logits compared with the CPU's in float32 (maximum {np.abs(reference).max():.3g}):")
         for name, found in logits.items():
             print(f"  {name:<16} differ by at most {np.abs(found - reference).max():.1e}")
 
 
 def _device_name(device: str) -> str:
-    """Return the name of the accelerator that JAX runs on, or of PyTorch's device where it runs on none."""
+    """Return the names of JAX's default device and of PyTorch's device."""
     code = "import jax; print(jax.devices()[0].device_kind, 'JAX', jax.__version__)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return f"{done.stdout.strip()} ({device})"
@@ -328,16 +314,16 @@ def _compare_models(
     json_file: pathlib.Path | None,
     against: pathlib.Path | None,
 ) -> None:
-    """Measure contenders on models of (preset, frames, batch size); print a table, and write it.
+    """Measure contenders on models, print a table for each, write and compare the results.
 
     Args:
-        title: the command.
-        contenders: functions of `bench_models` by the name to print.
-        cases: the models.
-        passes: forward passes whose operations one run takes.
-        rounds: turns.
-        json_file: where to write.
-        against: what to compare with.
+        title: name of the command.
+        contenders: functions of `bench.models` by printed name.
+        cases: (preset, frames, batch size) of each model.
+        passes: FLOPs of one run, in forward passes.
+        rounds: number of rounds.
+        json_file: see `bench.report.finish`.
+        against: see `bench.report.finish`.
     """
     peak = _product_peak()
     print(f"{bench_worker.machine()}; matrix products of {PRODUCT_SIZE}: {peak / 1e9:.0f} GFLOP/s")
@@ -358,15 +344,15 @@ def _one_case(
     peak: float,
     tolerance: float,
 ) -> list[dict[str, Any]]:
-    """Measure contenders (functions and arguments by name) on a model, print a table and return its rows."""
+    """Measure contenders (functions and arguments by printed name) on a model, print a table and return its rows."""
     preset, frames, batch = model
     print(f"{case}; {rounds} rounds")
-    titles = f"{'ms a clip':>10}{'quartiles':>18}{'clips/s':>9}{'of peak':>9}{'first, s':>10}{'MiB':>7}"
+    titles = f"{'ms/clip':>10}{'quartiles':>18}{'clips/s':>9}{'of peak':>9}{'first, s':>10}{'MiB':>7}"
     print(f"{'':<18}{titles}{'differs':>9}")
     with tempfile.TemporaryDirectory() as scratch:
         folder, inputs = _write_case(pathlib.Path(scratch), preset, frames, batch)
         wanted = {
-            name: (f"bench_models.{function}", {"folder": folder, "inputs": inputs, **arguments})
+            name: (f"models.{function}", {"folder": folder, "inputs": inputs, **arguments})
             for name, (function, arguments) in contenders.items()
         }
         rows = _measure(wanted, rounds, "PyTorch", 1, tolerance)
@@ -384,16 +370,15 @@ def _one_case(
 
 
 def _digits(value: float) -> str:
-    """Return four digits of a number."""
+    """Return a number with four significant digits."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _write_case(scratch: pathlib.Path, preset: str, frames: int, batch: int) -> tuple[str, str]:
-    """Write a model and its input by another process: this one stays small, as a child's peak begins with it."""
-    folder, inputs = scratch / "model", scratch / "inputs.npy"
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-        other.submit(bench_models.write_case, folder, inputs, preset, frames, batch).result()
-    return str(folder), str(inputs)
+    """Write a model and its input in another process: a child's peak memory starts at that of this process."""
+    folder, inputs = str(scratch / "model"), str(scratch / "inputs.npy")
+    in_process("models.write_case", folder, inputs, preset, frames, batch)
+    return folder, inputs
 
 
 def _measure(
@@ -403,10 +388,12 @@ def _measure(
     repeats: int,
     tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, Any]]:
-    """Return for each contender that can be had here: seconds of a run and of the first, memory, how it differs."""
+    """Return times, peak memory and difference from the reference of each available contender."""
     with bench_worker.workers(contenders, print) as started:
         if reference not in started:
-            raise SystemExit(f"{reference} cannot be had here, and with nothing to compare with nothing is timed")
+            raise SystemExit(
+                f"{reference} is not available here, but the other results are compared with it; install it"
+            )
         first = {name: worker.result() for name, worker in started.items()}
         ordered = {reference: first[reference][0], **{name: result for name, (result, _) in first.items()}}
         same_input = {name: result for name, result in ordered.items() if "waveforms" not in name}
@@ -414,7 +401,7 @@ def _measure(
         fine = {name: result for name, result in same_input.items() if "bfloat16" not in name}
         differences = bench_worker.check_agreement(coarse, BFLOAT16_TOLERANCE)
         differences |= bench_worker.check_agreement(fine, tolerance)
-        bench_worker.time_in_turn(started, 1, repeats)  # what is compiled or tuned at the second run is no steady time
+        bench_worker.time_in_turn(started, 1, repeats)  # warm-up: the second run may still compile or tune
         seconds = bench_worker.time_in_turn(started, rounds, repeats)
         return {
             name: {
@@ -426,11 +413,11 @@ def _measure(
 
 
 def _product_peak(size: int = PRODUCT_SIZE, dtype: str = "float32", device: str = "cpu") -> float:
-    """Return the most operations a second that JAX or PyTorch reach in products of large square matrices."""
+    """Return the higher FLOP/s of JAX and PyTorch in products of large square matrices."""
     shape = {"size": size, "dtype": dtype}
     contenders = {
-        "JAX": ("bench_models.jax_product", shape),
-        "PyTorch": ("bench_models.torch_product", {**shape, "device": device}),
+        "JAX": ("models.jax_product", shape),
+        "PyTorch": ("models.torch_product", {**shape, "device": device}),
     }
     with bench_worker.workers(contenders, print) as started:
         bench_worker.time_in_turn(started, 1, 2)
@@ -442,31 +429,31 @@ def _product_peak(size: int = PRODUCT_SIZE, dtype: str = "float32", device: str 
 def convert(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each kind, in turn.")] = 5,
     scratch: Annotated[
-        pathlib.Path | None, typer.Option(help="Where to put 1.5 GB of files; default: the system's.")
+        pathlib.Path | None, typer.Option(help="Folder for 1.5 GB of files (default: the system's).")
     ] = None,
     json_file: JsonFile = None,
     against: Against = None,
 ) -> None:
-    """Convert the base model (86.6 million parameters, 527 labels) from both kinds of file, and load the result.
+    """Time converting the base model (86.6 million parameters, 527 labels) from both file formats, and loading it.
 
-    The weights are drawn at random. Imports are done before the clock starts; memory is the process's peak, imports
-    and the mapped source file included.
+    Weights are random. Imports are not timed; memory is the process's peak, with imports and the memory-mapped file.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = pathlib.Path(folder)
-        _in_fresh_process("make", str(place), "")  # this process stays small: a child's peak begins with its parent's
+        in_process("convert.write_sources", str(place))  # a child's peak memory starts at that of this process
         kinds = {
-            "safetensors to checkpoint": ("convert", place / "hf", place / "from_safetensors"),
-            ".pth to checkpoint": ("convert", place / "audioset_10_10.pth", place / "from_pth"),
-            "load the checkpoint, first": ("load", place / "from_safetensors", 1),
-            "load the checkpoint, again": ("load", place / "from_safetensors", 2),
+            "safetensors to checkpoint": ("convert.convert", str(place / "hf"), str(place / "from_safetensors")),
+            ".pth to checkpoint": ("convert.convert", str(place / "audioset_10_10.pth"), str(place / "from_pth")),
+            "load the checkpoint, first": ("convert.load", str(place / "from_safetensors"), 1),
+            "load the checkpoint, again": ("convert.load", str(place / "from_safetensors"), 2),
         }
         found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
         for _ in range(repeats):
             for name, arguments in kinds.items():
-                if arguments[0] == "convert":
+                if arguments[0] == "convert.convert":
                     shutil.rmtree(arguments[2], ignore_errors=True)
-                found[name].append(_in_fresh_process(*map(str, arguments)))
+                os.sync()  # earlier writes must not go to the disk while this is timed
+                found[name].append(in_process(*arguments))
     results = {
         name: {
             **bench_worker.spread([row["seconds"] for row in rows]), "seconds": [row["seconds"] for row in rows],
@@ -481,52 +468,6 @@ def convert(
     print(f"{repeats} measurements each; {bench_worker.machine()}")
     rows = [{"case": "convert", "contender": f"ast_jax, {name}", **row} for name, row in results.items()]
     bench_report.finish(rows, bench_worker.machine(), json_file, against)
-
-
-def _make_sources(place: pathlib.Path) -> None:
-    """Write the base model with random weights as PyTorch users have it, without PyTorch."""
-    import jax
-
-    import ast_jax
-
-    config = ast_jax.PRESETS["base"]()
-    params = jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(ast_jax.init(jax.random.key(0), config)))
-    checkpoint = ast_jax.Checkpoint(params, config, ast_jax.FrontendConfig())
-    ast_jax.to_torch(checkpoint, place / "hf")
-    ast_jax.to_torch(checkpoint, place / "audioset_10_10.pth", format="original")
-
-
-def _in_fresh_process(*arguments: str) -> dict[str, float]:
-    """Run `measure` in a process of its own and return what it prints."""
-    os.sync()  # what earlier measurements wrote goes to the disk before this one, not during it
-    command = [sys.executable, __file__, "measure", *arguments]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-@app.command(hidden=True)
-def measure(what: str, source: str, detail: str) -> None:
-    """Measure one thing in this process; the tool calls itself with this."""
-    import orbax.checkpoint  # noqa: F401
-    import safetensors  # noqa: F401
-
-    import ast_jax
-    from ast_jax.model import functional as model  # noqa: F401
-
-    seconds = 0.0
-    if what == "make":
-        _make_sources(pathlib.Path(source))
-    elif what == "convert":
-        seconds = _seconds(lambda: ast_jax.save(detail, ast_jax.load(source)))
-    else:
-        seconds = [_seconds(lambda: ast_jax.load(source)) for _ in range(int(detail))][-1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

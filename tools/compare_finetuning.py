@@ -1,27 +1,29 @@
-"""Fine-tune on the same data with `ast-jax finetune` and with a plain PyTorch loop, and compare accuracy and speed.
+"""Compare accuracy and speed of fine-tuning on the same data: `ast-jax finetune` and a plain PyTorch loop.
 
     python tools/compare_finetuning.py DATA --output FOLDER --seeds 0 1 2
 
-DATA is a folder with a manifest.csv that has the splits train, validation and test and one label a clip, such as
-tools/instruments_data.py writes. Every run is a process of its own, the seeds in turn:
+DATA is a folder with a manifest.csv that has the splits train, validation and test and one label per clip, such as
+tools/instruments_data.py writes. Each method runs in a process of its own, once per seed:
 
-- shipped: `ast-jax finetune --init sounds-tiny`, the model that comes with the package;
-- shipped-augmented: the same with mixup, masks and shifts;
-- scratch: `ast-jax finetune` with random weights of an architecture that transformers has, too (square patches);
-- scratch-augmented: the same with mixup, masks and shifts;
-- pytorch: transformers' ASTForAudioClassification of that architecture, trained as its users do it.
+- shipped: `ast-jax finetune --init sounds-tiny`, from the model of the package;
+- shipped-augmented: the same with mixup, SpecAugment and shifts;
+- scratch: `ast-jax finetune` from random weights, in an architecture that transformers supports (square patches);
+- scratch-augmented: the same with mixup, SpecAugment and shifts;
+- pytorch: transformers' ASTForAudioClassification of that architecture in a PyTorch training loop.
 
-All have the same clips, epochs, batch size, Adam (L2 5e-7, betas 0.95 and 0.999), learning rate (warm-up of one epoch,
-then a cosine to zero), input (256 frames x 128 mel bins, one mean and deviation) and loss (cross-entropy), leave out
-the last, short batch of an epoch, and keep the epoch that is best on the validation split. All are measured on the test
-split by `ast-jax evaluate`, which reads transformers' folders; what transformers says of its own stands beside it.
+All have the same clips, epochs, batch size, Adam (L2 penalty 5e-7, betas 0.95 and 0.999), learning rate (warm-up of one
+epoch, then cosine decay to zero), input (256 frames x 128 mel bins, the same mean and standard deviation) and loss
+(cross-entropy), drop the last, short batch of an epoch, and select the best epoch on the validation split. Test
+accuracy is measured by `ast-jax evaluate` for all, which reads transformers' folders; transformers' own figure is in
+the results.
 
-Clips a second are the clips of an epoch over its seconds, validation included, the median of all epochs but the first,
-in which ast-jax compiles. `ast-jax` decodes files and computes features in every epoch. PyTorch has its features
-computed once, before its clock starts, by transformers' ASTFeatureExtractor; how fast one more epoch is in which they
-are computed batch by batch, in the same process, stands in brackets. Every method may use all cores.
+Clips/s are the clips of an epoch divided by its seconds with validation, the median over epochs without the first, in
+which ast-jax compiles. `ast-jax` decodes files and computes features in every epoch. For PyTorch, features are computed
+once by transformers' ASTFeatureExtractor and not timed; in brackets is the speed of one more epoch in which they are
+computed batch by batch in the same process. Every method may use all cores.
 
-Writes FOLDER/results.json and FOLDER/results.md. What FOLDER has of a run with the same settings is not run again.
+Writes FOLDER/results.json and FOLDER/results.md. Runs whose results with the same settings are in FOLDER are not
+repeated.
 """
 
 from __future__ import annotations
@@ -31,9 +33,7 @@ import csv
 import importlib.util
 import json
 import math
-import os
 import pathlib
-import platform
 import shutil
 import statistics
 import subprocess
@@ -44,13 +44,14 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from bench.worker import machine, num_cores
 
 ARCHITECTURE = {
     "model_type": "audio-spectrogram-transformer",
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 512,
     "patch_size": 16, "frequency_stride": 16, "time_stride": 16, "max_length": 256, "num_mel_bins": 128,
 }  # fmt: skip
-MEAN, STD = -7.4451, 5.3368  # of sounds-tiny
+MEAN, STD = -7.4451, 5.3368  # those of sounds-tiny
 RATE = 16_000
 WEIGHT_DECAY, BETAS = 5e-7, (0.95, 0.999)
 AUGMENTED = [
@@ -78,24 +79,24 @@ Settings = dict[str, Any]
 
 
 def read_split(data: pathlib.Path, split: str) -> tuple[list[np.ndarray], list[str]]:
-    """The waveforms and labels of a split."""
+    """Return the waveforms and labels of a split."""
     with (data / "manifest.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == split]
     return [soundfile.read(str(data / row["path"]), dtype="float32")[0] for row in rows], [row["label"] for row in rows]
 
 
 def torch_run(settings: Settings, output: pathlib.Path) -> None:
-    """Train with PyTorch and transformers; writes the best epoch's model to output/best and output/torch.json."""
+    """Train with PyTorch and transformers; write the best epoch's model to output/best, and output/torch.json."""
     import torch
 
     if spec := importlib.util.find_spec("torchaudio"):
-        # transformers takes its filter bank, which is pure Python, from torchaudio where that is installed; torchaudio
-        # itself does not load beside every build of PyTorch, so the package around the filter bank stays empty.
+        # transformers uses torchaudio's pure-Python fbank if it is installed; the package itself does not load with
+        # every build of PyTorch, and is therefore left empty.
         sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
     import transformers
     from torch.utils.data import DataLoader, TensorDataset
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cores())
     torch.manual_seed(settings["seed"])
     data = pathlib.Path(settings["data"])
     extractor = transformers.ASTFeatureExtractor(
@@ -163,7 +164,7 @@ def torch_run(settings: Settings, output: pathlib.Path) -> None:
 
 
 def rate_factor(step: int, warmup: int, steps: int) -> float:
-    """The learning rate of a step (from 0) as a share of its peak: linear warm-up, then a cosine to zero."""
+    """Return the learning rate of a step (from 0) relative to its peak: linear warm-up, then cosine decay to zero."""
     cosine = 0.5 * (1 + math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1)))
     return cosine * min((step + 1) / warmup, 1.0)
 
@@ -172,14 +173,14 @@ def rate_factor(step: int, warmup: int, steps: int) -> float:
 
 
 def run(name: str, settings: Settings, output: pathlib.Path) -> dict[str, Any]:
-    """Train and measure one method with one seed, in processes of their own, or read what an earlier call measured.
+    """Train and evaluate one method with one seed in processes of their own, or read the results of an earlier call.
 
     Returns:
-        `settings`, `accuracy` on the test split, `seconds` of each epoch, `total_seconds` of the process that trained,
-        and for "pytorch" what `torch_run` adds.
+        `settings`, `accuracy` on the test split, `seconds` of each epoch, `total_seconds` of the training process,
+        and for "pytorch" the results of `torch_run`.
 
     Raises:
-        SystemExit: a process failed; what it said stands on stderr.
+        SystemExit: a process failed; the message has the end of its stderr.
     """
     result = output / "result.json"
     if result.is_file() and (known := json.loads(result.read_text(encoding="utf-8")))["settings"] == settings:
@@ -214,12 +215,12 @@ def run(name: str, settings: Settings, output: pathlib.Path) -> dict[str, Any]:
 
 
 def ast_jax(command: str) -> list[str]:
-    """The words that start one of the package's commands."""
+    """Return the beginning of an `ast-jax` command line."""
     return [sys.executable, "-m", "ast_jax.cli.main", command]
 
 
 def succeed(command: list[Any]) -> str:
-    """Run a command and return what it prints; where it fails, stop with what it said."""
+    """Run a command and return its stdout; if it fails, exit with its stderr."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr.strip()[-2000:]}")
@@ -227,7 +228,7 @@ def succeed(command: list[Any]) -> str:
 
 
 def count_clips(data: pathlib.Path) -> int:
-    """How many clips the training split has."""
+    """Return the number of clips of the training split."""
     with (data / "manifest.csv").open(encoding="utf-8", newline="") as file:
         return sum(row["split"] == "train" for row in csv.DictReader(file))
 
@@ -236,11 +237,11 @@ def count_clips(data: pathlib.Path) -> int:
 
 
 def summary(runs: list[dict[str, Any]], clips: int) -> dict[str, float]:
-    """Mean and spread of a method over its seeds.
+    """Return means and standard deviation of a method over its seeds.
 
     Args:
-        runs: what `run` returned, one a seed.
-        clips: of the training split that an epoch uses.
+        runs: results of `run`, one per seed.
+        clips: number of training clips per epoch.
     """
     accuracies = [one["accuracy"] for one in runs]
     found = {
@@ -256,7 +257,7 @@ def summary(runs: list[dict[str, Any]], clips: int) -> dict[str, float]:
 
 
 def table(summaries: dict[str, dict[str, float]], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The results as a Markdown table."""
+    """Return the results as a Markdown table."""
     lines = [
         "| | test accuracy, % | by seed | training clips/s | first epoch, s | whole run, s |",
         "|---|---|---|---|---|---|",
@@ -265,7 +266,7 @@ def table(summaries: dict[str, dict[str, float]], runs: dict[str, list[dict[str,
         by_seed = ", ".join(f"{100 * one['accuracy']:.1f}" for one in runs[name])
         speed = f"{found['clips_per_second']:.0f}"
         if "clips_per_second_with_features" in found:
-            speed += f" ({found['clips_per_second_with_features']:.0f} where features are computed in the epoch)"
+            speed += f" ({found['clips_per_second_with_features']:.0f} with features computed in the epoch)"
         lines.append(
             f"| {TITLES[name]} | {100 * found['accuracy']:.1f} ± {100 * found['accuracy_deviation']:.1f} | {by_seed} "
             f"| {speed} | {found['first_epoch_seconds']:.1f} | {found['total_seconds']:.0f} |"
@@ -273,23 +274,19 @@ def table(summaries: dict[str, dict[str, float]], runs: dict[str, list[dict[str,
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
-    """What this runs on."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=pathlib.Path, metavar="DATA", nargs="?", help="the data set's folder")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="folder of the runs and results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--epochs", type=int, default=15, help="at least 2 (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="its peak (default: %(default)s)")
+    parser.add_argument("data", type=pathlib.Path, metavar="DATA", nargs="?", help="folder of the data set")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="folder of runs and results")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each method per seed (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run (default: all)"
+    )
+    parser.add_argument("--epochs", type=int, default=15, help="number of epochs, at least 2 (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="batch size (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--torch-run", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_run:

@@ -1,11 +1,10 @@
-"""What each way of padding does to short sounds: accuracy and time of a model on the test split, cut to some lengths.
+"""Compare the padding modes for short sounds: mAP and time of a model on the test split, cut to several lengths.
 
     python tools/compare_padding.py DATA [--model sounds-tiny] [--condition clean] [--seconds 0.25 0.5 1 2]
 
-DATA is what `sounds_data.py build` wrote. Of each clip that is long enough the middle is taken, so that every length
-has the same sounds in it; clips that are shorter than the longest length are left out of all. The table goes to the
-terminal as Markdown: macro mAP, and in brackets the time of a clip (features and model, after a first run that
-compiles).
+DATA is a data set of `sounds_data.py build`. Each length has the middle of the same clips, those at least as long as
+the longest length. Prints a Markdown table of macro mAP, and in brackets the time per clip (features and model, without
+compilation).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ast_jax.training import metrics
 
 
 def clips(folder: pathlib.Path, model: ast_jax.Checkpoint, condition: str, longest: float):
-    """Return the samples of the test split's clips that are long enough, and their labels [N, C]."""
+    """Return the samples and labels [N, C] of the test clips that are at least `longest` seconds long."""
     rows = read_rows(folder)
     dataset = datasets.read_dataset(folder).reordered(model.config.labels)
     sounds, labels = [], []
@@ -40,13 +39,13 @@ def clips(folder: pathlib.Path, model: ast_jax.Checkpoint, condition: str, longe
 
 
 def middle(samples: np.ndarray, size: int) -> np.ndarray:
-    """Return the middle of a sound."""
+    """Return the middle `size` samples of a sound."""
     begin = (len(samples) - size) // 2
     return samples[begin : begin + size]
 
 
 def scores_and_time(sounds: list[np.ndarray], model: ast_jax.Checkpoint, padding: str) -> tuple[np.ndarray, float]:
-    """Return the scores [N, C] of sounds, and the seconds of one."""
+    """Return the scores [N, C] of sounds, and the seconds per sound."""
 
     def run(sounds: list[np.ndarray]) -> np.ndarray:
         rate = model.frontend.sampling_rate
@@ -60,11 +59,15 @@ def scores_and_time(sounds: list[np.ndarray], model: ast_jax.Checkpoint, padding
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=pathlib.Path, metavar="DATA")
-    parser.add_argument("--model", default="sounds-tiny")
-    parser.add_argument("--condition", default="clean", choices=["clean", "noisy"])
-    parser.add_argument("--seconds", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=pathlib.Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("--model", default="sounds-tiny", help="model, as for ast-jax (default: %(default)s)")
+    parser.add_argument(
+        "--condition", default="clean", choices=["clean", "noisy"], help="condition of the clips (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0], help="lengths (default: 0.25 0.5 1 2)"
+    )
     options = parser.parse_args()
     model = ast_jax.load(options.model)
     sounds, labels = clips(options.data, model, options.condition, max(options.seconds))

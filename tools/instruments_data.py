@@ -1,14 +1,14 @@
-"""Render a data set of musical instruments from SoundFonts that Debian 12 ships, split by who recorded them.
+"""Render a data set of musical instruments from SoundFonts of Debian 12, split by SoundFont.
 
     python tools/instruments_data.py --output DATA [--cache CACHE]
 
-Fourteen classes of single notes, phrases and chords at 16 kHz, 2.5 s each. It needs the programs `fluidsynth` and
-`timidity`, and a Debian 12 system for `apt-get download`. The SoundFonts come from five packages (190 MB), each of
-which is in one split only; that no recording is in two splits is checked sample by sample before anything is rendered.
-The same packages, programs and --seed give the same data.
+Fourteen classes of single notes, phrases and chords at 16 kHz, 2.5 s each. Needs `fluidsynth`, `timidity` and a
+Debian 12 system for `apt-get download`. The SoundFonts come from five packages (190 MB), each in one split only; before
+rendering, the samples are checked for recordings that occur in two splits. The same packages, programs and --seed give
+the same data.
 
 Writes DATA/clips/**.flac and, last, DATA/manifest.csv with the columns path, label, split, group, source and license;
-`group` is the source's instrument, by its number in General MIDI.
+`group` is the source's General MIDI program.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from collections.abc import Iterator
 
 import numpy as np
 import soundfile
-import sounds_synth as synth
 import soxr
-from sounds_cut import SPLITS, DataError
+from sounds import synth
+from sounds.cut import SPLITS, DataError
+from sounds.synth import RATE, Rng
 from sounds_data import fetch_package, generator
-from sounds_synth import RATE, Rng
 
 LENGTH = 40_000  # samples of a clip: 2.5 s
-RENDER_RATE = 48_000  # synthesizers move pitch without a filter; what that folds back lies above 8 kHz at this rate
+RENDER_RATE = 48_000  # synthesizers resample without an anti-aliasing filter; at this rate aliases lie above 8 kHz
 SLOT = 4_000  # ms from one clip to the next in a rendered file
-CUT_OFF = 2_600  # ms into a slot at which all sound ends, so that no tail reaches the next clip
+CUT_OFF = 2_600  # ms into a slot at which all notes are cut off, before the next clip
 
-# The classes: programs of General MIDI (from 0), each with the lowest and highest pitch that the instrument plays.
+# Classes: General MIDI programs (from 0), each with the lowest and highest pitch of the instrument.
 INSTRUMENTS: dict[str, dict[int, tuple[int, int]]] = {
     "Piano": {0: (33, 96), 1: (33, 96), 3: (40, 88)},
     "Electric piano": {4: (36, 88), 5: (36, 88)},
@@ -61,21 +61,21 @@ CHORDS = frozenset(INSTRUMENTS) - {
     "Saxophone",
     "Reeds",
     "Flute",
-}  # classes in which several notes sound at once
+}  # polyphonic classes
 SCALE = (0, 2, 4, 5, 7, 9, 11)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Recordings of one origin.
+    """A SoundFont or a folder of Gravis patches.
 
     Args:
-        package: of Debian 12.
+        package: Debian 12 package.
         file: the SoundFont, or the folder of patches (`NNN_name.pat` by program), in the package.
-        split: the one split that it is in.
-        license: of the recordings, as the package's copyright file or the SoundFont itself gives it.
-        clips: for each class.
-        without: programs that are left out because recordings of theirs are in another split, too.
+        split: its split.
+        license: licence of the recordings, from the package's copyright file or the SoundFont.
+        clips: number of clips per class.
+        without: programs to exclude, as their recordings are in another split too.
     """
 
     package: str
@@ -86,8 +86,8 @@ class Source:
     without: frozenset[int] = frozenset()
 
 
-# Programs of A320U.sf2 whose recordings TimGM6mb or FreePats have, too: the first six bit by bit, as `check_apart`
-# finds, the others filtered or at another level, so that single notes of both, played dry, correlate with up to 0.999.
+# Programs of A320U.sf2 with recordings that are also in TimGM6mb or FreePats: the first six bit-exact, as `check_apart`
+# finds; the others filtered or at another level, with a correlation of up to 0.999 between single dry notes.
 AIRFONT_SHARED = frozenset({5, 9, 19, 35, 48, 74} | {13, 16, 17, 26, 57, 58, 61, 70})
 
 SOURCES = (
@@ -101,7 +101,7 @@ SOURCES = (
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """One note: when it starts and ends (ms from the clip's start), its MIDI pitch and velocity."""
+    """A note: start and end in ms from the clip's start, MIDI pitch and velocity."""
 
     start: int
     end: int
@@ -111,7 +111,7 @@ class Note:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """What a clip plays."""
+    """The score of a clip."""
 
     label: str
     program: int
@@ -130,7 +130,7 @@ def chunks(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def soundfont_recordings(path: pathlib.Path) -> dict[int, list[np.ndarray]]:
-    """The recordings (int16) that each program of bank 0 of a SoundFont 2 file plays, by program."""
+    """Return the recordings (int16) of a SoundFont 2 file by program of bank 0."""
     content = path.read_bytes()
     tables: dict[bytes, bytes] = {}
     for _, start, end in chunks(content, 12, len(content)):
@@ -140,7 +140,7 @@ def soundfont_recordings(path: pathlib.Path) -> dict[int, list[np.ndarray]]:
     headers = [row[1:3] for row in struct.iter_unpack("<20sIIIIIBbHH", tables[b"shdr"])]
 
     def links(zones: bytes, generators: bytes, kind: int, first: int, last: int) -> set[int]:
-        """What zones `first` to `last` - 1 refer to by generators of a kind."""
+        """Return the amounts of generators of a kind in zones `first` to `last` - 1."""
         starts = [row[0] for row in struct.iter_unpack("<HH", tables[zones])]
         rows = list(struct.iter_unpack("<HH", tables[generators]))[starts[first] : starts[last]]
         return {amount for name, amount in rows if name == kind}
@@ -157,7 +157,7 @@ def soundfont_recordings(path: pathlib.Path) -> dict[int, list[np.ndarray]]:
 
 
 def patch_recordings(folder: pathlib.Path) -> dict[int, list[np.ndarray]]:
-    """The recordings of a folder of Gravis patches, by program; 8-bit ones are brought to int16."""
+    """Return the recordings of a folder of Gravis patches by program, as int16."""
     recordings: dict[int, list[np.ndarray]] = {}
     for path in sorted(folder.glob("[0-9][0-9][0-9]_*.pat")):
         content, at = path.read_bytes(), 239  # the headers of file, instrument and layer
@@ -173,20 +173,20 @@ def patch_recordings(folder: pathlib.Path) -> dict[int, list[np.ndarray]]:
 
 
 def recordings_of(source: Source, cache: pathlib.Path) -> dict[int, list[np.ndarray]]:
-    """The recordings of a source's programs that the classes use and the source may."""
+    """Return the recordings of a source by program, for the programs of the classes that are not excluded."""
     path = file_of(source, cache)
     found = patch_recordings(path) if path.is_dir() else soundfont_recordings(path)
     wanted = {program for programs in INSTRUMENTS.values() for program in programs} - source.without
     return {program: found[program] for program in sorted(wanted & set(found))}
 
 
-WINDOW = 24  # samples in a row that are equal in two recordings only where one was made from the other
+WINDOW = 24  # consecutive samples that agree only if one recording is a copy of the other
 
 
 def fingerprint(wave: np.ndarray) -> np.ndarray:
-    """Sorted hashes of about one in sixteen windows of a recording, chosen by what is in them, not by where they are.
+    """Return sorted hashes of about one in sixteen windows of a recording, selected by content, not by position.
 
-    Cut, joined and renamed copies of a recording share them. Windows in which little moves are passed over.
+    Cut, concatenated and renamed copies of a recording share them. Nearly constant windows are skipped.
     """
     if len(wave) < WINDOW:
         return np.zeros(0, np.uint64)
@@ -199,7 +199,7 @@ def fingerprint(wave: np.ndarray) -> np.ndarray:
 
 
 def programs_with(everything: np.ndarray, programs: dict[int, list[np.ndarray]]) -> list[int]:
-    """The programs that have a recording (a `fingerprint`) of which a tenth or more is in `everything`, sorted."""
+    """Return the programs with a recording, given as a `fingerprint`, of which at least a tenth is in `everything`."""
 
     def has_part(marks: np.ndarray) -> bool:
         if not len(marks) or not len(everything):
@@ -211,10 +211,10 @@ def programs_with(everything: np.ndarray, programs: dict[int, list[np.ndarray]])
 
 
 def check_apart(recordings: dict[Source, dict[int, list[np.ndarray]]]) -> None:
-    """Check that no two splits have a recording in common.
+    """Check that no two splits share a recording.
 
     Raises:
-        DataError: names the programs that share one.
+        DataError: they do; the message names the programs.
     """
     marks = {
         source: {program: [fingerprint(wave) for wave in waves] for program, waves in programs.items()}
@@ -235,7 +235,7 @@ def check_apart(recordings: dict[Source, dict[int, list[np.ndarray]]]) -> None:
 
 
 def draw_notes(label: str, low: int, high: int, rng: Rng) -> tuple[Note, ...]:
-    """A note, a chord or a phrase within a range of pitches, over before a clip's end."""
+    """Return a note, a chord or a phrase in a range of pitches that ends before the clip does."""
     kind = rng.choice(["note", "phrase", "chord"], p=[0.4, 0.4, 0.2] if label in CHORDS else [0.5, 0.5, 0.0])
     velocity = int(rng.integers(50, 121))
     start = int(rng.integers(20, 200))
@@ -259,10 +259,10 @@ def draw_notes(label: str, low: int, high: int, rng: Rng) -> tuple[Note, ...]:
 
 
 def draw_clips(source: Source, programs: set[int], seed: int) -> list[Clip]:
-    """What a source plays: the same number of clips for each class, in turn by those programs of it that it has.
+    """Return the clips of a source: the same number for each class, round-robin over the programs that it has.
 
     Raises:
-        DataError: it has none of a class's programs.
+        DataError: it has no program of a class.
     """
     clips = []
     for label, ranges in INSTRUMENTS.items():
@@ -277,8 +277,8 @@ def draw_clips(source: Source, programs: set[int], seed: int) -> list[Clip]:
 
 
 def midi(clips: list[Clip]) -> bytes:
-    """A MIDI file that plays the clips, one in each `SLOT`; its ticks are milliseconds."""
-    events: list[tuple[int, int, bytes]] = []  # when, in which order at that time, what
+    """Return a MIDI file that plays a clip in each `SLOT`, with ticks of 1 ms."""
+    events: list[tuple[int, int, bytes]] = []  # time, order at equal times, message
     for index, clip in enumerate(clips):
         begin = index * SLOT
         events.append((begin, 1, bytes([0xC0, clip.program])))
@@ -296,7 +296,7 @@ def midi(clips: list[Clip]) -> bytes:
 
 
 def variable_length(value: int) -> bytes:
-    """A number as MIDI writes it: seven bits in a byte, the high bit set in all but the last."""
+    """Return a MIDI variable-length quantity."""
     groups = [value & 0x7F]
     while value := value >> 7:
         groups.append(value & 0x7F | 0x80)
@@ -307,12 +307,12 @@ def variable_length(value: int) -> bytes:
 
 
 def file_of(source: Source, cache: pathlib.Path) -> pathlib.Path:
-    """Where a source's SoundFont or folder of patches lies in the cache."""
+    """Return the path of a source's SoundFont or folder of patches in the cache."""
     return cache / "root" / source.package / source.file
 
 
 def render(source: Source, clips: list[Clip], cache: pathlib.Path) -> list[np.ndarray]:
-    """The clips as a synthesizer plays them, dry, 2.5 s at 16 kHz each.
+    """Render the clips without effects, 2.5 s at 16 kHz each.
 
     Raises:
         DataError: the synthesizer is not installed or fails, or a clip is silent.
@@ -351,7 +351,7 @@ def render(source: Source, clips: list[Clip], cache: pathlib.Path) -> list[np.nd
         sound, rate = soundfile.read(str(wav), dtype="float32", always_2d=True)
     mono = soxr.resample(sound.mean(axis=1), rate, RATE)
     slot = SLOT * RATE // 1000
-    mono = np.pad(mono, (0, max(0, len(clips) * slot - len(mono))))  # timidity stops when the last note has died away
+    mono = np.pad(mono, (0, max(0, len(clips) * slot - len(mono))))  # timidity stops after the last note
     waves = [mono[index * slot : index * slot + LENGTH] for index in range(len(clips))]
     for clip, wave in zip(clips, waves, strict=True):
         if np.abs(wave).max() < 1e-3:
@@ -360,13 +360,13 @@ def render(source: Source, clips: list[Clip], cache: pathlib.Path) -> list[np.nd
 
 
 def finish(wave: np.ndarray, rng: Rng) -> np.ndarray:
-    """A clip over noise 40 to 65 dB below it, at a peak of -20 to -1 dBFS."""
+    """Return a clip with a noise floor 40 to 65 dB below it, at a peak of -20 to -1 dBFS."""
     floor = synth.coloured(rng, len(wave), rng.uniform(0, 6))
     return synth.at_peak(synth.at_snr(wave, floor, rng.uniform(40, 65)), rng.uniform(-20, -1))
 
 
 def build(output: pathlib.Path, cache: pathlib.Path, seed: int) -> None:
-    """Make the whole data set, and print its table."""
+    """Build the data set, and print the number of clips by class and split."""
     for source in SOURCES:
         fetch_package(source.package, cache)
     recordings = {source: recordings_of(source, cache) for source in SOURCES}
@@ -401,11 +401,13 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=pathlib.Path, required=True, metavar="DATA", help="folder of the data; its clips are replaced"
+        "--output",
+        type=pathlib.Path,
+        required=True,
+        metavar="DATA",
+        help="folder of the data set; its clips are replaced",
     )
-    parser.add_argument(
-        "--cache", type=pathlib.Path, help="folder that keeps the packages (default: beside DATA, as DATA.cache)"
-    )
+    parser.add_argument("--cache", type=pathlib.Path, help="folder of the packages (default: DATA.cache)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
     args = parser.parse_args(argv)
     try:

@@ -1,10 +1,10 @@
-"""Measure a run's best checkpoint on the test split and write it as the model that ships with the package.
+"""Evaluate a run's best checkpoint on the test split and write it as the model that ships with the package.
 
     python tools/ship_sounds_tiny.py RUN/best DATA [--output ast_jax/models/sounds-tiny]
 
-The test split holds recordings of packages that training never touched. Its figures go to the terminal as a Markdown
-table and, with the sources and licences of the data, into the checkpoint's metadata; the parameters go to disk in half
-precision, and it is those that are measured.
+The test split has recordings of packages that are not in the training split. Prints the results as a Markdown table and
+writes them, with the sources and licences of the data, to the checkpoint's metadata. Parameters are written in float16;
+the results are those of the float16 parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_rows(folder: pathlib.Path) -> dict[str, dict[str, str]]:
 
 
 def figures(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, object]:
-    """Return average precision and positives of each class that has both kinds of clips, and their mean."""
+    """Return average precision and number of positives of each class with positives and negatives, and the mAP."""
     precisions = metrics.average_precisions(logits, labels)
     by_class = {
         name: {"average_precision": round(float(value), 4), "positives": int(count)}
@@ -45,7 +45,7 @@ def figures(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> d
 
 
 def measure(checkpoint: ast_jax.Checkpoint, folder: pathlib.Path) -> dict[str, dict[str, object]]:
-    """Return the figures for each condition of the test split."""
+    """Return the results for each condition of the test split."""
     rows = read_rows(folder)
     examples = datasets.read_dataset(folder).reordered(checkpoint.config.labels).splits["test"]
     conditions = np.array([rows[example.path.relative_to(folder).as_posix()]["condition"] for example in examples])
@@ -57,20 +57,20 @@ def measure(checkpoint: ast_jax.Checkpoint, folder: pathlib.Path) -> dict[str, d
 
 
 def sources(folder: pathlib.Path) -> list[dict[str, object]]:
-    """Return, for each source of the data, its licences and its clips in each split."""
+    """Return for each source of the data its licences and its number of clips by split."""
     clips: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     licences: dict[str, set[str]] = collections.defaultdict(set)
     for row in read_rows(folder).values():
         names = row["source"].split("+")
         for name in names:
             clips[name][row["split"]] += 1
-        if len(set(names)) == 1:  # a mixture's licences are its parts'
+        if len(set(names)) == 1:  # a mixture's licence is that of its parts
             licences[names[0]].add(row["license"])
     return [{"package": name, "licences": sorted(licences[name]), "clips": dict(clips[name])} for name in sorted(clips)]
 
 
 def origin(metadata: str | dict[str, object]) -> str | dict[str, object]:
-    """Return what is to be known of the model that training began with: "scratch", or how that one was trained."""
+    """Return the provenance of the initial model: "scratch", or its training metadata."""
     if isinstance(metadata, str):
         return metadata
     kept = {key: metadata[key] for key in ("name", "trained_by", "training", "epoch") if key in metadata}
@@ -78,7 +78,7 @@ def origin(metadata: str | dict[str, object]) -> str | dict[str, object]:
 
 
 def table(results: dict[str, dict[str, object]], names: tuple[str, ...]) -> str:
-    """Return the figures as a Markdown table."""
+    """Return the results as a Markdown table."""
     lines = [
         "| label | " + " | ".join(f"{c} ({results[c]['clips']} clips)" for c in CONDITIONS) + " |",
         "|---|---|---|",
@@ -95,15 +95,15 @@ def table(results: dict[str, dict[str, object]], names: tuple[str, ...]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=pathlib.Path, help="the run's best checkpoint")
-    parser.add_argument("data", type=pathlib.Path, help="the data set's folder, with manifest.csv")
+    parser.add_argument("checkpoint", type=pathlib.Path, help="best checkpoint of the run")
+    parser.add_argument("data", type=pathlib.Path, help="folder of the data set, with manifest.csv")
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="folder to write (default: %(default)s)")
     arguments = parser.parse_args()
 
     trained = ast_jax.load(arguments.checkpoint)
     half = jax.tree.map(lambda leaf: leaf.astype(np.float16), trained.params)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(half)):
-        parser.error("a parameter is too large for half precision")
+        parser.error("a parameter exceeds the range of float16")
     measured = trained.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
     results = measure(measured, arguments.data)
     print(table(results, trained.config.labels))

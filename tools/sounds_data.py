@@ -1,13 +1,11 @@
-"""Fetch, cut, label and mix the sounds that `sounds-tiny` is trained on.
+"""Fetch, cut, label and mix the training data of `sounds-tiny`.
 
     python tools/sounds_data.py fetch --cache CACHE
     python tools/sounds_data.py build --cache CACHE --output DATA
 
-`fetch` downloads the Debian packages named in sounds_sources.toml (with
-`apt-get download`) and unpacks them under CACHE; what is there already is
-kept. `build` cuts the recordings into clips of at most 2.575 s at 16 kHz and
-writes DATA/clips/**.flac and DATA/manifest.csv. The same cache, sources and
-seed give the same data.
+`fetch` downloads the Debian packages of tools/sounds/sources.toml (with `apt-get download`) and unpacks them in CACHE;
+packages that are there already are not fetched again. `build` cuts the recordings into clips of at most 2.575 s at
+16 kHz and writes DATA/clips/**.flac and DATA/manifest.csv. The same cache, sources and seed give the same data.
 """
 
 from __future__ import annotations
@@ -24,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import sounds_synth as synth
 import soxr
-from sounds_cut import LENGTH, SHORTEST, SOUNDFONT, SPLITS, DataError, Take, cuts, read_takes
-from sounds_synth import RATE, Rng
+from sounds import synth
+from sounds.cut import LENGTH, SHORTEST, SOUNDFONT, SPLITS, DataError, Take, cuts, read_takes
+from sounds.synth import RATE, Rng
 
 SYNTHETIC = "synthetic"
-FREE = "CC0-1.0"  # what this project puts its own synthesised sounds under
+FREE = "CC0-1.0"  # licence of synthesised sounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Clip:
 
 
 def generator(seed: int, *names: str) -> Rng:
-    """A random generator that depends only on the seed and the names."""
+    """Return a random generator seeded by the seed and the names."""
     return np.random.default_rng([seed, *(zlib.crc32(name.encode()) for name in names)])
 
 
@@ -54,7 +52,7 @@ def generator(seed: int, *names: str) -> Rng:
 
 
 def fetch_package(package: str, cache: Path) -> None:
-    """Download and unpack one Debian package unless the cache has it."""
+    """Download and unpack a Debian package, unless it is in the cache."""
     root = cache / "root" / package
     if root.is_dir():
         return
@@ -76,7 +74,7 @@ def fetch_package(package: str, cache: Path) -> None:
 
 
 def fetch(cache: Path) -> None:
-    """Bring every package of the table of sources into the cache."""
+    """Fetch every package of the table of sources into the cache."""
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise DataError(f"{tool} not found: fetch needs a Debian system")
@@ -90,7 +88,7 @@ def fetch(cache: Path) -> None:
 
 
 def place(wave: np.ndarray, rng: Rng) -> np.ndarray:
-    """A short sound at a random time of a full clip, over very low noise."""
+    """Return a short sound, as it is or at a random time of a full clip over a low noise floor."""
     if len(wave) < SHORTEST:
         wave = np.pad(wave, (0, SHORTEST - len(wave)))
     if len(wave) >= LENGTH or rng.random() < 0.4:
@@ -103,7 +101,7 @@ def place(wave: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def finish(wave: np.ndarray, take: Take, rng: Rng) -> np.ndarray:
-    """A segment as a clip: placed, for training sometimes degraded, at a random level."""
+    """Return a segment as a clip: placed, in training sometimes degraded, at a random level."""
     if "Silence" in take.labels:
         return wave[:LENGTH]
     wave = place(synth.at_peak(wave, -1.0), rng)
@@ -113,10 +111,10 @@ def finish(wave: np.ndarray, take: Take, rng: Rng) -> np.ndarray:
 
 
 def real_clips(take: Take, cache: Path, seed: int) -> list[Clip]:
-    """The clips of one take.
+    """Return the clips of a take.
 
-    Where a take has fewer segments than wanted clips, its segments are used
-    again at other times and levels: up to 12 times in training, 3 elsewhere.
+    If a take has fewer segments than `clips`, they are reused at other times and levels: up to 12 times in training, 3
+    times in the other splits.
     """
     rng = generator(seed, take.package, take.split, *take.labels, *take.files)
     pieces = []
@@ -141,9 +139,9 @@ def real_clips(take: Take, cache: Path, seed: int) -> list[Clip]:
 
 
 def varied(wave: np.ndarray, take: Take, rng: Rng) -> np.ndarray:
-    """A training segment played slower or faster, which moves its pitch: speech and music little, effects much.
+    """Return a training segment at a random speed, pitch included: up to 12 % for speech and music, else 60 %.
 
-    A few recordings have to stand for all sirens, beeps and telephones there are.
+    There are few different recordings of sirens, beeps and telephones.
     """
     if take.split != "train" or "Silence" in take.labels or rng.random() < 0.25:
         return wave
@@ -164,7 +162,7 @@ MAKERS: tuple[tuple[Callable[[Rng, int], np.ndarray], tuple[str, ...], tuple[int
 
 
 def synthetic_clips(seed: int) -> list[Clip]:
-    """The clips that nobody recorded."""
+    """Return the synthesised clips."""
     clips = []
     for make, labels, counts in MAKERS:
         for split, count in zip(SPLITS, counts, strict=True):
@@ -180,17 +178,17 @@ def synthetic_clips(seed: int) -> list[Clip]:
 
 
 def fit(wave: np.ndarray, length: int, rng: Rng) -> np.ndarray:
-    """`wave` looped from a random start to `length` samples."""
+    """Return `wave` looped from a random start to `length` samples."""
     return np.roll(np.resize(wave, length), int(rng.integers(length)))
 
 
-FAINT = 12.0  # dB: many an old recording has a hiss so far below its sound, and nobody would tag it as Noise
+FAINT = 12.0  # dB: fainter noise, such as the hiss of old recordings, is not labelled Noise
 
 
 def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Clip:
-    """`front` over `back`, `snr` dB apart, with the labels of both; noise that is faint beside the front gives none."""
+    """Mix `front` with `back` at `snr` dB; the clip has the labels of both, but faint noise adds none."""
     wave = front.wave
-    heard = () if back.labels == ("Noise",) and snr > FAINT else back.labels
+    back_labels = () if back.labels == ("Noise",) and snr > FAINT else back.labels
     if len(wave) < LENGTH and condition == "mixture" and (front.split != "train" or rng.random() < 0.6):
         padded = np.zeros(LENGTH, np.float32)
         start = int(rng.integers(0, LENGTH - len(wave) + 1))
@@ -202,7 +200,7 @@ def mixture(front: Clip, back: Clip, snr: float, condition: str, rng: Rng) -> Cl
         mixed = synth.at_peak(mixed, rng.uniform(-18, 0))
     return Clip(
         mixed,
-        tuple(dict.fromkeys(front.labels + heard)),
+        tuple(dict.fromkeys(front.labels + back_labels)),
         front.split,
         condition,
         "+".join(dict.fromkeys((front.source, back.source))),
@@ -219,12 +217,12 @@ MIXTURES: tuple[tuple[str, str, tuple[float, float], tuple[int, int, int]], ...]
     ("effect", "Speech", (-3.0, 12.0), (300, 20, 0)),
     ("effect", "Noise", (0.0, 20.0), (3300, 72, 0)),
 )
-OTHER = ""  # stands for clips without any of the labels
+OTHER = ""  # clips without labels
 EFFECTS = ("Percussion;Drum", "Percussion;Cymbal", "Percussion", "Siren;Alarm", "Alarm", OTHER)
 
 
 def mixtures(clips: list[Clip], seed: int) -> list[Clip]:
-    """Mixtures of two clips of the same split, the front one chosen evenly by label."""
+    """Return mixtures of two clips of the same split, with effects balanced by label."""
     mixed = []
     for front, back, (low, high), counts in MIXTURES:
         for split, count in zip(SPLITS, counts, strict=True):
@@ -249,7 +247,7 @@ def mixtures(clips: list[Clip], seed: int) -> list[Clip]:
 
 
 def noisy_copies(clips: list[Clip], seed: int) -> list[Clip]:
-    """The test's clips once more with noise 10 dB below: half fresh, half recorded."""
+    """Return the test clips mixed with noise at 10 dB: half of it synthesised, half recorded."""
     rng = generator(seed, "noisy")
     noises = [c for c in clips if c.split == "test" and c.labels == ("Noise",) and c.source != SYNTHETIC]
     copies = []
@@ -265,11 +263,11 @@ def noisy_copies(clips: list[Clip], seed: int) -> list[Clip]:
 # ------------------------------------------------------------------ build
 
 
-UNTAUGHT = "Cymbal"  # a kind that mixtures take their share of, but no label: in validation, claps pass for cymbals
+UNTAUGHT = "Cymbal"  # balances the mixtures but is not written: on the validation split claps were taken for cymbals
 
 
 def write(clips: list[Clip], output: Path) -> None:
-    """Write the clips and, last and whole, the manifest."""
+    """Write the clips and then, atomically, the manifest."""
     shutil.rmtree(output / "clips", ignore_errors=True)
     rows = []
     for number, clip in enumerate(clips):
@@ -287,7 +285,7 @@ def write(clips: list[Clip], output: Path) -> None:
 
 
 def report(clips: list[Clip]) -> None:
-    """Print how many clips each label has in each split."""
+    """Print the number of clips by label and split."""
     print(f"{'label':14s}" + "".join(f"{split:>12s}" for split in SPLITS))
     for label in sorted({label for clip in clips for label in clip.labels}):
         counts = [sum(label in c.labels and c.split == split for c in clips) for split in SPLITS]
@@ -296,7 +294,7 @@ def report(clips: list[Clip]) -> None:
 
 
 def build(cache: Path, output: Path, seed: int) -> None:
-    """Make the whole data set."""
+    """Build the data set."""
     clips: list[Clip] = []
     for take in read_takes():
         made = real_clips(take, cache, seed)
@@ -316,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("fetch", help="download and unpack the packages (3 GB, 7.5 GB on disk)")
     two = commands.add_parser("build", help="cut, label and mix the clips (two or three minutes)")
     for command in (one, two):
-        command.add_argument("--cache", type=Path, required=True, help="folder that keeps the packages")
+        command.add_argument("--cache", type=Path, required=True, help="folder of the packages")
     two.add_argument(
         "--output",
         type=Path,

@@ -1,10 +1,10 @@
-"""Train the teacher of `sounds-tiny`: small convolutional networks, written as one program for `finetune --teacher`.
-
-Convolutions share what they learn over time and pitch, which a transformer must learn from data: on a data set of this
-size they do better, and a transformer that learns from their scores does better than one that has the labels alone
-(Gong et al. 2022, CMKD). Nothing of the test split is read.
+"""Train the teacher of `sounds-tiny`: an ensemble of small CNNs, exported as one program for `finetune --teacher`.
 
     python tools/sounds_teacher.py DATA TEACHER.stablehlo --epochs 14
+
+CNNs are equivariant to shifts in time and frequency, which a transformer must learn from data: on a small data set they
+are more accurate, and a transformer distilled from them is more accurate than one trained on labels only (Gong et al.
+2022, CMKD). The test split is not used.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from ast_jax.training.config import TrainConfig
 
 CHANNELS = (24, 48, 96, 128)
 AUGMENTATION = TrainConfig(batch_size=64, mixup=0.4, frequency_shift=4, time_shift=20)
-FREQUENCY_MASK, TIME_MASK = 24, 48  # upper bounds; the mean is written, so that nothing stands out
-MIXED = 0.95  # the target of a label that mixup brings in, whatever its share
-FLOOR = -15.9  # log-mel of digital silence: what follows a short sound
-BANDS = (0, 32, 64, 96, 127)  # mel bins at which the random equaliser is drawn
+FREQUENCY_MASK, TIME_MASK = (
+    24,
+    48,
+)  # maximum widths; applied after normalisation: masked values are the mean
+MIXED = 0.95  # target of a label from mixup, whatever its weight
+FLOOR = -15.9  # log-mel of digital silence, which pads short sounds
+BANDS = (0, 32, 64, 96, 127)  # mel bins of the random equaliser's control points
 
 
 class Network(nn.Module):
@@ -49,7 +52,7 @@ class Network(nn.Module):
         hidden = nn.avg_pool(spec[..., None], (2, 2), (2, 2))  # [B, T/2, F/2, 1]
         for number, channels in enumerate(CHANNELS):
             hidden = nn.Conv(channels, (3, 3), (2, 2), kernel_init=nn.initializers.he_normal())(hidden)
-            if number:  # the first layer sees the level, and each example is by itself
+            if number:  # not after the first layer, which keeps the level
                 hidden = nn.GroupNorm(num_groups=1)(hidden)
             hidden = nn.relu(hidden)
         hidden = hidden.mean(2)  # [B, T/32, 128]
@@ -57,7 +60,7 @@ class Network(nn.Module):
 
 
 def disturb(key: jax.Array, spec: jax.Array) -> jax.Array:
-    """Mask normalised features [B, T, F], and change their level and, smoothly over the bins, their colour."""
+    """Augment normalised features [B, T, F]: SpecAugment, random gain, and a random smooth equaliser."""
     level_key, band_key, mask_key = jax.random.split(key, 3)
     mask = functools.partial(augment.mask_spec, frequency_mask=FREQUENCY_MASK, time_mask=TIME_MASK)
     spec = jax.vmap(mask)(jax.random.split(mask_key, len(spec)), spec)
@@ -67,13 +70,13 @@ def disturb(key: jax.Array, spec: jax.Array) -> jax.Array:
 
 
 def main() -> None:
-    """Train, say the validation's mAP after every epoch, and write the mean of the networks as a program."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=pathlib.Path, help="folder that sounds_data.py built")
-    parser.add_argument("output", type=pathlib.Path, help="the program, *.stablehlo")
-    parser.add_argument("--epochs", type=int, default=14)
-    parser.add_argument("--networks", type=int, default=2, help="how many, each from its own start")
-    parser.add_argument("--seed", type=int, default=0)
+    """Train, print the validation mAP after every epoch, and export the mean of the networks' logits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=pathlib.Path, help="folder of the data set that sounds_data.py built")
+    parser.add_argument("output", type=pathlib.Path, help="file to write, *.stablehlo")
+    parser.add_argument("--epochs", type=int, default=14, help="number of epochs (default: %(default)s)")
+    parser.add_argument("--networks", type=int, default=2, help="size of the ensemble (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     options = parser.parse_args()
     dataset = datasets.read_dataset(options.data, options.seed)
     examples, labels, size = dataset.splits["train"], dataset.labels, AUGMENTATION.batch_size

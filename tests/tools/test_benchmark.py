@@ -1,4 +1,4 @@
-"""The benchmark: what it says has moved, that it refuses to time results that differ, and that every command runs."""
+"""The benchmark: significant changes, disagreeing results, and a run of every command."""
 
 import json
 import pathlib
@@ -23,50 +23,50 @@ def row(contender, median, spread=0.02, case="forward"):
     }  # fmt: skip
 
 
-def test_only_what_is_beyond_the_spread_has_moved(tools):
-    import bench_report
+def test_only_changes_beyond_the_spread_are_listed(tools):
+    from bench import report
 
     old = {("forward", name): row(name, 1.0) for name in ("ast_jax", "PyTorch")}
     lines = {
-        (1.03, 1.0): [], (0.97, 1.0): [], (1.10, 1.0): [(True, "forward: ast_jax takes +10% of the time before")],
-        (0.80, 1.0): [(False, "forward: ast_jax takes -20% of the time before")],
-        (1.0, 1.3): [(False, "forward: PyTorch takes +30% of the time before")],
+        (1.03, 1.0): [], (0.97, 1.0): [], (1.10, 1.0): [(True, "forward: ast_jax takes 10% more time")],
+        (0.80, 1.0): [(False, "forward: ast_jax takes 20% less time")],
+        (1.0, 1.3): [(False, "forward: PyTorch takes 30% more time")],
     }  # fmt: skip
     for (ours, theirs), expected in lines.items():
-        assert list(bench_report.moved(old, [row("ast_jax", ours), row("PyTorch", theirs)])) == expected
+        assert list(report.changes(old, [row("ast_jax", ours), row("PyTorch", theirs)])) == expected
     wide = [row("ast_jax", 1.10, 0.2)]
-    assert list(bench_report.moved(old, wide)) == [], "quartiles that overlap"
-    assert list(bench_report.moved(old, [row("ast_jax", 9.0, case="another")])) == []
+    assert list(report.changes(old, wide)) == [], "quartiles that overlap"
+    assert list(report.changes(old, [row("ast_jax", 9.0, case="another")])) == []
     narrow = {("forward", "ast_jax"): row("ast_jax", 1.0, 0.001)}
-    assert list(bench_report.moved(narrow, [row("ast_jax", 1.02, 0.001)])) == [], "less than a busy machine's noise"
+    assert list(report.changes(narrow, [row("ast_jax", 1.02, 0.001)])) == [], "less than a busy machine's noise"
 
 
-def test_numbers_are_written_and_compared(tools, tmp_path, capsys):
-    import bench_report
+def test_results_are_written_and_compared(tools, tmp_path, capsys):
+    from bench import report
 
-    bench_report.finish([row("ast_jax", 1.0)], "here", tmp_path / "old.json", None, more=1)
+    report.finish([row("ast_jax", 1.0)], "here", tmp_path / "old.json", None, more=1)
     assert json.loads((tmp_path / "old.json").read_text())["more"] == 1
-    bench_report.finish([row("ast_jax", 1.01)], "here", None, tmp_path / "old.json")
-    assert "nothing has moved beyond the spread" in capsys.readouterr().out
+    report.finish([row("ast_jax", 1.01)], "here", None, tmp_path / "old.json")
+    assert "no change beyond the spread" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
-        bench_report.finish([row("ast_jax", 2.0)], "there", None, tmp_path / "old.json")
+        report.finish([row("ast_jax", 2.0)], "there", None, tmp_path / "old.json")
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
     assert "is of another machine: here" in printed
-    assert "ast_jax takes +100% of the time before" in printed
+    assert "ast_jax takes 100% more time" in printed
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(SystemExit, match="expected numbers that --json wrote"):
-        bench_report.finish([row("ast_jax", 2.0)], "here", None, tmp_path / "bad.json")
+    with pytest.raises(SystemExit, match="expected results that --json wrote"):
+        report.finish([row("ast_jax", 2.0)], "here", None, tmp_path / "bad.json")
 
 
 def test_results_that_differ_are_not_timed(tools):
-    import bench_worker
+    from bench import worker
 
     good = {"one": np.array([1.0, 2.0]), "other": np.array([1.0, 2.0001])}
-    assert bench_worker.check_agreement(good, 1e-3)["other"] == pytest.approx(5e-5)
+    assert worker.check_agreement(good, 1e-3)["other"] == pytest.approx(5e-5)
     for wrong in (np.array([1.0, 2.1]), np.array([1.0, np.nan])):
         with pytest.raises(SystemExit, match="do not agree"):
-            bench_worker.check_agreement({**good, "wrong": wrong}, 1e-3)
+            worker.check_agreement({**good, "wrong": wrong}, 1e-3)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The tool that renders the data set of instruments, and the schedule of the comparison made on it."""
+"""The tool that renders the data set of instruments, and the comparison of fine-tuning on it."""
 
 import dataclasses
 import itertools
@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # where the tools find each other
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # as for a script in that folder
 
 import compare_finetuning
 import instruments_data as tool
-import sounds_cut
+from sounds import cut
 
 from ast_jax.training.config import TrainConfig
 from ast_jax.training.optimizers import learning_rate_schedule
@@ -29,11 +29,11 @@ def noise(seed, length=4000):
 # ---------------------------------------------------------------- sources
 
 
-def test_what_the_shipped_model_heard_is_in_training_only():
-    heard = {take.package for take in sounds_cut.read_takes()} | {sounds_cut.SOUNDFONT.split("/")[0]}
-    assert {source.split for source in tool.SOURCES if source.package in heard} == {"train"}
+def test_sources_of_the_shipped_model_are_in_training_only():
+    shipped = {take.package for take in cut.read_takes()} | {cut.SOUNDFONT.split("/")[0]}
+    assert {source.split for source in tool.SOURCES if source.package in shipped} == {"train"}
     assert len({source.package for source in tool.SOURCES}) == len(tool.SOURCES)
-    assert {source.split for source in tool.SOURCES} == set(sounds_cut.SPLITS)
+    assert {source.split for source in tool.SOURCES} == set(cut.SPLITS)
 
 
 def riff(name, *parts):
@@ -42,7 +42,7 @@ def riff(name, *parts):
 
 
 def soundfont(samples, instruments, presets):
-    """A SoundFont 2 file: recordings, lists of their indices, and (program, bank, indices of instruments)."""
+    """Return a SoundFont 2 file of recordings, instruments (indices of recordings) and (program, bank, instruments)."""
     ends = np.cumsum([0, *map(len, samples)]).tolist()
     shdr = [struct.pack("<20sIIIIIBbHH", b"", a, b, 0, 0, 16000, 60, 0, 0, 1) for a, b in itertools.pairwise(ends)]
     zones = {"p": [number for *_, number in presets], "i": instruments}
@@ -99,7 +99,7 @@ def test_patch_recordings_of_every_kind(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_fingerprint_is_that_of_any_part_and_of_nothing_else():
+def test_parts_of_a_recording_share_its_fingerprint_and_others_do_not():
     wave = noise(1, 20_000)
     marks = tool.fingerprint(wave)
     assert 0.8 < len(marks) / (len(wave) / 16) < 1.2  # binomial: 1250 ± 34
@@ -125,7 +125,7 @@ def test_a_recording_in_two_splits_is_refused():
 
 
 @pytest.mark.parametrize("label", tool.INSTRUMENTS)
-def test_notes_are_the_instruments_and_end_in_time(label):
+def test_notes_are_in_the_range_and_end_in_time(label):
     rng = np.random.default_rng(0)
     kinds = set()
     for low, high in tool.INSTRUMENTS[label].values():
@@ -157,7 +157,7 @@ def test_variable_lengths_of_the_midi_specification():
 
 
 def read_midi(content):
-    """(ms, message) of every event but the last, the end of track."""
+    """Return (ms, message) of every event but the last, the end of track."""
     kind, size, form, tracks, division = struct.unpack(">4sIHHH", content[:14])
     assert (kind, size, form, tracks) == (b"MThd", 6, 0, 1)
     assert struct.unpack(">4sI", content[14:22]) == (b"MTrk", len(content) - 22)
@@ -187,16 +187,16 @@ def test_midi_plays_each_clip_in_its_slot():
         mine = [(when - begin, message) for when, message in events if begin <= when < begin + tool.SLOT]
         assert mine[0] == (0, bytes([0xC0, clip.program]))
         assert mine[-1] == (tool.CUT_OFF, bytes([0xB0, 120, 0]))
-        sounding, heard = {}, []
+        sounding, played = {}, []
         for when, message in mine[1:-1]:  # a pitch ends before it begins again
             if message[0] == 0x90:
                 assert message[1] not in sounding
                 sounding[message[1]] = when, message[2]
             else:
                 start, velocity = sounding.pop(message[1])
-                heard.append(tool.Note(start, when, message[1], velocity))
+                played.append(tool.Note(start, when, message[1], velocity))
         assert not sounding
-        assert sorted(heard, key=lambda note: (note.start, note.pitch)) == list(clip.notes)
+        assert sorted(played, key=lambda note: (note.start, note.pitch)) == list(clip.notes)
 
 
 def test_finished_clips_keep_their_length_and_have_a_level():

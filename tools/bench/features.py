@@ -1,6 +1,6 @@
-"""The contenders of `benchmark.py features`: log-mel features of the same waveforms, not normalised.
+"""Contenders of `benchmark.py features`: log-mel features of the same waveforms, not normalised.
 
-`waveforms` is a file with float32 samples [B, S] in [-1, 1] at 16 kHz.
+`waveforms` is a NumPy file of float32 samples [B, S] in [-1, 1] at 16 kHz.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SAMPLING_RATE = 16000
 
 
 def numpy_fbank(waveforms: str) -> Work:
-    """Run the filter bank."""
+    """Run `fbank` in NumPy."""
     import ast_jax
 
     clips = np.load(waveforms)
@@ -26,7 +26,7 @@ def numpy_fbank(waveforms: str) -> Work:
 
 
 def numpy_extractor(waveforms: str) -> Work:
-    """Run the extractor on the whole batch."""
+    """Run the feature extractor on the whole batch, in NumPy."""
     import ast_jax
 
     clips = np.load(waveforms)
@@ -35,7 +35,7 @@ def numpy_extractor(waveforms: str) -> Work:
 
 
 def jitted_fbank(waveforms: str) -> Work:
-    """Run the filter bank on the device, the whole batch at once."""
+    """Run jitted `fbank` on the whole batch."""
     import jax
 
     import ast_jax
@@ -46,9 +46,9 @@ def jitted_fbank(waveforms: str) -> Work:
 
 
 def torchaudio_fbank(waveforms: str) -> Work:
-    """Run torchaudio's filter bank with the original's settings, clip by clip.
+    """Run torchaudio's Kaldi fbank with the original's settings, clip by clip.
 
-    The package need not load beside this PyTorch: its one pure-Python file is imported without its `__init__`.
+    Only its pure-Python module is imported: the package itself does not load with every build of PyTorch.
     """
     import torch
 
@@ -74,7 +74,7 @@ def torchaudio_fbank(waveforms: str) -> Work:
 
 
 def transformers_extractor(waveforms: str) -> Work:
-    """Run transformers' extractor in NumPy, as it does where torchaudio is not installed."""
+    """Run transformers' feature extractor in NumPy, as it does without torchaudio."""
     name = "transformers.models.audio_spectrogram_transformer.feature_extraction_audio_spectrogram_transformer"
     sys.modules["torchaudio"] = None  # type: ignore[assignment]  # as if it were not installed
     module = importlib.import_module(name)
@@ -85,7 +85,7 @@ def transformers_extractor(waveforms: str) -> Work:
 
 
 def write_waveforms(path: pathlib.Path, batch: int, seconds: float) -> None:
-    """Write clips of noise and tones."""
+    """Write clips of tones with noise."""
     rng = np.random.default_rng(0)
     time = np.arange(int(seconds * SAMPLING_RATE)) / SAMPLING_RATE
     tones = np.sin(2 * np.pi * rng.uniform(100, 7000, (batch, 1)) * time)

@@ -1,22 +1,22 @@
-"""What `benchmark.py cold-start` and `files` run: whole commands on files, as a user starts them."""
+"""Commands, files and measurements of `benchmark.py cold-start` and `files`."""
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from bench.worker import elapsed, num_cores
+
 PIPELINE = """
 import importlib.util, sys
 spec = importlib.util.find_spec("torchaudio")
-if spec:  # one that does not load beside this PyTorch is no reason to fail: its filter bank is pure Python
+if spec:  # transformers uses its pure-Python fbank only; the package does not load with every build of PyTorch
     sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
 import soundfile
 from transformers import pipeline
@@ -24,12 +24,12 @@ samples, rate = soundfile.read(sys.argv[2], dtype="float32")
 found = pipeline("audio-classification", model=sys.argv[1])({"raw": samples, "sampling_rate": rate})
 print(found[0]["label"])
 """
-DIFFERENT = 50  # files that are made; the rest of a folder are links to them
+DIFFERENT = 50  # files that are written; the others of a folder are hard links to them
 SECONDS, RATE = 2.5, 44100  # one window of the shipped model
 
 
 def write_models(ours: pathlib.Path, theirs: pathlib.Path) -> None:
-    """Write a model of the shipped one's size with random weights, but patches as transformers has them, for both."""
+    """Write a model of the shipped one's size with random weights and square patches for ast_jax and transformers."""
     import jax
 
     import ast_jax
@@ -38,24 +38,24 @@ def write_models(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     config = shipped.config.replace(patch_size=16, frequency_stride=16, time_stride=16)
     params = jax.device_get(ast_jax.init(jax.random.key(0), config))
     kernel = np.random.default_rng(0).standard_normal((config.hidden_size, config.num_labels), np.float32)
-    params["classifier"]["dense"]["kernel"] = kernel  # so that the labels differ clearly
+    params["classifier"]["dense"]["kernel"] = kernel  # large, so that the scores differ clearly
     checkpoint = shipped.replace(params=params, config=config)
     ast_jax.save(ours, checkpoint)
     ast_jax.to_torch(checkpoint, theirs)
 
 
 def classify_command(*arguments: Any) -> list[str]:
-    """Return the command that classifies."""
+    """Return an `ast-jax classify` command."""
     return [sys.executable, "-m", "ast_jax.cli.main", "classify", *map(str, arguments)]
 
 
 def pipeline_command(model: pathlib.Path, sound: pathlib.Path) -> list[str]:
-    """Return the command that has transformers' pipeline name the first label."""
+    """Return a command that prints the top label of transformers' pipeline."""
     return [sys.executable, "-W", "ignore", "-c", PIPELINE, str(model), str(sound)]
 
 
 def run(command: list[str], **environment: str) -> tuple[float, str, int]:
-    """Run a command; return its seconds from start to end, what it printed, and its peak memory in bytes."""
+    """Run a command; return its seconds of wall time, its stdout, and its peak memory in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment}
@@ -66,12 +66,12 @@ def run(command: list[str], **environment: str) -> tuple[float, str, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)[:200]}: ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(command)[:200]}: exit status {process.returncode}")
     return seconds, printed, used.ru_maxrss * 1024
 
 
 def write_sounds(folder: pathlib.Path, count: int) -> None:
-    """Write FLAC files of 2.5 s of stereo at 44.1 kHz: tones and noise, the first ones linked over and over."""
+    """Write FLAC files of 2.5 s in stereo at 44.1 kHz, tones with noise; beyond the first `DIFFERENT`, hard links."""
     import soundfile
 
     folder.mkdir()
@@ -87,11 +87,14 @@ def write_sounds(folder: pathlib.Path, count: int) -> None:
 
 
 def measure_parts(folder: str, rounds: int) -> dict[str, Any]:
-    """Return the seconds a file of its parts, decoding by one thread and the device's work, and of all together.
+    """Return the seconds per file of decoding in one thread, of the model, and of both together in `analyze_each`.
 
     Args:
-        folder: with sounds.
-        rounds: how often each is measured, in turn.
+        folder: folder of audio files.
+        rounds: number of measurements of each, in turn.
+
+    Returns:
+        "seconds", lists by "decode", "compute" and "together"; "cores"; "platform" of JAX.
     """
     import jax
 
@@ -125,22 +128,5 @@ def measure_parts(folder: str, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, function in work.items():
-            seconds[name].append(_seconds(function) / len(paths))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"seconds": seconds, "cores": cores, "platform": jax.default_backend()}
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def in_process(function: str, *arguments: Any) -> dict[str, Any]:
-    """Call a function of this module in a process of its own and return what it returned."""
-    command = [sys.executable, __file__, function, json.dumps(arguments)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-if __name__ == "__main__":
-    print(json.dumps({"measure_parts": measure_parts}[sys.argv[1]](*json.loads(sys.argv[2]))))
+            seconds[name].append(elapsed(function) / len(paths))
+    return {"seconds": seconds, "cores": num_cores(), "platform": jax.default_backend()}

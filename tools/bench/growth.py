@@ -1,30 +1,28 @@
-"""What `benchmark.py growth` measures and draws: time and memory by the length of a clip and the size of a batch."""
+"""Measurement and figure of `benchmark.py growth`: time and memory by clip length and batch size."""
 
 from __future__ import annotations
 
-import json
 import pathlib
-import resource
-import subprocess
-import sys
 import time
 from typing import Any
 
+from bench.worker import peak_rss
+
 SECONDS = (1, 3, 10, 30, 100, 300)
 BATCHES = (1, 2, 4, 8, 16, 32)
-BATCH_SECONDS = 3  # of the clips in batches
+BATCH_SECONDS = 3  # length of a clip when the batch size varies
 FRAMES_A_SECOND = 100
 
 
 def measure(preset: str, seconds: float, batch: int, backward: bool, rounds: int) -> dict[str, Any]:
-    """Return tokens, the seconds of a run (the fastest of some), what the compiler sets aside, and the peak, in bytes.
+    """Return the number of tokens, the seconds of the fastest run, temporary memory and peak memory in bytes.
 
     Args:
-        preset: the architecture.
-        seconds: of a clip, in one piece.
-        batch: clips.
-        backward: whether the gradient of every parameter is computed, or the logits.
-        rounds: runs after the first.
+        preset: name of the architecture.
+        seconds: length of a clip, one window.
+        batch: batch size.
+        backward: compute the gradient with respect to every parameter instead of the logits.
+        rounds: runs after the first one.
     """
     import jax
     import numpy as np
@@ -49,24 +47,18 @@ def measure(preset: str, seconds: float, batch: int, backward: bool, rounds: int
     return {
         "preset": preset, "clip_seconds": seconds, "batch": batch, "backward": backward, "tokens": config.num_tokens,
         "seconds": min(taken[1:] or taken), "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_rss(),
     }  # fmt: skip
 
 
-def in_process(*arguments: Any) -> dict[str, Any]:
-    """Measure in a process of its own, whose peak is of this alone."""
-    command = [sys.executable, __file__, json.dumps(arguments)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def draw(rows: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
-    """Write a PNG: time and memory, by the length of a clip and by the size of a batch."""
+    """Write a PNG figure of time and memory by clip length and by batch size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.4), dpi=120, layout="constrained")
     panels = figure.subplots(2, 2)
     kinds = {
-        "clip_seconds": ("seconds of sound in one piece", [row for row in rows if row["batch"] == 1]),
+        "clip_seconds": ("clip length, s", [row for row in rows if row["batch"] == 1]),
         "batch": (
             f"clips of {BATCH_SECONDS} s in a batch",
             [row for row in rows if row["clip_seconds"] == BATCH_SECONDS],
@@ -74,7 +66,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
     }
     for column, (name, (label, chosen)) in enumerate(kinds.items()):
         for row, (value, what, scale) in enumerate(
-            (("seconds", "seconds", 1), ("temporary_bytes", "MiB beside parameters and input", 1 << 20))
+            (("seconds", "seconds", 1), ("temporary_bytes", "temporary memory, MiB", 1 << 20))
         ):
             axes = panels[row, column]
             for backward, color in ((False, "#0072B2"), (True, "#D55E00")):
@@ -89,7 +81,3 @@ def draw(rows: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
     panels[0, 0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, format="png")
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(*json.loads(sys.argv[1]))))

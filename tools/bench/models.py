@@ -1,7 +1,7 @@
-"""The contenders of `benchmark.py forward`, `train` and `gpu`: the same weights and input in every library.
+"""Contenders of `benchmark.py forward`, `train` and `gpu`: the same weights and input in every library.
 
-`folder` has a model as transformers saves it, `inputs` a file with spectrograms [B, T, F]. PyTorch's contenders take
-the device by its name there, "cpu" or "cuda"; ours run on whatever JAX runs on.
+`folder` is a model in transformers' format, `inputs` a NumPy file of features [B, T, F]. PyTorch contenders take the
+name of their device, "cpu" or "cuda"; ast_jax runs on JAX's default device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Work = Callable[[], np.ndarray]
 
 
 def write_case(folder: pathlib.Path, inputs: pathlib.Path, preset: str, frames: int, batch: int) -> None:
-    """Write a model with random weights in transformers' layout, and spectrograms."""
+    """Write a model with random weights in transformers' format, and random features."""
     import jax
 
     import ast_jax
@@ -31,7 +31,7 @@ def write_case(folder: pathlib.Path, inputs: pathlib.Path, preset: str, frames: 
 
 
 def operations(folder: str) -> float:
-    """Return the floating-point operations of a forward pass of one clip, matrix products alone."""
+    """Return the FLOPs of one clip's forward pass, matrix products only."""
     from ast_jax.config import ASTConfig
 
     config = ASTConfig.from_json_dict(json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8")))
@@ -65,7 +65,7 @@ def torch_product(size: int, dtype: str = "float32", device: str = "cpu") -> Wor
 
 
 def ast_jax_forward(folder: str, inputs: str, dtype: str = "float32") -> Work:
-    """Run on spectrograms as `classify` does."""
+    """Compute logits of features, as `classify` does."""
     import jax
 
     import ast_jax
@@ -77,12 +77,12 @@ def ast_jax_forward(folder: str, inputs: str, dtype: str = "float32") -> Work:
 
 
 def ast_jax_forward_bfloat16(folder: str, inputs: str) -> Work:
-    """Run in bfloat16."""
+    """Compute logits of features in bfloat16."""
     return ast_jax_forward(folder, inputs, "bfloat16")
 
 
 def ast_jax_exact(folder: str, inputs: str) -> Work:
-    """Run in float32 with every product in full, which no device rounds."""
+    """Compute logits in float32 at the highest matmul precision."""
     import jax
 
     forward = ast_jax_forward(folder, inputs)
@@ -95,7 +95,7 @@ def ast_jax_exact(folder: str, inputs: str) -> Work:
 
 
 def ast_jax_waveforms(folder: str, inputs: str, dtype: str = "float32") -> Work:
-    """Run on waveforms as `classify` does: features and model in one program. Only the inputs' shape counts."""
+    """Compute logits of waveforms, features included, as `classify` does; only the shape of the inputs is used."""
     import jax
 
     import ast_jax
@@ -113,12 +113,12 @@ def ast_jax_waveforms(folder: str, inputs: str, dtype: str = "float32") -> Work:
 
 
 def torch_eager(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
-    """Run transformers' model with PyTorch's fused attention."""
+    """Compute logits in transformers with PyTorch's SDPA."""
     return _torch_forward(folder, inputs, dtype, device, lambda model: model)
 
 
 def torch_compiled(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
-    """Run transformers' model through `torch.compile`."""
+    """Compute logits in transformers with `torch.compile`."""
     return _torch_forward(folder, inputs, dtype, device, _torch().compile)
 
 
@@ -135,7 +135,7 @@ def _torch_forward(folder: str, inputs: str, dtype: str, device: str, wrap: Call
 
 
 def onnx_runtime(folder: str, inputs: str) -> Work:
-    """Run the exported model in ONNX Runtime."""
+    """Compute logits of the exported model in ONNX Runtime."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -148,7 +148,7 @@ def onnx_runtime(folder: str, inputs: str) -> Work:
 
 
 def openvino(folder: str, inputs: str) -> Work:
-    """Run the converted model in OpenVINO, in float32."""
+    """Compute logits of the converted model in OpenVINO, in float32."""
     import openvino as ov
 
     spec = _tensor(inputs)
@@ -162,7 +162,7 @@ def openvino(folder: str, inputs: str) -> Work:
 
 
 def ast_jax_train(folder: str, inputs: str, dtype: str = "float32") -> Work:
-    """Take a step of training as `finetune` does, on spectrograms that are there; its result is the loss."""
+    """Take a training step with `finetune`'s optimizer on precomputed features; the result is the loss."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -199,17 +199,17 @@ def ast_jax_train(folder: str, inputs: str, dtype: str = "float32") -> Work:
 
 
 def torch_train(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
-    """Take a step of training of transformers' model in eager PyTorch; its result is the loss."""
+    """Take a training step of transformers' model in eager PyTorch; the result is the loss."""
     return _torch_train(folder, inputs, dtype, device, lambda model: model)
 
 
 def torch_train_compiled(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
-    """Take a step of training of transformers' model through `torch.compile`; its result is the loss."""
+    """Take a training step of transformers' model with `torch.compile`; the result is the loss."""
     return _torch_train(folder, inputs, dtype, device, _torch().compile)
 
 
 def _torch_train(folder: str, inputs: str, dtype: str, device: str, wrap: Callable[[Any], Any]) -> Work:
-    """Half precision is autocast's, with the parameters in float32, as ours are."""
+    """Train with float32 parameters, and with autocast for bfloat16, as ast_jax does."""
     torch, spec = _torch(), _tensor(inputs).to(device)
     model = _model(folder).train().to(device)
     forward = wrap(model)
@@ -237,7 +237,7 @@ def _labels(batch: int, num_labels: int) -> np.ndarray:
 
 
 def _torch() -> Any:
-    """Import PyTorch and transformers; a torchaudio that does not load beside this PyTorch is no reason to fail."""
+    """Import PyTorch, with torchaudio hidden from transformers: it does not load with every build of PyTorch."""
     import torch
 
     sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]  # as if it were not installed
@@ -249,7 +249,7 @@ def _tensor(inputs: str) -> Any:
 
 
 def _model(folder: str) -> Any:
-    """Load a model in transformers, with PyTorch's fused attention."""
+    """Load a model in transformers, with SDPA attention."""
     _torch()
     import transformers
 
@@ -257,7 +257,7 @@ def _model(folder: str) -> Any:
 
 
 def _Logits(model: Any) -> Any:  # noqa: N802 (a module)
-    """Return a module that maps spectrograms to logits and nothing else."""
+    """Return a module that maps features to logits."""
     torch = _torch()
 
     class Logits(torch.nn.Module):

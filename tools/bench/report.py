@@ -1,4 +1,4 @@
-"""Numbers of a benchmark on the disk, and what has moved since others were written."""
+"""Benchmark results as JSON files, and their comparison with earlier results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-NOISE = 0.03  # of the median: less is no movement, however narrow the spread
+NOISE = 0.03  # relative difference of medians that is ignored, however narrow the quartiles
 
 
 def finish(
@@ -17,17 +17,17 @@ def finish(
     against: pathlib.Path | None,
     **more: Any,
 ) -> None:
-    """Write the numbers and compare them with others, where either is wanted.
+    """Write results to a file and compare them with earlier ones, each if its path is given.
 
     Args:
-        rows: with "case", "contender", "median", "low" and "high" (quartiles), and more.
-        machine: that they are of.
-        json_file: where to write.
-        against: a file that this function wrote.
-        more: what else to write.
+        rows: results, each with "case", "contender", "median", "low" and "high" (quartiles), and more.
+        machine: description of the machine.
+        json_file: file to write.
+        against: file that this function wrote.
+        more: further content of the file.
 
     Raises:
-        SystemExit: something of ours is slower, with status 1; or `against` is no such file.
+        SystemExit: an ast_jax contender became slower (status 1), or `against` is not such a file.
     """
     if json_file is not None:
         content = {"machine": machine, **more, "results": list(rows)}
@@ -38,20 +38,20 @@ def finish(
         before = json.loads(against.read_text(encoding="utf-8"))
         old = {(row["case"], row["contender"]): row for row in before["results"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{against}: expected numbers that --json wrote, got {error}") from error
+        raise SystemExit(f"{against}: expected results that --json wrote, got {error}") from error
     if before["machine"] != machine:
         print(f"{against} is of another machine: {before['machine']}")
-    found = list(moved(old, rows))
-    print(*[line for _, line in found] or [f"nothing has moved beyond the spread of {against}"], sep="\n")
+    found = list(changes(old, rows))
+    print(*[line for _, line in found] or [f"no change beyond the spread of {against}"], sep="\n")
     if any(slower for slower, _ in found):
         raise SystemExit(1)
 
 
-def moved(old: dict[tuple[str, str], dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
-    """Yield whether something of ours is slower, and a line, for what is beyond the spread of both measurements.
+def changes(old: dict[tuple[str, str], dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
+    """Yield, for each significant change, whether an ast_jax contender became slower, and a line of text.
 
-    Quartiles that do not overlap, and medians that are further apart than `NOISE`, are no accident of a few seconds; a
-    machine that is busier as a whole moves the other contenders too, which are listed for that.
+    A change is significant if the quartiles do not overlap and the medians differ by more than `NOISE`. Changes of the
+    other contenders are listed too, as they show that the whole machine was slower.
     """
     for row in rows:
         before = old.get((row["case"], row["contender"]))
@@ -61,4 +61,5 @@ def moved(old: dict[tuple[str, str], dict[str, Any]], rows: Sequence[dict[str, A
         apart = row["low"] > before["high"] or row["high"] < before["low"]
         if apart and abs(change) > NOISE:
             ours = row["contender"].startswith("ast")
-            yield change > 0 and ours, f"{row['case']}: {row['contender']} takes {change:+.0%} of the time before"
+            more = f"{abs(change):.0%} {'more' if change > 0 else 'less'} time"
+            yield change > 0 and ours, f"{row['case']}: {row['contender']} takes {more}"

@@ -1,8 +1,8 @@
-"""Contenders of a benchmark, each in a process of its own, timed in turn.
+"""Subprocesses of a benchmark: contenders that stay alive and are timed in turn, and single calls in a fresh process.
 
-A contender is a function `module.name(**arguments)` that prepares everything and returns the work to time, a function
-without arguments that returns its result as a NumPy array once that is there. The processes stay while the others are
-timed, so that all see the same minutes of the machine, and none is timed while another prepares itself.
+A contender is a function `module.name(**arguments)` of this package that prepares everything and returns the work to
+time: a function without arguments that blocks until its result is there and returns it as a NumPy array. All contenders
+are prepared before the first is timed, and timed alternately, so that load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from typing import Any, Self
 import numpy as np
 
 MIB = 1 << 20
-PAUSE = 0.3  # seconds before a contender runs: threads of the one before may spin for a while
+PAUSE = 0.3  # seconds before a contender runs: threads of the previous one may still spin
+TOOLS = pathlib.Path(__file__).parents[1]
 
 
 class Worker:
-    """A contender's process, seen from outside."""
+    """Handle of a contender's process."""
 
     def __init__(self, contender: str, arguments: dict[str, Any], environment: Mapping[str, str] | None = None):
         """Start the process and prepare the contender in it.
 
         Args:
-            contender: "module.function", the module in this folder.
-            arguments: of the function, as JSON can hold them.
-            environment: variables to set.
+            contender: "module.function" of this package.
+            arguments: JSON-serialisable keyword arguments of the function.
+            environment: environment variables to set.
 
         Raises:
-            RuntimeError: it could not be prepared; the message has the last line of what it said.
+            RuntimeError: preparation failed; the message is the last line of its stderr.
         """
-        command = [sys.executable, "-W", "ignore", __file__, contender, json.dumps(arguments)]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            _command("serve", contender, arguments),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=TOOLS,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
         self.preparation = self._answer()["seconds"]
@@ -56,7 +57,7 @@ class Worker:
         self.close()
 
     def result(self) -> tuple[np.ndarray, float]:
-        """Run once; return the result and the seconds it took, which are compilation where this is the first time."""
+        """Run once; return the result and the seconds, which include compilation in the first run."""
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "result.npy"
             answer = self._ask("result", str(path))
@@ -68,7 +69,7 @@ class Worker:
         return self._ask("time", str(repeats))["seconds"]
 
     def peak_memory(self) -> int:
-        """Return the most bytes that the process has had in memory: an accelerator's, where it uses one."""
+        """Return the peak memory of the process in bytes: the accelerator's memory if it uses one."""
         return self._ask("memory", "")["bytes"]
 
     def close(self) -> None:
@@ -88,7 +89,7 @@ class Worker:
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError((self._errors.read().strip().splitlines() or ["ended without a word"])[-1])
+            raise RuntimeError((self._errors.read().strip().splitlines() or ["ended without a message"])[-1])
         return json.loads(line)
 
 
@@ -96,25 +97,32 @@ class Worker:
 def workers(
     contenders: dict[str, tuple[str, dict[str, Any]]], say: Callable[[str], None]
 ) -> Iterator[dict[str, Worker]]:
-    """Start the contenders, one after another; those that cannot be had here are told and left out."""
+    """Start the contenders one after another; report and skip those that are not available here."""
     with contextlib.ExitStack() as stack:
         started = {}
         for name, (contender, arguments) in contenders.items():
             try:
                 started[name] = stack.enter_context(Worker(contender, arguments))
             except RuntimeError as error:
-                say(f"{name}: left out ({error})")
+                say(f"{name}: skipped ({error})")
         yield started
 
 
+def in_process(function: str, *arguments: Any) -> Any:
+    """Call "module.function" of this package in a fresh process and return its JSON-serialisable result."""
+    command = _command("call", function, arguments)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=TOOLS)
+    return json.loads(done.stdout)
+
+
 def check_agreement(results: Mapping[str, np.ndarray], tolerance: float) -> dict[str, float]:
-    """Compare all results with the first one's.
+    """Compare all results with the first one.
 
     Returns:
-        The largest difference of each, relative to the first one's largest value.
+        The maximum absolute difference of each, relative to the maximum of the first.
 
     Raises:
-        SystemExit: one of them is another result; nothing is to be timed then.
+        SystemExit: a difference exceeds the tolerance.
     """
     reference = next(iter(results.values()))
     scale = np.abs(reference).max()
@@ -126,41 +134,66 @@ def check_agreement(results: Mapping[str, np.ndarray], tolerance: float) -> dict
 
 
 def time_in_turn(workers: Mapping[str, Worker], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each contender: `repeats` in a row, `rounds` times in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    """Return the seconds of each contender: in each round, `repeats` runs of each in turn."""
+    found: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
-            seconds[name] += worker.time(repeats)
-    return seconds
+            found[name] += worker.time(repeats)
+    return found
 
 
-def spread(seconds: Iterable[float]) -> dict[str, float]:
-    """Return median and quartiles."""
-    values = np.array(list(seconds))
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Return the median and the quartiles, "low" and "high"."""
+    array = np.array(list(values))
     return {
-        "median": float(np.median(values)),
-        "low": float(np.percentile(values, 25)), "high": float(np.percentile(values, 75)),
+        "median": float(np.median(array)),
+        "low": float(np.percentile(array, 25)), "high": float(np.percentile(array, 75)),
     }  # fmt: skip
 
 
+def elapsed(work: Callable[[], Any]) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> str:
-    """Say what this was measured on."""
+    """Describe the machine: cores, CPU and Python version."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}, Python {platform.python_version()}"
+    return f"{num_cores()} cores of {name}, Python {platform.python_version()}"
 
 
-def _serve(contender: str, arguments: str) -> None:
-    """Prepare a contender, then answer until the input ends."""
+def peak_rss() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _command(mode: str, function: str, arguments: Any) -> list[str]:
+    """Return the command of a subprocess, to run in TOOLS: there `bench` is importable."""
+    return [sys.executable, "-W", "ignore", "-m", "bench.worker", mode, function, json.dumps(arguments)]
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Import "module.function" of this package."""
+    module, function = name.split(".")
+    return getattr(importlib.import_module(f"bench.{module}"), function)
+
+
+def _serve(contender: str, arguments: dict[str, Any]) -> None:
+    """Prepare a contender, then answer requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
-    module, function = contender.split(".")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
     start = time.perf_counter()
-    work = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    work = _function(contender)(**arguments)
 
     def answer(**content: Any) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -172,28 +205,26 @@ def _serve(contender: str, arguments: str) -> None:
         if what == "result":
             start = time.perf_counter()
             result = work()
-            seconds = time.perf_counter() - start
+            taken = time.perf_counter() - start
             np.save(detail, result)
-            answer(seconds=seconds)
+            answer(seconds=taken)
         elif what == "time":
-            answer(seconds=[_seconds(work) for _ in range(int(detail))])
+            answer(seconds=[elapsed(work) for _ in range(int(detail))])
         else:
-            answer(bytes=_device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            answer(bytes=_device_peak() or peak_rss())
 
 
 def _device_peak() -> int:
-    """Return the most bytes of an accelerator's memory that this process has held; 0 where it uses none."""
+    """Return the peak memory of this process on the accelerator in bytes, 0 without one."""
     jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
     if jax is not None and jax.default_backend() != "cpu":
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+    mode, name, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if mode == "serve":
+        _serve(name, given)
+    else:
+        print(json.dumps(_function(name)(*given)))

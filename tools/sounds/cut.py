@@ -1,4 +1,4 @@
-"""The table of sources of `sounds-tiny`, and how segments are cut from its recordings."""
+"""The table of sources of `sounds-tiny`, and the segmentation of its recordings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import sounds_synth as synth
 import soxr
-from sounds_synth import RATE, Rng
 
-LENGTH = 41_200  # 256 frames every 10 ms, the last one 25 ms long
+from sounds import synth
+from sounds.synth import RATE, Rng
+
+LENGTH = 41_200  # samples of 256 frames with a hop of 10 ms and a window of 25 ms
 SHORTEST = RATE // 4
-SOURCES = Path(__file__).with_name("sounds_sources.toml")
+SOURCES = Path(__file__).with_name("sources.toml")
 SPLITS = ("train", "validation", "test")
 
 
@@ -31,7 +32,7 @@ class Take:
 
     package: str
     split: str
-    labels: tuple[str, ...]  # none: a sound that none of the model's labels names
+    labels: tuple[str, ...]  # empty: none of the model's labels applies
     files: tuple[str, ...]
     clips: int
     license: str
@@ -41,7 +42,7 @@ class Take:
 
 
 def read_takes(path: Path = SOURCES) -> list[Take]:
-    """The takes listed in the table of sources."""
+    """Return the takes of the table of sources."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     takes = []
     for package, entry in table.items():
@@ -60,7 +61,7 @@ SOUNDFONT = "timgm6mb-soundfont/usr/share/sounds/sf2/TimGM6mb.sf2"
 
 
 def render(midi: Path, cache: Path) -> Path:
-    """The MIDI file as sound, played by fluidsynth once and kept in the cache."""
+    """Render a MIDI file with fluidsynth, cached; return the path of the WAV file."""
     wav = cache / "rendered" / f"{midi.stem}.wav"
     if not wav.exists():
         if shutil.which("fluidsynth") is None:
@@ -92,7 +93,7 @@ def render(midi: Path, cache: Path) -> Path:
 
 
 def find_files(take: Take, cache: Path) -> list[Path]:
-    """The files of a take, in a fixed order."""
+    """Return the files of a take, sorted."""
     root = cache / "root" / take.package
     if not root.is_dir():
         raise DataError(f"{take.package} is not in the cache: run fetch first")
@@ -105,12 +106,12 @@ def find_files(take: Take, cache: Path) -> list[Path]:
 
 
 def duration(path: Path) -> float:
-    """The duration of a sound file in seconds."""
+    """Return the duration of an audio file in seconds."""
     return soundfile.info(str(path)).duration
 
 
 def load(path: Path, start: float = 0.0, seconds: float | None = None) -> np.ndarray:
-    """A part of a sound file as mono samples at 16 kHz, its mean removed."""
+    """Return a part of an audio file, mono at 16 kHz, with its mean removed."""
     with soundfile.SoundFile(str(path)) as file:
         file.seek(int(start * file.samplerate))
         count = -1 if seconds is None else int(seconds * file.samplerate)
@@ -128,7 +129,7 @@ FRAME = 320
 
 
 def active_frames(wave: np.ndarray, below: float) -> np.ndarray:
-    """For every 20 ms frame, whether it lies within `below` dB of the loudest."""
+    """Return for every 20 ms frame whether it is within `below` dB of the loudest."""
     count = max(1, len(wave) // FRAME)
     frames = np.resize(wave, (count, FRAME)) if len(wave) < FRAME else wave[: count * FRAME].reshape(count, FRAME)
     level = 10 * np.log10(np.mean(np.square(frames), axis=1) + 1e-12)
@@ -136,7 +137,7 @@ def active_frames(wave: np.ndarray, below: float) -> np.ndarray:
 
 
 def trim(wave: np.ndarray, below: float) -> np.ndarray:
-    """`wave` without the quiet at both ends; empty if it is quiet all through."""
+    """Return `wave` without silence at both ends; empty if it is all silence."""
     active = np.flatnonzero(active_frames(wave, below))
     if not len(active) or np.max(np.abs(wave)) < synth.decibels(-50):
         return wave[:0]
@@ -144,7 +145,7 @@ def trim(wave: np.ndarray, below: float) -> np.ndarray:
 
 
 def dense_enough(wave: np.ndarray, labels: tuple[str, ...]) -> bool:
-    """Whether a window holds enough of its sound: 40 % of the frames for speech."""
+    """Return whether enough frames of a window are active: 40 % for speech."""
     if "Silence" in labels:
         return synth.rms(wave) < synth.decibels(-62)
     below, share = (30.0, 0.4) if "Speech" in labels else (40.0, 0.5) if "Music" in labels else (40.0, 0.05)
@@ -152,10 +153,9 @@ def dense_enough(wave: np.ndarray, labels: tuple[str, ...]) -> bool:
 
 
 def segments(wave: np.ndarray, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
-    """Windows of a recording that hold enough of its sound.
+    """Yield windows of a recording with enough active frames.
 
-    They start half a window apart; of percussion only the first is taken,
-    which has the stroke.
+    The hop is half a window; of percussion only the first window is taken, which has the onset.
     """
     if "Silence" not in labels:
         wave = trim(wave, 35.0 if "Speech" in labels else 50.0)
@@ -170,7 +170,7 @@ def segments(wave: np.ndarray, labels: tuple[str, ...], rng: Rng) -> Iterator[np
 
 
 def long_segments(path: Path, labels: tuple[str, ...], rng: Rng) -> Iterator[np.ndarray]:
-    """Like `segments`, but reads a long file only where it is cut."""
+    """Yield windows like `segments`, reading only those parts of a long file."""
     slots = rng.permutation(int(duration(path) // 4))
     for slot in slots:
         window = load(path, 4.0 * slot + float(rng.uniform(0, 1)), LENGTH / RATE + 0.05)[:LENGTH]
@@ -179,7 +179,7 @@ def long_segments(path: Path, labels: tuple[str, ...], rng: Rng) -> Iterator[np.
 
 
 def joined(files: list[Path], rng: Rng) -> Iterator[np.ndarray]:
-    """Utterances of one folder, one after the other, until a second or so is full."""
+    """Yield concatenated utterances of one folder, each about 0.8 to 2.2 s."""
     parts: list[np.ndarray] = []
     folder, wanted = None, rng.uniform(0.8, 2.2) * RATE
     for path in files:
@@ -200,7 +200,7 @@ def joined(files: list[Path], rng: Rng) -> Iterator[np.ndarray]:
 
 
 def cuts(take: Take, cache: Path, rng: Rng) -> Iterator[np.ndarray]:
-    """The segments of a take: one of each file in turn, until all are used up."""
+    """Yield the segments of a take, round-robin over its files."""
     files = find_files(take, cache)
     if take.join:
         folders = sorted({path.parent for path in files})

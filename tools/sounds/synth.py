@@ -1,8 +1,7 @@
 """Synthesised sounds and signal operations for the data of `sounds-tiny`.
 
-Every maker takes a NumPy random generator and a length in samples and returns
-a float32 waveform at `RATE` whose peak is at most 1. Levels are the caller's
-business: `at_level` and `at_snr` set them.
+A synthesis function takes a NumPy random generator and a length in samples, and returns a float32 waveform at `RATE`
+with a peak of at most 1. `at_peak` and `at_snr` set levels.
 """
 
 from __future__ import annotations
@@ -16,45 +15,45 @@ Rng = np.random.Generator
 
 
 def times(length: int) -> np.ndarray:
-    """The sample times of a waveform of `length` samples, in seconds."""
+    """Return the sample times of a waveform of `length` samples, in seconds."""
     return np.arange(length) / RATE
 
 
 def rms(wave: np.ndarray) -> float:
-    """The root mean square of a waveform."""
+    """Return the root mean square of a waveform."""
     return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)) + 1e-20))
 
 
 def decibels(level: float) -> float:
-    """The amplitude ratio of a level in dB."""
+    """Return the amplitude ratio of a level in dB."""
     return float(10.0 ** (level / 20.0))
 
 
 def at_peak(wave: np.ndarray, level: float) -> np.ndarray:
-    """`wave` scaled so that its peak is at `level` dBFS."""
+    """Scale `wave` to a peak of `level` dBFS."""
     peak = float(np.max(np.abs(wave), initial=0.0))
     return (wave * (decibels(level) / max(peak, 1e-9))).astype(np.float32)
 
 
 def at_snr(wave: np.ndarray, other: np.ndarray, snr: float) -> np.ndarray:
-    """`wave` plus `other`, the latter `snr` dB below; both of one length."""
+    """Mix `wave` with `other` of the same length at a signal-to-noise ratio of `snr` dB."""
     mixed = wave + other * (rms(wave) / rms(other) / decibels(snr))
     peak = float(np.max(np.abs(mixed)))
     return (mixed / max(peak, 1.0)).astype(np.float32)
 
 
 def sweep(frequency: np.ndarray, phase: float = 0.0) -> np.ndarray:
-    """The phase in radians of a tone with the given frequency per sample."""
+    """Return the phase in radians of a tone with a frequency for each sample."""
     return phase + 2 * np.pi * np.cumsum(frequency) / RATE
 
 
 def harmonics(phase: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A sum of harmonics of `phase` with the given weights."""
+    """Return a sum of harmonics of `phase` with the given weights."""
     return sum(w * np.sin((k + 1) * phase) for k, w in enumerate(weights))
 
 
 def gate(length: int, on: float, off: float, edge: float = 0.004) -> np.ndarray:
-    """An on-off envelope with `on` and `off` in seconds and soft edges."""
+    """Return an on-off envelope with `on` and `off` in seconds and soft edges."""
     square = (np.mod(times(length), on + off) < on).astype(np.float64)
     width = max(2, int(edge * RATE))
     return signal.lfilter(np.ones(width) / width, [1.0], square)
@@ -64,7 +63,7 @@ def gate(length: int, on: float, off: float, edge: float = 0.004) -> np.ndarray:
 
 
 def coloured(rng: Rng, length: int, slope: float) -> np.ndarray:
-    """Noise whose power falls with `slope` dB per octave."""
+    """Return coloured noise, whose power falls by `slope` dB per octave."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
     frequency = np.maximum(np.fft.rfftfreq(length, 1 / RATE), 20.0)
     spectrum *= (frequency / 20.0) ** (-slope / 6.02)
@@ -72,7 +71,7 @@ def coloured(rng: Rng, length: int, slope: float) -> np.ndarray:
 
 
 def band_noise(rng: Rng, length: int) -> np.ndarray:
-    """White noise in a random band at least an octave wide."""
+    """Return white noise in a random band at least an octave wide."""
     low = float(rng.uniform(50, 2500))
     high = float(min(7900.0, low * rng.uniform(2.0, 12.0)))
     sos = signal.butter(3, [low, high], "bandpass", fs=RATE, output="sos")
@@ -80,7 +79,7 @@ def band_noise(rng: Rng, length: int) -> np.ndarray:
 
 
 def hum(rng: Rng, length: int) -> np.ndarray:
-    """Mains hum with its harmonics over a broadband hiss."""
+    """Return mains hum with its harmonics over a broadband hiss."""
     phase = sweep(np.full(length, rng.choice([50.0, 60.0])), rng.uniform(0, 6))
     tone = harmonics(phase, rng.uniform(0, 1, 12) / np.arange(1, 13))
     hiss = coloured(rng, length, rng.uniform(0, 3))
@@ -88,7 +87,7 @@ def hum(rng: Rng, length: int) -> np.ndarray:
 
 
 def gusts(rng: Rng, length: int) -> np.ndarray:
-    """Wind: low noise whose level and colour drift slowly."""
+    """Return wind: low-frequency noise with slowly varying level and colour."""
     low = coloured(rng, length, rng.uniform(4, 8))
     high = coloured(rng, length, rng.uniform(1, 4))
     drift = 0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(0.1, 0.8) * times(length) + rng.uniform(0, 6))
@@ -96,14 +95,14 @@ def gusts(rng: Rng, length: int) -> np.ndarray:
 
 
 def crackle(rng: Rng, length: int) -> np.ndarray:
-    """Static: hiss with random clicks."""
+    """Return static: hiss with random clicks."""
     hiss = coloured(rng, length, rng.uniform(0, 3))
     clicks = rng.standard_normal(length) * (rng.random(length) < rng.uniform(2e-4, 4e-3))
     return hiss / rms(hiss) + clicks * rng.uniform(2, 10)
 
 
 def noise(rng: Rng, length: int) -> np.ndarray:
-    """Noise of a random kind: coloured, band-limited, hum, wind or static."""
+    """Return noise of a random kind: coloured, band-limited, hum, wind or static."""
     kind = rng.choice(["coloured", "band", "hum", "gusts", "crackle"], p=[0.5, 0.15, 0.1, 0.15, 0.1])
     if kind == "coloured":
         wave = coloured(rng, length, float(rng.choice([0.0, 3.0, 6.0, rng.uniform(-2, 7)])))
@@ -119,7 +118,7 @@ def noise(rng: Rng, length: int) -> np.ndarray:
 
 
 def silence(rng: Rng, length: int) -> np.ndarray:
-    """Digital silence, or noise and hum far below hearing (-96 to -66 dBFS RMS)."""
+    """Return digital silence, or inaudible noise and hum (-96 to -66 dBFS RMS)."""
     if rng.random() < 0.2:
         return np.zeros(length, np.float32)
     wave = noise(rng, length)
@@ -130,7 +129,7 @@ def silence(rng: Rng, length: int) -> np.ndarray:
 
 
 def siren_track(rng: Rng, length: int) -> np.ndarray:
-    """The frequency of a siren over time: wail, yelp, hi-lo, whoop or air raid."""
+    """Return the frequency of a siren over time: wail, yelp, hi-lo, whoop or air raid."""
     t = times(length) + rng.uniform(0, 10)
     low = rng.uniform(300, 1100)
     high = low * rng.uniform(1.3, 2.8)
@@ -157,7 +156,7 @@ def siren_track(rng: Rng, length: int) -> np.ndarray:
 
 
 def one_siren(rng: Rng, length: int) -> np.ndarray:
-    """A single siren: a driven horn or a chopped air stream with many harmonics."""
+    """Return a single siren: an overdriven horn or a harmonic tone."""
     phase = sweep(siren_track(rng, length))
     if rng.random() < 0.4:
         return np.tanh(rng.uniform(1, 8) * np.sin(phase))
@@ -167,7 +166,7 @@ def one_siren(rng: Rng, length: int) -> np.ndarray:
 
 
 def siren(rng: Rng, length: int) -> np.ndarray:
-    """One or two sirens, coming or going, with the street's echo and noise."""
+    """Return one or two sirens with a level ramp, reverberation and street noise."""
     wave = one_siren(rng, length)
     if rng.random() < 0.2:
         wave = wave + one_siren(rng, length) * rng.uniform(0.3, 1.0)
@@ -182,7 +181,7 @@ def siren(rng: Rng, length: int) -> np.ndarray:
 
 
 def beep_pitches(rng: Rng) -> np.ndarray:
-    """The pitches of eight or more beeps: all alike, two in turn, or each its own."""
+    """Return the pitches of 24 beeps: all equal, two alternating, or all different."""
     first = float(np.exp(rng.uniform(np.log(250), np.log(4500))))
     kind = rng.random()
     if kind < 0.6:
@@ -193,7 +192,7 @@ def beep_pitches(rng: Rng) -> np.ndarray:
 
 
 def beep(rng: Rng, length: int) -> np.ndarray:
-    """Short steady tones, single, repeated or as in Morse code; from sine to buzzer and chord, dry or in a room."""
+    """Return beeps: single, repeated or Morse code; from sine to buzzer and chord, dry or with reverberation."""
     wave = np.zeros(length)
     at = int(rng.uniform(0, 0.15) * length)
     unit = float(np.exp(rng.uniform(np.log(0.05), np.log(0.5))))
@@ -202,7 +201,7 @@ def beep(rng: Rng, length: int) -> np.ndarray:
     weights = rng.uniform(0, 1, int(rng.integers(1, 8)))
     weights[0] = 1.0
     decay = rng.choice([0.0, 0.0, rng.uniform(1, 12)])
-    second = rng.uniform(1.1, 2.7) if rng.random() < 0.25 else 0.0  # a tone beside the first, as a share of its pitch
+    second = rng.uniform(1.1, 2.7) if rng.random() < 0.25 else 0.0  # frequency ratio of a second tone
     for pitch in beep_pitches(rng)[: int(rng.integers(1, 24 if unit < 0.12 else 9))]:
         on = int(unit * RATE * (rng.choice([0.5, 1.5]) if morse else 1.0))
         stop = min(at + on, length)
@@ -229,7 +228,7 @@ CADENCES = ((100.0, 0.1), (0.5, 0.5), (0.25, 0.25), (2.0, 4.0), (1.0, 4.0), (0.4
 
 
 def dialling(rng: Rng, length: int) -> np.ndarray:
-    """A number dialled with DTMF tones."""
+    """Return DTMF dialling."""
     wave = np.zeros(length)
     on, off = int(rng.uniform(0.06, 0.3) * RATE), int(rng.uniform(0.04, 0.25) * RATE)
     at = int(rng.uniform(0, 0.2) * RATE)
@@ -243,7 +242,7 @@ def dialling(rng: Rng, length: int) -> np.ndarray:
 
 
 def line_tone(rng: Rng, length: int) -> np.ndarray:
-    """Dial, ring-back or busy tone of a telephone line."""
+    """Return a dial, ring-back or busy tone."""
     first, second = LINE_TONES[int(rng.integers(len(LINE_TONES)))]
     on, off = CADENCES[int(rng.integers(len(CADENCES)))]
     t = times(length)
@@ -253,7 +252,7 @@ def line_tone(rng: Rng, length: int) -> np.ndarray:
 
 
 def bell_ring(rng: Rng, length: int) -> np.ndarray:
-    """An old telephone: a clapper on two gongs some 15 to 30 times a second."""
+    """Return a bell ringer: a clapper that strikes two gongs 14 to 32 times per second."""
     rate = rng.uniform(14, 32)
     wave = np.zeros(length)
     gongs = []
@@ -276,7 +275,7 @@ def bell_ring(rng: Rng, length: int) -> np.ndarray:
 
 
 def warble(rng: Rng, length: int) -> np.ndarray:
-    """An electronic ringer: two or three tones in fast alternation, on and off."""
+    """Return an electronic ringer: two or three alternating tones, on and off."""
     tones = rng.uniform(600, 2600) * np.array([1.0, rng.uniform(1.1, 1.4), rng.uniform(1.2, 1.6)])
     index = (times(length) * rng.uniform(16, 44)).astype(int) % int(rng.integers(2, 4))
     wave = harmonics(sweep(tones[index]), rng.uniform(0, 1, 4) / np.arange(1, 5) + np.eye(4)[0])
@@ -284,7 +283,7 @@ def warble(rng: Rng, length: int) -> np.ndarray:
 
 
 def telephone(rng: Rng, length: int) -> np.ndarray:
-    """A telephone: dialling, line tones, an old bell or an electronic ringer."""
+    """Return a telephone: dialling, line tone, bell or electronic ringer."""
     maker = (dialling, line_tone, bell_ring, warble)[int(rng.choice(4, p=[0.2, 0.3, 0.3, 0.2]))]
     return at_peak(maker(rng, length), 0.0)
 
@@ -293,7 +292,7 @@ SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 7, 9), (0, 3
 
 
 def melody(rng: Rng, length: int) -> np.ndarray:
-    """A tune of plucked, blown or bowed notes over chords, from plain harmonics."""
+    """Return a melody with chords, by additive synthesis."""
     wave = np.zeros(length)
     scale = SCALES[int(rng.integers(len(SCALES)))]
     root = rng.integers(40, 64)
@@ -320,19 +319,19 @@ def melody(rng: Rng, length: int) -> np.ndarray:
 
 
 def band(wave: np.ndarray, low: float, high: float) -> np.ndarray:
-    """`wave` through a band-pass filter."""
+    """Apply a band-pass filter."""
     sos = signal.butter(4, [low, high], "bandpass", fs=RATE, output="sos")
     return signal.sosfilt(sos, wave)
 
 
 def lowpass(wave: np.ndarray, high: float) -> np.ndarray:
-    """`wave` without what lies above `high` Hz, as after a lower sampling rate."""
+    """Apply a low-pass filter at `high` Hz, as of a lower sampling rate."""
     sos = signal.cheby2(10, 60, high, fs=RATE, output="sos")
     return signal.sosfilt(sos, wave)
 
 
 def reverb(rng: Rng, wave: np.ndarray) -> np.ndarray:
-    """`wave` in a room with a reverberation time of 0.1 to 0.6 s."""
+    """Add reverberation with a reverberation time of 0.1 to 0.6 s."""
     tail = times(int(rng.uniform(0.1, 0.6) * RATE))
     room = rng.standard_normal(len(tail)) * np.exp(-6.9 * tail / tail[-1])
     wet = signal.fftconvolve(wave, room)[: len(wave)]
@@ -340,7 +339,7 @@ def reverb(rng: Rng, wave: np.ndarray) -> np.ndarray:
 
 
 def tilt(rng: Rng, wave: np.ndarray) -> np.ndarray:
-    """`wave` with a random, smooth equalisation of up to 9 dB."""
+    """Apply random, smooth equalisation of up to 9 dB."""
     spectrum = np.fft.rfft(wave)
     octave = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / RATE), 60.0) / 60.0)
     curve = np.interp(octave, np.arange(8), rng.uniform(-9, 9, 8))
@@ -348,10 +347,9 @@ def tilt(rng: Rng, wave: np.ndarray) -> np.ndarray:
 
 
 def degrade(rng: Rng, wave: np.ndarray) -> np.ndarray:
-    """`wave` as another device or room would give it: one random condition.
+    """Apply one random recording condition.
 
-    The same conditions meet every label, so that neither a narrow band nor an
-    echo tells speech from music.
+    The conditions are the same for every label, so that neither bandwidth nor reverberation predicts the label.
     """
     kind = rng.choice(["telephone", "8k", "11k", "reverb", "tilt", "mulaw"])
     if kind == "telephone":
@@ -370,7 +368,7 @@ def degrade(rng: Rng, wave: np.ndarray) -> np.ndarray:
 
 
 def mulaw(wave: np.ndarray) -> np.ndarray:
-    """`wave` after 8-bit mu-law coding."""
+    """Apply 8-bit mu-law coding."""
     coded = np.sign(wave) * np.log1p(255 * np.abs(wave)) / np.log(256)
     coded = np.round(coded * 127) / 127
     return np.sign(coded) * np.expm1(np.abs(coded) * np.log(256)) / 255

@@ -1,0 +1,1 @@
+"""Parts of `benchmark.py`: the processes that are timed, what they run, and the comparison of results."""
