@@ -14,7 +14,7 @@ import ast_jax
 STUB = pathlib.Path(ast_jax.__file__).with_suffix(".pyi")
 ERROR = re.compile(r"^user\.py:(\d+): error: .*\[([\w-]+)\]$")
 
-# A user's module. A comment `# error: code` says which error mypy must report on the line; no other may be there.
+# A user's module. A comment `# error: codes` has the errors that mypy must report on its line; there may be no others.
 USER = """\
 from typing import assert_type
 
@@ -25,7 +25,11 @@ from ast_jax import Checkpoint, load
 
 ckpt = load("sounds-tiny")
 assert_type(ckpt, Checkpoint)
-x: int = ast_jax.load("a", nonsense=1)  # error: assignment
+x: int = ast_jax.load("a", nonsense=1)  # error: assignment, call-arg
+load("a", max_length=512, labels=["a", "b"])
+load("a", max_length="512")  # error: arg-type
+assert_type(ast_jax.from_torch("a", mean=-4.0, num_labels=2), Checkpoint)
+ast_jax.from_torch("a", nonsense=1)  # error: call-arg
 ast_jax.nonsense  # error: attr-defined
 from ast_jax import nothing  # error: attr-defined
 
@@ -51,9 +55,8 @@ def test_mypy_knows_the_public_types(tmp_path):
     command = [sys.executable, "-m", "mypy", *options, "user.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     found = {(int(line), code) for line, code in filter(None, map(_error, done.stdout.splitlines()))}
-    want = {
-        (number, line.split("# error: ")[1]) for number, line in enumerate(USER.splitlines(), 1) if "# error: " in line
-    }
+    lines = [(number, line.partition("# error: ")[2]) for number, line in enumerate(USER.splitlines(), 1)]
+    want = {(number, code) for number, codes in lines if codes for code in codes.split(", ")}
     assert found == want, done.stdout + done.stderr
 
 

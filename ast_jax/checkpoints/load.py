@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Unpack
 
 from ast_jax.checkpoints.folder import Checkpoint, read_folder
 from ast_jax.checkpoints.locate import is_own, resolve
-from ast_jax.checkpoints.resize import resize
+from ast_jax.checkpoints.resize import ResizeOptions, resize
 
 
-def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
+def load(source: str | os.PathLike[str], **changes: Unpack[ResizeOptions]) -> Checkpoint:
     """Load a model: the name of a shipped one, a checkpoint folder, a Hub id, or PyTorch weights (see `from_torch`).
 
     Arrays are NumPy, whatever devices they were saved from; half precision on disk becomes float32.
@@ -18,7 +18,7 @@ def load(source: str | os.PathLike[str], **changes: Any) -> Checkpoint:
     Args:
         source: a name, a folder, or a file of weights.
         **changes: another input or other labels: `max_length`, `num_mel_bins`, `frequency_stride`, `time_stride`,
-            `num_labels`, `labels`; see `resize`.
+            `num_labels`, `labels`, `keep_classifier`, `seed`; see `resize`.
 
     Raises:
         CheckpointError: `source` does not exist, is not in a known format, or is inconsistent.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -12,6 +12,27 @@ from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.config import ASTConfig
 
 Grid = tuple[int, int]
+
+
+class ResizeOptions(TypedDict, total=False):
+    """Keyword arguments of `resize` for functions that pass them on; the docstrings appear in the API reference."""
+
+    max_length: int | None
+    """T, frames; by default the model's."""
+    num_mel_bins: int | None
+    """F; by default the model's."""
+    frequency_stride: int | None
+    """Patch stride in mel bins; by default the model's."""
+    time_stride: int | None
+    """Patch stride in frames; by default the model's."""
+    num_labels: int | None
+    """C; if it differs from the model's, the classifier is initialised anew."""
+    labels: Sequence[str] | None
+    """Class names; if they differ from the model's, the classifier is initialised anew."""
+    keep_classifier: bool
+    """Rename the classes to `labels` and keep the classifier; False by default."""
+    seed: int
+    """For the initialisation of the classifier; 0 by default."""
 
 
 def resize(

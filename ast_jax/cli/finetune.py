@@ -42,6 +42,7 @@ from ast_jax.runtime.progress import step
 from ast_jax.training.config import ExecutionConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from ast_jax.checkpoints.resize import ResizeOptions
     from ast_jax.config import ASTConfig
     from ast_jax.training.recipes import Recipe
 
@@ -115,8 +116,10 @@ def finetune(
         wrong_usage("--init: has its own architecture; leave out --architecture")
     if (mean is None) != (std is None):
         wrong_usage("--mean and --std: expected both or none, got one")
-    size = {"max_length": max_length, "num_mel_bins": num_mel_bins, "frequency_stride": frequency_stride,
-            "time_stride": time_stride}  # fmt: skip
+    size: ResizeOptions = {
+        "max_length": max_length, "num_mel_bins": num_mel_bins, "frequency_stride": frequency_stride,
+        "time_stride": time_stride,
+    }  # fmt: skip
     with user_errors(), step("fine-tuning"), training_process(context, "finetune", output):
         from ast_jax.checkpoints.load import load
         from ast_jax.data.datasets import DatasetConfig
@@ -255,7 +258,7 @@ def _refuse_held_out(fold: str | None, validation: pathlib.Path | None, by_recip
         wrong_usage(f"{wrong[0]}: every fold of DATA is held out once in cross-validation, {wanted}")
 
 
-def _architecture(name: str, size: dict[str, int | None]) -> ASTConfig:
+def _architecture(name: str, size: ResizeOptions) -> ASTConfig:
     """Return the `ASTConfig` of a preset or of a `config.json`, with the input that was asked for."""
     from ast_jax.config import PRESETS, ASTConfig, read_config
 

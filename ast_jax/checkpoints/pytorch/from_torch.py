@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack, cast
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -19,7 +19,7 @@ from ast_jax.checkpoints.provenance import Pairs, Provenance
 from ast_jax.checkpoints.pytorch.infer_config import Hints, config_from_shapes
 from ast_jax.checkpoints.pytorch.names import DEIT, ORIGINAL, RGB_PATCH, Format, Transform, detect
 from ast_jax.checkpoints.pytorch.state_dicts import BFLOAT16, Source, read_source
-from ast_jax.checkpoints.resize import resize
+from ast_jax.checkpoints.resize import ResizeOptions, resize
 from ast_jax.checkpoints.tree import CheckpointError, check_shapes, widen
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
 from ast_jax.labels import label_set_of_size
@@ -42,7 +42,7 @@ def from_torch(
     source_num_attention_heads: int | None = None,
     mean: float | None = None,
     std: float | None = None,
-    **changes: Any,
+    **changes: Unpack[ResizeOptions],
 ) -> Checkpoint:
     """Convert the weights of a PyTorch AST; PyTorch is not needed.
 
@@ -62,7 +62,7 @@ def from_torch(
         mean: mean of the log-mel features that the source was trained on; overrides `preprocessor_config.json`.
         std: their standard deviation; likewise.
         **changes: another input or other labels: `max_length`, `num_mel_bins`, `frequency_stride`, `time_stride`,
-            `num_labels`, `labels`, `keep_classifier`; see `resize`.
+            `num_labels`, `labels`, `keep_classifier`, `seed`; see `resize`.
 
     Returns:
         A checkpoint whose params are NumPy arrays, half precision widened to float32. Its provenance has the format of
@@ -78,10 +78,11 @@ def from_torch(
     return resize_converted(convert(weights, config, hints, mean, std), **changes)
 
 
-def resize_converted(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
+def resize_converted(checkpoint: Checkpoint, **changes: Unpack[ResizeOptions]) -> Checkpoint:
     """Resize what `convert` returns; the input of an ImageNet model becomes the default input of AST."""
     start = AST_INPUT if checkpoint.provenance.imagenet_only else {}
-    return resize(checkpoint, **start | {name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    return resize(checkpoint, **cast(ResizeOptions, start | given))
 
 
 def convert(
