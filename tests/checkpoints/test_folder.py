@@ -1,4 +1,4 @@
-"""Checkpoint folders: self-describing, movable, readable where nothing can be written, free of devices."""
+"""Checkpoint folders are self-contained, relocatable, readable from read-only media, and independent of devices."""
 
 import gc
 import json
@@ -84,19 +84,19 @@ def run_python(code, *arguments, **environment):
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=env)
 
 
-def test_loads_where_nothing_can_be_written(folder, checkpoint, tmp_path):
-    """Without write permission, in a process without root's power to write all the same."""
+def test_loads_from_a_read_only_folder(folder, checkpoint, tmp_path):
+    """Without write permission, in a process without root's override of permissions."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     for path in [*folder.rglob("*"), folder]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    for parent in tmp_path.parents:  # the test's own folders are private to their user
-        if parent.name.startswith(("pytest-", "popen-")):  # popen-: what pytest-xdist puts between
+    for parent in tmp_path.parents:  # pytest creates its folders with mode 700
+        if parent.name.startswith(("pytest-", "popen-")):  # popen-: the folders of pytest-xdist
             parent.chmod(0o755)
     tmp_path.chmod(0o755)
     code = """
 import os, pathlib, sys
 import ast_jax
-ast_jax.load(sys.argv[2])  # everything is imported before root is given up, who alone may be able to read Python itself
+ast_jax.load(sys.argv[2])  # import everything before dropping root, which may be needed to read Python itself
 if os.geteuid() == 0:
     os.setgid(65534); os.setuid(65534)
 try:
@@ -151,7 +151,7 @@ def test_headless_params_are_a_checkpoint(checkpoint, tmp_path):
     assert "classifier" not in ast_jax.load(tmp_path / "body").params
 
 
-def test_misfits_are_listed_and_nothing_is_written(checkpoint, tmp_path):
+def test_mismatched_params_are_listed_and_nothing_is_written(checkpoint, tmp_path):
     flat = flatten_dict(checkpoint.params, sep="/")
     del flat["layernorm/scale"]
     flat["layernorm/gamma"] = np.ones(32)
@@ -166,7 +166,7 @@ def test_misfits_are_listed_and_nothing_is_written(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(("field", "value"), [("max_length", 128), ("num_mel_bins", 64)])
-def test_features_that_do_not_fit_the_model_are_refused(field, value, folder, checkpoint, tmp_path):
+def test_features_of_another_size_are_refused(field, value, folder, checkpoint, tmp_path):
     message = f"the features do not fit the model: config.json has {field} {getattr(CONFIG, field)}, .*json {value};"
     with pytest.raises(ast_jax.CheckpointError, match=message):
         ast_jax.save(tmp_path / "bad", checkpoint.replace(frontend=FRONTEND.replace(**{field: value})))
@@ -209,7 +209,7 @@ def test_values_of_a_wrong_type_name_file_and_field(name, field, value, expected
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "ast_jax.json"])
-def test_files_that_are_no_object_are_refused(name, folder):
+def test_files_without_a_json_object_are_refused(name, folder):
     (folder / name).write_text("[1, 2]")
     with pytest.raises(ast_jax.CheckpointError, match=f"{name}: expected a JSON object, got list"):
         ast_jax.load(folder)
@@ -228,7 +228,7 @@ def test_save_replaces_a_checkpoint_but_nothing_else(folder, checkpoint, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "photos"]
 
 
-def test_failed_save_leaves_the_old_one(folder, checkpoint, monkeypatch, tmp_path):
+def test_failed_save_keeps_the_old_checkpoint(folder, checkpoint, monkeypatch, tmp_path):
     import orbax.checkpoint as ocp
 
     def fail(*_, **__):
@@ -242,7 +242,7 @@ def test_failed_save_leaves_the_old_one(folder, checkpoint, monkeypatch, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-# Orbax leaves its event loop open when a read fails; it complains when it is collected.
+# Orbax leaves its event loop open when a read fails, which warns when it is garbage-collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["no params", "truncated params", "bad json", "other format", "no config"])
 def test_damaged_folders_are_refused_in_one_line(damage, folder):

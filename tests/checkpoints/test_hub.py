@@ -10,7 +10,7 @@ import ast_jax
 
 pytestmark = pytest.mark.network
 
-# logits[0, :3] of the sample recording, as the conversion script of transformers states them, to 1e-4.
+# logits[0, :3] of the sample recording, from the conversion script of transformers, rounded to 1e-4.
 PUBLISHED = {
     "MIT/ast-finetuned-audioset-10-10-0.4593": (-0.8760, -7.0042, -8.6602),
     "MIT/ast-finetuned-audioset-10-10-0.450": (-1.1986, -7.0903, -8.2718),
@@ -20,7 +20,7 @@ PUBLISHED = {
     "MIT/ast-finetuned-audioset-14-14-0.443": (-0.3826, -7.0336, -8.2413),
     "MIT/ast-finetuned-audioset-16-16-0.442": (-1.2113, -6.9101, -8.3470),
 }
-# The same of the first clip of Speech Commands v0.02's validation split, which the Hub's data set viewer hands out.
+# The same for the first clip of Speech Commands v0.02's validation split, from the dataset viewer of the Hub.
 SPEECH_COMMANDS = ("MIT/ast-finetuned-speech-commands-v2", (6.1589, -8.0566, -8.7984))
 FIRST_ROWS = "https://datasets-server.huggingface.co/first-rows?dataset={}&config={}&split={}"
 

@@ -1,4 +1,4 @@
-"""`Provenance` is typed, hashable and written to `ast_jax.json`; folders from before it still load."""
+"""`Provenance` is typed, hashable and written to `ast_jax.json`; older folders without it still load."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ FULL = Provenance(
     other_dtypes=(("cls_token", "float32"),), statistics_assumed=True, problem_type_resolved=True, grid_resized=True,
     notes=("3 heads of 64 are assumed",), changes=("input 224 bins x 224 frames",),
 )  # fmt: skip
-# What `convert` and `resize` wrote into the metadata before there was a Provenance.
+# The metadata that `convert` and `resize` wrote before `Provenance`.
 CONVERSION = {
     "format": "distilled vision transformer (DeiT, timm's names)", "tensors": 23, "ignored": {"head.bias": "unused"},
     "notes": ["3 heads of 64 are assumed"], "statistics_assumed": True, "dtype": "bfloat16",
@@ -37,7 +37,7 @@ def test_json_round_trip(provenance):
     assert (kept == {}) == (provenance == Provenance())  # only what differs from the defaults is written
 
 
-def test_metadata_from_before_is_read():
+def test_older_metadata_is_read():
     assert split_origin(OLD) == (FULL, {"note": "mine"})
     without = {name: value for name, value in CONVERSION.items() if name != "problem_type_resolved"}
     provenance, rest = split_origin({"converted_from": "ast", "conversion": without | {"format": "Hugging Face"}})
@@ -74,7 +74,7 @@ def test_shipped_model_is_not_converted():
 
 
 def test_an_old_folder_of_an_imagenet_model(tmp_path):
-    """It loads, keeps its dtypes for the way back, and its grid is still resized once only."""
+    """It loads with its provenance, and its position grid cannot be resized a second time."""
     torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
     ast_jax.save(tmp_path / "model", ast_jax.load(tmp_path / "deit.pth"))
     new = ast_jax.load(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Other inputs and other labels: the position grid against the original's constructor, and everything beside it."""
+"""`resize`: the position grid against the original's constructor, the frontend, the labels and the provenance."""
 
 import itertools
 import json
@@ -18,9 +18,9 @@ from ast_jax.checkpoints.resize import resize_positions
 from ast_jax.model.functional import param_shapes
 
 AUDIOSET, GRIDS = torch_original.AUDIOSET_GRID, (torch_original.AUDIOSET_GRID, (24, 24), (14, 14))
-# Positions lie in [0, 1), so a value is wrong by no more than the place between two cells is. float64: places up to
-# 101 are rounded to 1.4e-14, three times. float32: PyTorch works its places out in float32, with a scale rounded by
-# 6e-8 of itself and the product and the sum by 4e-6 each: 1.4e-5 along time and a quarter of it along frequency.
+# Positions are in [0, 1), so an error is at most that of the interpolation weight. float64: coordinates up to 101 are
+# rounded to 1.4e-14, three times. float32: PyTorch computes the coordinates in float32, with a relative rounding of the
+# scale of 6e-8, and of 4e-6 in the product and the sum: 1.4e-5 along time and a quarter of that along frequency.
 GRID_TOLERANCE = {np.float64: 1e-12, np.float32: 2e-5}
 
 CONFIG = ast_jax.ASTConfig(
@@ -48,7 +48,7 @@ def positions_of(grid, dtype=np.float64, width=3):
 
 
 def assert_same_params(got, want, but="nothing"):
-    """Compare bit by bit all but the leaves under a path, which must differ."""
+    """Assert that all leaves are identical except those under a path, which must differ."""
     got, want = flatten_dict(got, sep="/"), flatten_dict(want, sep="/")
     assert got.keys() == want.keys()
     for path, leaf in got.items():
@@ -80,7 +80,7 @@ def test_every_grid_equals_the_original(old, dtype):
 
 
 @pytest.mark.parametrize("old", GRIDS, ids=str)
-def test_same_grid_and_prefix_are_kept(old):
+def test_same_grid_and_prefix_tokens_are_unchanged(old):
     positions = positions_of(old)
     np.testing.assert_array_equal(resize_positions(positions, old, old), positions)
     for new in ((1, 1), (2 * old[0], 3), (5, 2 * old[1]), (30, 300)):
@@ -88,8 +88,8 @@ def test_same_grid_and_prefix_are_kept(old):
 
 
 @pytest.mark.parametrize("old", GRIDS, ids=str)
-def test_cuts_start_where_the_originals_do(old):
-    """Of the cell (f, t) the position is (f, t), so that the first one left says where the cut begins."""
+def test_crops_start_where_the_originals_do(old):
+    """The position of the cell (f, t) is (f, t), so that the first remaining one gives the start of the crop."""
     cells = np.stack(np.meshgrid(*map(np.arange, old), indexing="ij"), axis=-1)
     positions = np.concatenate([np.full((2, 2), -1), cells.reshape(-1, 2)])
     half = {12: 6, 101: 50, 24: 12, 14: 7}
@@ -99,7 +99,7 @@ def test_cuts_start_where_the_originals_do(old):
         np.testing.assert_array_equal(got, cells[:rows, :columns] + start)
 
 
-def test_constants_stay_and_each_axis_goes_its_own_way():
+def test_constants_are_unchanged_and_axes_are_independent():
     flat = np.full((2 + 12 * 101, 3), 0.7)
     for new in ((13, 102), (24, 50), (7, 202), (23, 151)):
         np.testing.assert_allclose(resize_positions(flat, AUDIOSET, new), 0.7, rtol=1e-15)  # one rounding in the sum
@@ -108,7 +108,7 @@ def test_constants_stay_and_each_axis_goes_its_own_way():
         time_first = resize_positions(resize_positions(positions, AUDIOSET, (12, new[1])), (12, new[1]), new)
         frequency_first = resize_positions(resize_positions(positions, AUDIOSET, (new[0], 101)), (new[0], 101), new)
         np.testing.assert_array_equal(time_first, want)
-        np.testing.assert_allclose(frequency_first, want, atol=1e-15)  # the same sums of values below 1, in other order
+        np.testing.assert_allclose(frequency_first, want, atol=1e-15)  # sums of values below 1 in another order
 
 
 @pytest.mark.parametrize("changes", INPUTS, ids=str)
@@ -140,17 +140,17 @@ SAME = ({}, {"max_length": 64, "time_stride": 10}, {"num_labels": 3}, {"labels":
 
 
 @pytest.mark.parametrize("changes", SAME, ids=str)
-def test_nothing_to_change_is_the_same_object(changes, checkpoint):
+def test_without_changes_the_same_object_is_returned(changes, checkpoint):
     assert ast_jax.resize(checkpoint, **changes) is checkpoint
 
 
-def test_names_that_an_unnamed_model_has_anyway_keep_its_head(checkpoint):
+def test_default_names_keep_the_classifier_of_an_unnamed_model(checkpoint):
     unnamed = checkpoint.replace(config=CONFIG.replace(id2label=()))
     resized = ast_jax.resize(unnamed, labels=unnamed.config.labels)  # LABEL_0, LABEL_1, LABEL_2
     assert_same_params(resized.params, checkpoint.params)
 
 
-def test_another_length_in_the_same_patches_keeps_the_positions(checkpoint):
+def test_another_length_with_the_same_grid_keeps_the_positions(checkpoint):
     resized = ast_jax.resize(checkpoint, max_length=65)
     assert (resized.config.max_length, resized.frontend.max_length) == (65, 65)
     assert_same_params(resized.params, checkpoint.params)
@@ -166,7 +166,7 @@ MISTAKES = [
     ({"keep_classifier": True}, "keep_classifier: expected labels, a name for each of the model's 3 classes, got 0"),
     ({"labels": ("a", "b"), "keep_classifier": True}, "a name for each of the model's 3 classes, got 2"),
     ({"labels": ("a", 2)}, r"id2label: expected a string, got 2"),
-    ({"labels": "audioset"}, r"labels: expected .*, got 'audioset'"),  # one text, not eight names of a letter
+    ({"labels": "audioset"}, r"labels: expected .*, got 'audioset'"),  # a string, not eight one-letter names
     ({"max_length": 64.5}, r"max_length: expected an integer, got 64\.5"),
     *(
         ({name: value}, rf"{name}: expected at least 1, got {value}")
@@ -174,11 +174,11 @@ MISTAKES = [
         for value in (0, -1)
     ),
 ]
-OTHER_LABELS = [  # and the names of the new model
+OTHER_LABELS = [  # changes, names in the resized model
     ({"num_labels": 5}, ()),
     ({"labels": ["a", "b", "c", "d", "e"]}, ("a", "b", "c", "d", "e")),
     ({"labels": ("a", "b"), "num_labels": 2}, ("a", "b")),
-    ({"labels": ("Music", "Speech", "Beep")}, ("Music", "Speech", "Beep")),  # of the same number
+    ({"labels": ("Music", "Speech", "Beep")}, ("Music", "Speech", "Beep")),  # the same number of labels
 ]
 
 
@@ -188,22 +188,22 @@ def test_mistakes_say_what_is_wrong(changes, message, checkpoint):
         ast_jax.resize(checkpoint, **changes)
 
 
-def test_the_right_names_of_the_classes_keep_the_head(checkpoint):
+def test_keep_classifier_renames_the_classes(checkpoint):
     named = ast_jax.resize(checkpoint, labels=("x", "y", "z"), keep_classifier=True)
-    assert named.config == CONFIG.replace(id2label=("x", "y", "z"))  # problem_type is kept too
+    assert named.config == CONFIG.replace(id2label=("x", "y", "z"))  # problem_type is unchanged too
     assert named.params["classifier"] is checkpoint.params["classifier"]
     assert named.provenance.changes[-1] == "labels renamed"
 
 
 @pytest.mark.parametrize(("changes", "names"), OTHER_LABELS, ids=str)
-def test_other_labels_draw_a_new_head(changes, names, checkpoint):
+def test_other_labels_initialise_a_new_classifier(changes, names, checkpoint):
     resized = ast_jax.resize(checkpoint, **changes)
     count = len(names) or 5
     assert resized.config == CONFIG.replace(num_labels=count, id2label=names, problem_type=None)
     assert resized.frontend == checkpoint.frontend
     assert_same_params(resized.params, checkpoint.params, "classifier/")
     check_params(resized.params, resized.config, "of the right shapes")
-    # `initializer_range`, from 64 draws or more, of which that is four standard errors.
+    # `initializer_range`; from at least 64 samples, 0.4 is four standard errors.
     assert resized.params["classifier"]["dense"]["kernel"].std() == pytest.approx(0.02, rel=0.4)
     assert resized.provenance.changes[1:] == (f"classifier of {count} labels: initialised, untrained",)
     assert_same(ast_jax.resize(checkpoint, **changes), resized)
@@ -211,11 +211,11 @@ def test_other_labels_draw_a_new_head(changes, names, checkpoint):
     assert_same_params(other, resized.params, "classifier/dense/kernel")
 
 
-def test_headless_model_gains_a_head_of_its_own_dtype(checkpoint):
+def test_headless_model_gets_a_classifier_of_its_dtype(checkpoint):
     body = {name: part for name, part in checkpoint.params.items() if name != "classifier"}
     headless = checkpoint.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float64), body))
     assert "classifier" not in ast_jax.resize(headless, max_length=96).params
-    resized = ast_jax.resize(headless, num_labels=3)  # the number that its configuration has
+    resized = ast_jax.resize(headless, num_labels=3)  # as in its configuration
     assert resized.params["classifier"]["dense"]["kernel"].shape == (32, 3)
     assert {leaf.dtype for leaf in jax.tree.leaves(resized.params)} == {np.dtype(np.float64)}
     assert (resized.config.id2label, resized.config.problem_type) == ((), None)
@@ -223,7 +223,7 @@ def test_headless_model_gains_a_head_of_its_own_dtype(checkpoint):
 
 def test_resized_model_is_saved_and_loaded(checkpoint, tmp_path):
     resized = ast_jax.resize(checkpoint, **EVERYTHING, labels=("yes", "no"))
-    assert len(resized.provenance.changes) == 3  # once, and now the input and the labels
+    assert len(resized.provenance.changes) == 3  # the one of the fixture, the input and the labels
     ast_jax.save(tmp_path / "model", resized)
     loaded = ast_jax.load(tmp_path / "model")
     assert_same(loaded, resized)
@@ -233,7 +233,7 @@ def test_resized_model_is_saved_and_loaded(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["own", "Hugging Face", "original"])
-def test_at_load_equals_resizing_what_was_loaded(kind, checkpoint, tmp_path):
+def test_load_with_changes_equals_resize_after_load(kind, checkpoint, tmp_path):
     path = tmp_path / "model"
     if kind == "own":
         ast_jax.save(path, checkpoint)
@@ -252,11 +252,11 @@ def test_at_load_equals_resizing_what_was_loaded(kind, checkpoint, tmp_path):
     assert_same(ast_jax.load(path, max_length=None, labels=None), plain)
 
 
-def test_an_imagenet_start_is_fitted_once(tmp_path):
-    """What was cut to one grid cannot be stretched to another as the original would do it: that is refused."""
+def test_an_imagenet_grid_is_resized_once(tmp_path):
+    """Resizing a resized grid again would differ from the original's initialisation, so it is refused."""
     torch.save(torch_original.deit_state(width=64, depth=1, heads=1, hw=14), tmp_path / "deit.pth")
     ast_jax.save(tmp_path / "full", ast_jax.load(tmp_path / "deit.pth"))
     with pytest.raises(ValueError, match="position grid of this ImageNet model was already resized to 12x101"):
         ast_jax.load(tmp_path / "full", max_length=128)
-    labelled = ast_jax.load(tmp_path / "full", num_labels=3)  # the grid stays
+    labelled = ast_jax.load(tmp_path / "full", num_labels=3)  # the same grid
     assert labelled.config.num_labels == 3

@@ -1,4 +1,4 @@
-"""PyTorch's files without PyTorch: what torch.save writes bit for bit, and nothing of what a hostile file asks for."""
+"""PyTorch files without PyTorch: the tensors of torch.save bit by bit, and no code of malicious pickles."""
 
 import argparse
 import collections
@@ -58,7 +58,7 @@ def assert_same(got, want):
         assert not (got[name].size and got[name].flags.writeable), name
 
 
-def is_plain(text):  # one line, short, and nothing in it that moves a terminal's cursor
+def is_plain(text):  # one short line without control characters
     return text.isprintable() and len(text) < 600
 
 
@@ -72,14 +72,14 @@ def refusal(path):
     return text
 
 
-# ---- files made by hand: whatever the pickle says, in either container
+# ---- hand-made files: any pickle, in either container
 
 Storage = collections.namedtuple("Storage", "key")
 FLOATS = np.arange(4, dtype=np.float32).tobytes()
 
 
 class Tensor:
-    """Pickled as torch.save would pickle a tensor of these figures."""
+    """Pickle a tensor like torch.save, with these values for its fields."""
 
     def __init__(self, offset=0, shape=(4,), strides=(1,), key="0"):
         self.arguments = Storage(key), offset, shape, strides, False, collections.OrderedDict()
@@ -117,11 +117,11 @@ def old(path, data, storages=(FLOATS,), keys=None):
 MAKERS = pytest.mark.parametrize("make", [zipped, old])
 GOOD = pickled({"w": Tensor()})
 
-# ---- a process of its own for each file: crashes, time and memory
+# ---- reading in a subprocess: crashes, time and memory
 
 READ = """
 import json, os, resource, sys
-sys.modules["torch"] = None  # so that importing it fails
+sys.modules["torch"] = None  # importing it fails
 from ast_jax.checkpoints.tree import CheckpointError
 from ast_jax.checkpoints.pytorch.files import read_torch_file
 def private():
@@ -155,7 +155,7 @@ print(json.dumps(outcomes))
 
 
 def read_apart(folder, seconds, megabytes):
-    """Return {file: what came of it}; whatever it was, nothing may crash, take long, or be said in many lines."""
+    """Return {file: outcome}; no file may crash the process, take long, or give a message of several lines."""
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(files.__file__).parents[3])}
     command = [sys.executable, "-W", "ignore", "-c", READ, folder]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -170,7 +170,7 @@ def read_apart(folder, seconds, megabytes):
     return {name: said for name, (said, _, _) in outcomes.items()}
 
 
-# ---- what PyTorch writes
+# ---- files of torch.save
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "without checksums"])
@@ -182,7 +182,7 @@ def test_equals_torch(tmp_path, variant):
     finally:
         torch.serialization.set_crc32_options(before)
     got = read_torch_file(path)
-    assert_same(got, torch.load(path, weights_only=False))  # or else it warns of protocols beyond 2
+    assert_same(got, torch.load(path, weights_only=False))  # weights_only warns of protocols above 2
     assert all(np.shares_memory(got["base"], got[name]) for name in ("tied", "rows", "transposed", "stepped", "größe"))
     assert not np.shares_memory(got["base"], got["expanded"])
     assert got["expanded"].strides == (4, 0)
@@ -218,7 +218,7 @@ def test_old_files_of_big_endian_machines(tmp_path):
 @pytest.mark.parametrize("best", [0.9, torch.tensor(0.9)])
 def test_training_checkpoints(tmp_path, way, wrapper, best):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimizer = torch.optim.AdamW(model.parameters())  # its state has tensors too
+    optimizer = torch.optim.AdamW(model.parameters())  # its state contains tensors too
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     content = {"best": best, wrapper: model.state_dict(), "optimizer": optimizer.state_dict(), "lr": [1, {"x": (2,)}]}
@@ -227,7 +227,7 @@ def test_training_checkpoints(tmp_path, way, wrapper, best):
     assert_same(read_torch_file(tmp_path / "model.pth"), content[wrapper])
 
 
-def test_takes_no_memory_and_no_torch(tmp_path):
+def test_allocates_no_memory_and_imports_no_torch(tmp_path):
     for name, way in FORMATS.items():
         torch.save({str(key): torch.ones(1 << 20) for key in range(10)}, tmp_path / name, **way)
     for said in read_apart(tmp_path, seconds=5, megabytes=100).values():
@@ -235,7 +235,7 @@ def test_takes_no_memory_and_no_torch(tmp_path):
         assert said[3] == 40 << 20
 
 
-# ---- what is refused
+# ---- refused files
 
 
 class Call:
@@ -249,7 +249,7 @@ class Call:
 @BOTH
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("function", [os.system, eval, exec, subprocess.Popen])
-def test_runs_nothing(tmp_path, way, function, protocol):
+def test_executes_nothing(tmp_path, way, function, protocol):
     path, marker = tmp_path / "model.pth", tmp_path / "marker"
     written = {os.system: f"touch {marker}", subprocess.Popen: ["touch", str(marker)]}
     call = Call(function, written.get(function, f"open({str(marker)!r}, 'w').close()"))
@@ -258,7 +258,7 @@ def test_runs_nothing(tmp_path, way, function, protocol):
     assert f".{function.__name__} in the pickle, which was not run" in text
     assert "torch.save(model.state_dict(), …)" in text
     assert not marker.exists()
-    ran = torch.load(path, weights_only=False)["x"]  # the file would do it
+    ran = torch.load(path, weights_only=False)["x"]  # with PyTorch the code would run
     getattr(ran, "wait", int)()
     assert marker.exists()
 
@@ -268,7 +268,7 @@ PICKLES = {
     b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.": "posix.system",
     b"\x80\x02cos\nsystem\n.": "os.system",
     b"\x80\x04\x8c\x03os\n\x8c\x01a\x93.": "got os",  # a line break in a name
-    b"\x80\x04\x8c\x03\x1b[2\x8c\x01a\x93.": "[2",  # a name that steers terminals
+    b"\x80\x04\x8c\x03\x1b[2\x8c\x01a\x93.": "[2",  # a name with a terminal escape sequence
     b"\x80\x04X\x20\x4e\0\0" + b"n" * 20000 + b"\x8c\x01a\x93.": "nnn",
     b"\x80\x04(\x8c\x04trueios\nsystem\n.": "INST",
     b"\x80\x02(" + ORDERED + b"o.": "OBJ",
@@ -298,7 +298,7 @@ CONTENTS = [
     ({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
     ({"w": torch.ones(2), "best": np.float64(0.9)}, "multiarray.scalar"),
     ({"w": torch.ones(2, dtype=torch.complex64)}, "torch.ComplexFloatStorage"),
-    ({"w": torch._neg_view(torch.ones(2))}, ""),  # whose storage has the opposite sign
+    ({"w": torch._neg_view(torch.ones(2))}, ""),  # the storage has the opposite sign
     ({"w": torch.ones(2), "n\n" * 999: 3}, "int"),
     ({"epoch": 3, "line\nbreak" * 99: None}, "epoch"),
     ({"w": torch.ones(2), 3: torch.ones(2)}, "3"),
@@ -317,12 +317,12 @@ def test_refuses_other_contents(tmp_path, way, content, found):
 
 
 def test_refuses_torchscript(tmp_path):
-    with warnings.catch_warnings(action="ignore"):  # it is deprecated
+    with warnings.catch_warnings(action="ignore"):  # deprecated
         torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model.pt")
     assert "TorchScript" in refusal(tmp_path / "model.pt")
 
 
-def gigabyte(archive):  # the directory, which says so, is written after this
+def gigabyte(archive):  # the directory is written after this
     archive.filelist[-1].compress_type, archive.filelist[-1].file_size = zipfile.ZIP_DEFLATED, 1 << 30
 
 
@@ -393,7 +393,7 @@ def test_refuses_impossible_tensors(tmp_path, make, figures):
 
 
 @BOTH
-def test_refuses_cut_off_files(tmp_path, way):
+def test_refuses_truncated_files(tmp_path, way):
     path = tmp_path / "model.pth"
     torch.save(a_state(), path, **way)
     data = path.read_bytes()
@@ -412,10 +412,10 @@ def test_refuses_flipped_bits(tmp_path):
         assert "checksum" in refusal(path)
 
 
-# ---- small files that would take for ever, or all memory
+# ---- small files that would take very long, or all memory
 
 
-def shaped(shape):  # by these pickle instructions
+def shaped(shape):  # from these pickle opcodes
     return pickled({"w": Tensor(shape=None)}).replace(b"K\0N", b"K\0" + shape, 1)
 
 
@@ -426,7 +426,7 @@ def directory(path, entries):
     path.write_bytes(data[:start] + data[start:-22] * entries + data[-22:-10] + struct.pack("<IIH", size, place, 0))
 
 
-def test_hungry_files(tmp_path):
+def test_files_that_exhaust_time_or_memory(tmp_path):
     room = files.MAX_PICKLE_BYTES - 300
     equal = [k * (2**61 - 1) for k in range(room // 27)]  # hash values
     big = b"\x8b" + struct.pack("<i", room - 99) + b"\1" * (room - 99)
@@ -473,7 +473,7 @@ def mutate(rng, data, other, start=0, stop=None):
 
 
 def mutants(seed, count):
-    """Yield files that are nearly right: both formats, and half of them archives whose checksums are right."""
+    """Yield mutated files of both formats; half of the archives have correct checksums."""
     rng = np.random.default_rng(seed)
     state = {name: tensor for name, tensor in a_state().items() if not name.startswith("all")}
     sources = []
@@ -505,8 +505,8 @@ def test_fuzz(tmp_path, seed, count):
     outcomes = read_apart(tmp_path, seconds=1, megabytes=16)
     kinds = collections.Counter(said[0] for said in outcomes.values())
     assert kinds.total() == count
-    assert kinds["read"] > count / 20  # or the files are too wrong
-    assert len({said[1].partition(": ")[2][:150] for said in outcomes.values()}) > 30  # or all wrong alike
+    assert kinds["read"] > count / 20  # else the mutations are too strong
+    assert len({said[1].partition(": ")[2][:150] for said in outcomes.values()}) > 30  # else all fail in the same way
 
 
 # ---- writing
@@ -521,7 +521,7 @@ def test_writes_what_torch_reads(tmp_path, dtype):
         "stepped": random_bits(dtype, 9, 9)[1::3, ::2], "expanded": random_bits(dtype, 1, 3).expand(4, 3),
     }  # fmt: skip
     torch.save(want, tmp_path / "torch.pth")
-    write_torch_file(path, read_torch_file(tmp_path / "torch.pth"))  # of the same strides
+    write_torch_file(path, read_torch_file(tmp_path / "torch.pth"))  # with the same strides
     assert_same(read_torch_file(path), want)
     for mapped in (False, True):
         got = torch.load(path, weights_only=True, mmap=mapped)

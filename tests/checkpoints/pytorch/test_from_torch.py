@@ -1,4 +1,4 @@
-"""Every kind of source gives the same bits, every tensor is accounted for, and what does not fit is one clear line."""
+"""`from_torch`: identical bits from every kind of source, no tensor unaccounted for, errors in one line."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from ast_jax.labels import label_set_of_size
 HF = "audio_spectrogram_transformer."
 WEIGHTS = "model.safetensors"
 LAYERS = 2
-# The original's names in transformers' files; written down a second time, as the tables are what is tested here.
+# The original's names in transformers' files, independent of the tables in names.py that are tested here.
 RENAMED = [
     ("mlp_head.0", "classifier.layernorm"), ("mlp_head.1", "classifier.dense"), ("v.norm", f"{HF}layernorm"),
     ("v.cls_token", f"{HF}embeddings.cls_token"), ("v.dist_token", f"{HF}embeddings.distillation_token"),
@@ -36,7 +36,7 @@ RENAMED = [
 
 
 def tensors_of(folder, model):
-    """Return a live model, the folder that it was saved in, and the tensors under the names that each has."""
+    """Return a live model, the folder that it was saved in, and the state dict of each."""
     disk = safetensors.torch.load_file(folder / WEIGHTS)
     return types.SimpleNamespace(folder=folder, model=model, live=model.state_dict(), disk=disk)
 
@@ -56,7 +56,7 @@ def original(**changes):
 
 
 def same(got, want):
-    """Demand the same arrays, dtypes included."""
+    """Assert that two parameter trees have the same arrays and dtypes."""
     got, want = flatten_dict(got, sep="/"), flatten_dict(want, sep="/")
     assert got.keys() == want.keys()
     for path, leaf in got.items():
@@ -64,7 +64,7 @@ def same(got, want):
 
 
 def refused(source, **options):
-    """Return the message of the one line that refuses a source."""
+    """Return the one-line error message for a source."""
     with pytest.raises(CheckpointError) as caught:
         ast_jax.from_torch(source, **options)
     assert "\n" not in str(caught.value)
@@ -146,8 +146,8 @@ def test_every_source_gives_the_same_bits(kind, made, tmp_path):
         assert (assumed in notes) != (kind in WITH_CONFIG)
 
 
-def test_what_only_a_live_models_config_tells():
-    """Where there is one, in DataParallel or not, nothing is assumed."""
+def test_the_configuration_of_a_live_model_is_read():
+    """Its configuration is read, inside DataParallel too, and nothing is assumed."""
     model = transformers.ASTForAudioClassification(
         torch_models.torch_config("relu", num_hidden_layers=1, layer_norm_eps=1e-3, num_attention_heads=6)
     )
@@ -173,7 +173,7 @@ def test_dtypes(dtype, kind, tmp_path):
     assert (provenance.dtype, provenance.other_dtypes) == (str(dtype).removeprefix("torch."), ())
 
 
-MIXED = {  # format: a state dict, the name of a bias of q, k and v in it, and its name when going back
+MIXED = {  # format: a state dict, the name of a bias of q, k and v in it, and its exported name
     "disk": (lambda made: made.disk, f"{HF}encoder.layer.1.attention.attention.key.bias",
              f"{HF}encoder.layer.1.attention.attention.key.bias"),
     "live": (lambda made: made.live, f"{HF}layers.1.attention.k_proj.bias",
@@ -186,13 +186,13 @@ MIXED = {  # format: a state dict, the name of a bias of q, k and v in it, and i
 @WITH_HEAD
 @pytest.mark.parametrize("form", MIXED)
 def test_mixed_dtypes(form, made):
-    """Each tensor keeps its bits; an array of several has the widest of their dtypes."""
+    """Each tensor keeps its bits; an array stacked from several tensors has the widest of their dtypes."""
     get, name, back = MIXED[form]
     state = {key: tensor.to(torch.bfloat16) for key, tensor in get(made).items()}
     state[name] = get(made)[name].to(torch.float64) / 3
     checkpoint = ast_jax.from_torch(state)
     params, provenance = flatten_dict(checkpoint.params, sep="/"), checkpoint.provenance
-    body = back.removeprefix("audio_spectrogram_transformer.").removeprefix("v.")  # the prefix may be another later
+    body = back.removeprefix("audio_spectrogram_transformer.").removeprefix("v.")  # the prefix depends on the export
     assert (provenance.dtype, provenance.other_dtypes) == ("bfloat16", ((body, "float64"),))
     assert (provenance.dtype_of(body), provenance.dtype_of("another")) == ("float64", "bfloat16")
     qkv = params.pop("layers/attention/qkv/bias")
@@ -208,7 +208,7 @@ def test_mixed_dtypes(form, made):
 def test_the_originals_files(prefix, tmp_path):
     state = original().state_dict()
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "ast_10_10_.pth")
-    # A config.json of somebody else's in the same folder is not looked at.
+    # An unrelated config.json in the same folder is ignored.
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     checkpoint = ast_jax.from_torch(tmp_path / "ast_10_10_.pth")
     renamed = {}
@@ -232,7 +232,7 @@ def test_the_originals_files(prefix, tmp_path):
 
 
 def test_other_json_beside_the_originals_files(tmp_path):
-    """It need not be an object to be somebody else's."""
+    """An unrelated config.json is ignored, even if it is not an object."""
     torch.save(original().state_dict(), tmp_path / "ast.pth")
     (tmp_path / "config.json").write_text("[]")
     assert ast_jax.from_torch(tmp_path / "ast.pth").config.max_length == 128
@@ -242,7 +242,7 @@ def test_other_json_beside_the_originals_files(tmp_path):
     ("width", "heads", "hw", "wrapped"), [(192, 3, 24, False), (192, 3, 14, True), (384, 6, 14, False)]
 )
 def test_imagenet_weights(width, heads, hw, wrapped, tmp_path):
-    """They become what the original's constructor makes of them; wrapped is how they are published."""
+    """They are converted like in the original's constructor; the published files are wrapped."""
     state = {name: tensor.double() for name, tensor in torch_original.deit_state(width, 1, heads, hw).items()}
     torch.save({"model": state} if wrapped else state, tmp_path / "deit.pth")
     checkpoint = ast_jax.from_torch(tmp_path / "deit.pth")
@@ -275,18 +275,18 @@ LABELLED = {
 @pytest.mark.parametrize("kind", LABELLED)
 @pytest.mark.parametrize("count", [527, 35, 50, 36])
 def test_known_labels_are_attached(count, kind):
-    """LABEL_0, which is what transformers writes for want of a name, is none."""
+    """LABEL_0, the placeholder of transformers, does not count as a name."""
     checkpoint, known = ast_jax.from_torch(LABELLED[kind](count)), label_set_of_size(count)
     notes = [note for note in checkpoint.provenance.notes if "labels" in note]
     said = f"the {count} labels have no names; those of {known.name} are assumed from their number" if known else None
     assert [note.split(" (to")[0] for note in notes] == ([said] if known else [])
     assert checkpoint.config.labels == (known.labels if known else tuple(f"LABEL_{index}" for index in range(count)))
-    # So do the statistics of the data set, which the original's weights do not tell.
+    # The same holds for the statistics of the data set, which the original's weights do not contain.
     means = {35: -6.845978, 50: -6.6268077} if kind == "original" else {}
     assert checkpoint.frontend.mean == means.get(count, -4.2677393)
 
 
-def test_labels_that_are_there_stay():
+def test_existing_labels_are_kept():
     names = [f"bird {index}" for index in range(50)]
     config = torch_models.torch_config("stride-10-10", num_labels=50, id2label=dict(enumerate(names)))
     for cls in (transformers.ASTForAudioClassification, transformers.ASTModel):
@@ -297,7 +297,7 @@ def test_labels_that_are_there_stay():
     assert ast_jax.from_torch(headless).config.labels[0] == "LABEL_0"
 
 
-BAD_VALUES = [  # file, what it says, the field in the message
+BAD_VALUES = [  # file, its content, the field in the message
     ("config.json", {"hidden_act": "mish"}, "hidden_act"), ("config.json", {"num_attention_heads": 5}, "num_attention"),
     ("config.json", {"hidden_size": "192"}, "hidden_size"), ("config.json", {"layer_norm_eps": None}, "layer_norm_eps"),
     ("config.json", {"id2label": {"0": "a", "2": "b"}}, "id2label"), ("config.json", {"model_type": "vit"}, "model"),
@@ -330,7 +330,7 @@ def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
 
 RESNET = {"conv1.weight": torch.zeros(2, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}
 BERT = {"encoder.layer.0.attention.self.query.weight": torch.zeros(4, 4), "pooler.dense.bias": torch.zeros(4)}
-BAD_FILES = {  # name of the file: what writes it
+BAD_FILES = {  # file name: function that writes it
     "resnet.safetensors": lambda path: safetensors.torch.save_file(RESNET, path),
     "resnet.pth": lambda path: torch.save(RESNET, path),
     "bert.bin": lambda path: torch.save(BERT, path),
@@ -341,7 +341,7 @@ BAD_FILES = {  # name of the file: what writes it
     "cut.safetensors": lambda path: path.write_bytes(safetensors.torch.save(original().state_dict())[:-9]),
     "cut.pth": lambda path: (torch.save(original().state_dict(), path), path.write_bytes(path.read_bytes()[:-99])),
     "missing.pth": lambda path: torch.save(dict(list(original().state_dict().items())[:-1]), path),
-    "high.pth": lambda path: torch.save(  # patches that are higher than the spectrogram
+    "high.pth": lambda path: torch.save(  # patches higher than the spectrogram
         original().state_dict() | {"v.patch_embed.proj.weight": torch.zeros(192, 1, 130, 16)}, path
     ),
 }
@@ -359,7 +359,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, target, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
-def test_the_report_says_what_was_found(tmp_path):
+def test_the_report_lists_source_tensors_and_notes(tmp_path):
     torch.save(with_module(original(label_dim=527, depth=1).state_dict()), tmp_path / "mine_10_10_0.4.pth")
     arguments = ["convert", str(tmp_path / "mine_10_10_0.4.pth"), str(tmp_path / "out")]
     done = typer.testing.CliRunner().invoke(main.app, arguments)

@@ -1,4 +1,4 @@
-"""What the shapes of tensors tell of an architecture, and what options and file names add."""
+"""Inference of the architecture from tensor shapes, file names and options."""
 
 import json
 import re
@@ -20,38 +20,38 @@ FITTING = {  # patches of the published models, and of shorter inputs: strides a
     1212: (10, 1024), 850: (12, 1024), 657: (14, 1024), 512: (16, 1024), 600: (10, 512), 144: (10, 128),
     300: (10, 256),
 }  # fmt: skip
-NAMED = {  # file name: patches, what comes of it
+NAMED = {  # file name: patches, (strides, frames)
     "audioset_12_12_0.4467.pth": (850, (12, 12, 1024)),
     "audioset_10_10_0.4593.pth": (1212, (10, 10, 1024)),
-    "mine_10_16_0.4.pth": (768, (10, 16, 1024)),  # without the name the shapes are refused
+    "mine_10_16_0.4.pth": (768, (10, 16, 1024)),  # ambiguous without the name
     "mine_16_16_0.4.pth": (768, (16, 16, 1536)),
-    "some/folder_16_16_/mine_10_16.pth": (96, (10, 16, 128)),  # the shapes alone fit nothing
-    "some/audioset_10_16_0.4/mine.pth": (1212, (10, 10, 1024)),  # a folder's name is not the file's
-    # Numbers that are no strides, or those of something else, are passed over.
+    "some/folder_16_16_/mine_10_16.pth": (96, (10, 16, 128)),  # nothing published fits the shapes alone
+    "some/audioset_10_16_0.4/mine.pth": (1212, (10, 10, 1024)),  # the name of the folder is not used
+    # Numbers that cannot be strides are ignored.
     "audioset_12_12_0.4467.pt": (1212, (10, 10, 1024)),
     "run_2020_12_0.9.pth": (1212, (10, 10, 1024)),
     "mine_0_10_.pth": (1212, (10, 10, 1024)),
-    # Steps beyond the patch would leave gaps, and fit any number of patches in one row: widths, dates, epochs.
+    # Strides above the patch size would leave gaps and fit any number of patches: widths, dates, epochs.
     "tiny_192_768.pth": (1212, (10, 10, 1024)),
     "ast_2024_128.pth": (144, (10, 10, 128)),
 }
-ASKED = [  # patches, source_strides, source_max_length, what comes of it
+ASKED = [  # patches, source_strides, source_max_length, (strides, frames)
     (96, (10, 16), None, (10, 16, 128)),
     (768, (10, 16), None, (10, 16, 1024)),
     (768, None, 1540, (16, 16, 1540)),
     (768, (10, 16), 1030, (10, 16, 1030)),
-    (1212, None, 1016, (10, 10, 1016)),  # the least and the most that 101 patches have room for
+    (1212, None, 1016, (10, 10, 1016)),  # the shortest and the longest input of 101 patches
     (1212, None, 1025, (10, 10, 1025)),
-    (108, None, 100, (10, 10, 100)),  # no multiple of 128
+    (108, None, 100, (10, 10, 100)),  # not a multiple of 128
     (108, (10, 10), 105, (10, 10, 105)),
     (1, (200, 200), 16, (200, 200, 16)),  # the user may ask for gaps
 ]
-MISFITS = [  # patches, source_strides, source_max_length, what is possible
+MISFITS = [  # patches, source_strides, source_max_length, the alternatives in the message
     (1212, (12, 12), None, "10 10 with 1016 to 1025 frames"),
     (1212, (10, 10), 512, "10 10 with 1016 to 1025 frames"),
     (1212, None, 1015, "10 10 with 1016 to 1025 frames"),
     (1212, None, 1026, "10 10 with 1016 to 1025 frames"),
-    (108, (10, 10), None, "10 10 with 96 to 105 frames, 14 14 with 170 to 183 frames"),  # no multiple of 128
+    (108, (10, 10), None, "10 10 with 96 to 105 frames, 14 14 with 170 to 183 frames"),  # not a multiple of 128
     (108, None, None, "10 10 with 96 to 105 frames, 14 14 with 170 to 183 frames"),
     (768, None, None, "10 10 with 646 to 655 frames, 16 16 with 1536 to 1551 frames"),  # or 10 16 with 1024
     (97, None, None, "none"),
@@ -60,7 +60,7 @@ MISFITS = [  # patches, source_strides, source_max_length, what is possible
 
 
 def state_of(patches, width=192, patch=(16, 16), layers=1, labels=7, bias=True):
-    """Return tensors of the original's names as far as they are looked at."""
+    """Return a state dict with the original's names and the shapes that are read."""
     shapes = {
         "v.pos_embed": (1, 2 + patches, width), "v.patch_embed.proj.weight": (width, 1, *patch),
         "mlp_head.1.weight": (labels, width),
@@ -82,7 +82,7 @@ def found(*arguments, **options):
 
 
 def refused(*arguments, **options):
-    """Return the message, which is one line."""
+    """Return the one-line error message."""
     with pytest.raises(CheckpointError) as caught:
         read(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -113,7 +113,7 @@ def test_file_names(name):
 @pytest.mark.parametrize(("patches", "strides", "max_length", "want"), ASKED)
 def test_options(patches, strides, max_length, want):
     assert found(state_of(patches), strides, max_length) == want
-    # They win over what the file's name says, which by itself may fit.
+    # They take precedence over a file name, even if that fits.
     assert found(state_of(patches), strides or want[:2], max_length or want[2], name="mine_16_16_.pth") == want
 
 
@@ -129,7 +129,7 @@ def test_misfits(patches, strides, max_length, possible):
     assert "give them to `ast-jax convert`: --source-strides, --source-max-length" in message
 
 
-def test_what_is_said_and_does_not_fit_is_called_that():
+def test_options_that_do_not_fit_are_reported():
     message = refused(state_of(1212), (12, 12), 1024)
     assert "the given strides and input length do not fit the weights (1212 patches; " in message
     notes = []
@@ -137,8 +137,8 @@ def test_what_is_said_and_does_not_fit_is_called_that():
     assert "strides 10 10 and 100 frames: with the given length" in "; ".join(notes)
 
 
-def test_what_else_would_fit_is_noted():
-    """A grid of 8 x 18 at strides of 16 is one of 12 x 12 at 10 too: what was published is taken, and said."""
+def test_alternatives_are_noted():
+    """8 x 18 patches at strides of 16 are as many as 12 x 12 at 10: the published model is taken, with a note."""
     notes = []
     assert found(state_of(144), notes=notes) == (10, 10, 128)
     assert (
@@ -148,8 +148,8 @@ def test_what_else_would_fit_is_noted():
 
 
 @pytest.mark.parametrize(("fstride", "tstride", "frames"), [(16, 16, 300), (10, 16, 120), (12, 14, 500)])
-def test_a_name_that_leaves_the_length_open_is_not_passed_over(fstride, tstride, frames):
-    """No other pair is tried: the file says which it is, and only the length is asked for."""
+def test_strides_of_the_name_are_kept_where_the_length_is_ambiguous(fstride, tstride, frames):
+    """The strides of the file name are kept, and only the length is asked for."""
     rows, columns = torch_original.grid_of(128, frames, fstride, tstride)
     name = f"mine_{fstride}_{tstride}_0.4.pth"
     message = refused(state_of(rows * columns), name=name)
@@ -168,12 +168,12 @@ def test_other_mel_bins_and_heads():
 
 @pytest.mark.parametrize("field", ["max_length", "num_mel_bins", "num_attention_heads"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
-def test_hints_that_are_none(field, value):
+def test_invalid_hints(field, value):
     with pytest.raises(ValueError, match=f"source_{field}: expected a positive whole number, got {value!r}"):
         Hints(**{field: value})
 
 
-def test_a_plain_vision_transformer_is_called_one():
+def test_a_vision_transformer_without_distillation_token_is_refused():
     state = torch_original.deit_state(depth=1, hw=4)
     del state["dist_token"]
     assert "expected a distilled vision transformer, got one without dist_token" in refused(state, form=DEIT)
@@ -188,8 +188,8 @@ def test_an_unusual_depth_is_noted():
     assert not any("layers" in note for note in notes)
 
 
-def test_ambiguities_list_what_is_possible():
-    """Patches as high as the spectrogram leave one row at any stride."""
+def test_ambiguities_list_the_alternatives():
+    """Patches as high as the spectrogram give one row at any stride."""
     state = state_of(64, patch=(128, 2))
     message = refused(state)
     lengths = {10: "632 to 641", 12: "758 to 769", 14: "884 to 897", 16: "1010 to 1025"}
@@ -201,7 +201,7 @@ def test_ambiguities_list_what_is_possible():
 
 
 @pytest.mark.parametrize("strides", [(0, 10), (10, -1), (10,), (10, 10, 10), 10, ("10", "10"), (10.5, 10)], ids=str)
-def test_strides_that_are_none(strides):
+def test_invalid_strides(strides):
     with pytest.raises(ValueError, match="source_strides: expected two positive whole numbers, got "):
         read(state_of(1212), strides)
 
@@ -213,7 +213,7 @@ def test_patches_higher_than_the_spectrogram(side, patches):
 
 
 @pytest.mark.parametrize("width", [96, 200])
-def test_width_of_no_whole_heads(width):
+def test_width_that_heads_do_not_divide(width):
     message = refused(state_of(144, width))
     assert f"heads of 64 do not divide the width {width}; give their number to `ast-jax convert`" in message
     assert read(state_of(144, width), heads=4).num_attention_heads == 4
@@ -227,7 +227,7 @@ def test_width_of_no_whole_heads(width):
     ],
 )  # fmt: skip
 def test_tensors_of_another_rank(name, wrong):
-    """The message has the name that the tensor has in the file: no other is known to its owner."""
+    """The message has the name of the tensor in the file."""
     assert name in refused(state_of(144) | {name: np.zeros(wrong, np.float32)})
 
 
@@ -267,14 +267,14 @@ def test_live_models_are_read_as_their_own_config_says():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Return a folder with a config.json, and the live model that it was saved from."""
+    """Return a folder with a config.json, and the live model that was saved there."""
     folder = tmp_path_factory.mktemp("saved")
     return folder, torch_models.saved_model(folder, "stride-10-10", num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("option", [{"source_strides": (10, 10)}, {"source_max_length": 128}], ids=str)
 def test_options_beside_a_configuration(option, saved):
-    """What is not needed is refused rather than passed over: config, config.json, and square pictures tell all."""
+    """Options that are not needed are refused: with config, with config.json, and for square images."""
     folder, model = saved
     for source, config in (
         (model.state_dict(), ast_jax.load(folder).config), (folder, None), (model, None),
@@ -284,8 +284,8 @@ def test_options_beside_a_configuration(option, saved):
             ast_jax.from_torch(source, config=config, **option)
 
 
-def test_config_says_what_shapes_cannot():
-    """Heads of another width, an eps, an activation; and it wins over the model's own."""
+def test_config_overrides_what_shapes_do_not_give():
+    """Head width, eps, activation; an explicit config takes precedence over the model's own."""
     own = torch_models.torch_config("relu", num_hidden_layers=1, hidden_size=96, num_attention_heads=4)
     model = transformers.ASTForAudioClassification(own)
     with pytest.raises(CheckpointError, match="--source-heads"):
@@ -307,8 +307,8 @@ def test_config_says_what_shapes_cannot():
         ("intermediate_size", 10**20), ("max_length", 10**17), ("max_length", 10**30), ("num_mel_bins", 10**17),
     ],
 )  # fmt: skip
-def test_sizes_beyond_any_memory(field, value, saved, tmp_path):
-    """They are refused before anything of that size is made or listed."""
+def test_sizes_beyond_memory(field, value, saved, tmp_path):
+    """They are refused before anything of that size is allocated or listed."""
     values = json.loads((saved[0] / "config.json").read_text()) | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(values))
     shutil.copy(saved[0] / "model.safetensors", tmp_path)

@@ -46,7 +46,7 @@ FOR_ALL = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
-    """Return a function from format and head to the arrays of a real model of CONFIG, ImageNet's heads included."""
+    """Return a function from format and head to the state dict of a model of CONFIG, with the ImageNet heads."""
     models = {
         True: transformers.ASTForAudioClassification(torch_models.torch_config("stride-10-10", num_hidden_layers=2)),
         False: transformers.ASTModel(torch_models.torch_config("stride-10-10", num_hidden_layers=2)),
@@ -76,12 +76,12 @@ def test_names_are_those_of_live_models(name, form, head, state):
     names, places = state(name, head).keys(), form.places(CONFIG, head).keys()
     assert sorted(names - form.ignored.keys()) == sorted(places)
     assert form.ignored.keys() <= names
-    assert all(form.ignored.values())  # each has its reason
+    assert all(form.ignored.values())  # each has a reason
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @FOR_ALL
-def test_every_place_is_filled_exactly_once(name, form, head, bias):
+def test_every_parameter_is_filled_exactly_once(name, form, head, bias):
     config = CONFIG.replace(qkv_bias=bias)
     filled = {path: np.zeros(leaf.shape, int) for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
     for row, index in form.places(config, head).values():
@@ -90,8 +90,8 @@ def test_every_place_is_filled_exactly_once(name, form, head, bias):
         assert (times == (head or not path.startswith("classifier/"))).all(), path
 
 
-def test_both_hugging_face_tables_have_one_order():
-    """Names of the one are found by their place in the other when going back."""
+def test_both_hugging_face_tables_have_the_same_order():
+    """The export maps names between the two tables by position."""
     orders = [[(row.target, row.part, row.transform) for row in form.rows] for form in (HUGGING_FACE, LIVE)]
     assert orders[0] == orders[1]
     assert HUGGING_FACE.head == LIVE.head
@@ -99,7 +99,7 @@ def test_both_hugging_face_tables_have_one_order():
 
 @FOR_ALL
 def test_every_transform_is_invertible(name, form, head, state):
-    """Bits of every kind, those of NaN and -0 among them, come back in the shape that the live model has."""
+    """All bit patterns, with NaN and -0, are restored in the shape of the live model."""
     shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(CONFIG), sep="/").items()}
     random, real = np.random.default_rng(0), state(name, head)
     for source, (row, index) in form.places(CONFIG, head).items():
@@ -115,39 +115,39 @@ def test_every_transform_is_invertible(name, form, head, state):
         assert np.ascontiguousarray(there).tobytes() == tensor.tobytes(), source
 
 
-# Where one number goes, written down from PyTorch's definitions: rows of a weight are outputs, head h has rows h K to
-# (h + 1) K, and q, k, v stand in this order. Width 6, 2 heads of 3; the place there, the place here.
+# Indices of one element, from PyTorch's definitions: rows of a weight are outputs, head h has rows h K to (h + 1) K,
+# and q, k, v are in this order. Width 6, 2 heads of 3; index in PyTorch, index in JAX.
 PLACES = [
     (TOKEN, (1, 1, 6), (0, 0, 4), (4,)),
     (POSITIONS, (1, 5, 6), (0, 3, 4), (3, 4)),
     (DENSE, (8, 6), (7, 2), (2, 7)),
     (PATCH, (6, 1, 2, 3), (5, 0, 1, 2), (1, 2, 0, 5)),
-    (HEAD_KERNEL, (6, 6), (4, 2), (2, 1, 1)),  # output 4 is number 1 of head 1
+    (HEAD_KERNEL, (6, 6), (4, 2), (2, 1, 1)),  # output 4 is element 1 of head 1
     (HEAD_BIAS, (6,), (5,), (1, 2)),
     (OUT_KERNEL, (6, 6), (0, 5), (1, 2, 0)),
-    (QKV_KERNEL, (18, 6), (10, 5), (5, 1, 1, 1)),  # of the keys, output 4
+    (QKV_KERNEL, (18, 6), (10, 5), (5, 1, 1, 1)),  # output 4 of the keys
     (QKV_BIAS, (18,), (12,), (2, 0, 0)),
 ]
 
 
 @pytest.mark.parametrize(("transform", "shape", "there", "here"), PLACES)
-def test_where_a_number_goes(transform, shape, there, here):
+def test_index_of_one_element(transform, shape, there, here):
     config = ASTConfig(6, 1, 2, 8)
     tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     assert transform.to_jax(tensor, config)[here] == tensor[there]
     assert transform.to_torch(transform.to_jax(tensor, config), config)[there] == tensor[there]
 
 
-def test_colours_are_summed():
+def test_colour_channels_are_summed():
     kernel = np.random.default_rng(0).standard_normal((6, 3, 2, 4))
     want = np.einsum("dcft->ftd", kernel)[:, :, None]
     np.testing.assert_allclose(RGB_PATCH.to_jax(kernel, CONFIG), want, rtol=1e-14, atol=1e-14)
 
 
 @FOR_ALL
-def test_formats_are_told_by_their_names(name, form, head, state):
+def test_formats_are_detected_by_names(name, form, head, state):
     assert detect(state(name, head)) == form
-    assert detect(iter(state(name, head))) == form  # what yields once only
+    assert detect(iter(state(name, head))) == form  # an iterator
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_find():
 
 
 def refused(tensors):
-    """Return the message of the one line that refuses a state dict."""
+    """Return the one-line error message for a state dict."""
     with pytest.raises(CheckpointError) as caught:
         ast_jax.from_torch(tensors)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-MISFITS = {  # format: the names of a token [1, 1, D], of a kernel [D, M], and of two more in their order
+MISFITS = {  # format: names of a token [1, 1, D], of a kernel [D, M], and of two others, sorted
     "disk": ("embeddings.cls_token", "encoder.layer.1.output.dense.weight",
              "encoder.layer.1.attention.attention.key.bias", "layernorm.bias"),
     "live": ("embeddings.cls_token", "layers.1.mlp.fc2.weight", "layernorm.bias", "layers.1.attention.k_proj.bias"),
@@ -185,8 +185,8 @@ MISFITS = {  # format: the names of a token [1, 1, D], of a kernel [D, M], and o
 
 
 @FOR_ALL
-def test_misfits_are_listed_together(name, form, head, state):
-    """One error with three lists, each sorted; the heads that are not used are in none."""
+def test_mismatches_are_listed_together(name, form, head, state):
+    """One error with three sorted lists, without the ignored ImageNet heads."""
     tensors = state(name, head)
     token, kernel, *missing = (form.prefix + short for short in MISFITS[name])
     for gone in reversed(missing):
@@ -202,7 +202,7 @@ def test_misfits_are_listed_together(name, form, head, state):
 
 @FOR_ALL
 def test_no_tensor_can_be_missing(name, form, head, state):
-    """Nor have another shape; the message has the tensor's own name, those from which sizes are read among them."""
+    """Nor have another shape; the message names the tensor, also those whose shapes give the architecture."""
     tensors = state(name, head)
     for key in tensors.keys() - form.ignored.keys():
         assert key in refused({other: tensor for other, tensor in tensors.items() if other != key})
@@ -224,15 +224,15 @@ def test_tensors_are_floats(name, form, head, dtype, state):
 
 
 @FOR_ALL
-def test_a_layer_far_away(name, form, head, state):
-    """One name with a huge number asks for no list of all the layers before it."""
+def test_a_huge_layer_index(name, form, head, state):
+    """A single layer with a huge index does not list all layers before it."""
     tensors = state(name, head)
     layer = next(row.source for row in form.rows if "{n}" in row.source).format(n=5_000)
     assert len(refused(tensors | {form.prefix + layer: np.zeros(192, np.float32)})) < 5000
 
 
 def test_long_lists_are_cut_and_counted(state):
-    """Hundreds of names would hide the first of them."""
+    """Long lists end with a count."""
     message = refused(state("original", True) | {f"x{number:03}": np.zeros(1) for number in range(200)})
     shown = re.search(r"unexpected: (x000(?:, x\d{3})*), and (\d+) more$", message)
     assert len(shown[1].split(", ")) + int(shown[2]) == 200

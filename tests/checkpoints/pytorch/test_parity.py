@@ -1,4 +1,4 @@
-"""The proof of a conversion: it agrees where the conversion is right, and only there."""
+"""Verification passes for correct conversions and fails for wrong ones."""
 
 import builtins
 import dataclasses
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One source of each format, small."""
+    """Return one small source of each format."""
     folder = tmp_path_factory.mktemp("sources")
     model = torch_models.saved_model(folder / "hf", "stride-10-10", num_hidden_layers=2)
     torch_models.saved_model(folder / "headless", "stride-10-10", cls=transformers.ASTModel, num_hidden_layers=1)
@@ -57,7 +57,7 @@ def test_every_stage_agrees_with_pytorch(name, files):
     layers = [f"layer {index + 1}" for index in range(LAYERS[name])]
     assert [stage.name for stage in proof.stages] == ["embeddings", *layers, "norm", "pooled", *head]
     assert all(stage.largest_value > 0.5 for stage in proof.stages)
-    # Rounding alone, in float32 through one or two layers: far below what `verify` itself allows for twelve.
+    # Float32 rounding through one or two layers: far below the tolerance of `verify`, which is for twelve.
     assert max(stage.largest_difference / stage.largest_value for stage in proof.stages) < 1e-5
 
 
@@ -76,8 +76,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", ["hf", "lone/own_10_10_0.5.pth", "lone/deit.pth"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_seen_twice(mistake, name, files):
-    """In the tensors that come back, and in the stages."""
+def test_wrong_tensors_fail_both_checks(mistake, name, files):
+    """In the tensors converted back and in the stages."""
     found = read_source(files / name)
     proof = parity.verify(found, MISTAKES[mistake](from_torch.convert(found)))
     assert proof.different
@@ -91,8 +91,8 @@ def test_mistakes_are_seen_twice(mistake, name, files):
 @pytest.mark.parametrize(
     "mistake", [{"hidden_act": "relu"}, {"hidden_act": "gelu_new"}, {"layer_norm_eps": 1e-3}], ids=str
 )
-def test_another_architecture_is_seen_in_the_stages_alone(mistake, name, files):
-    """Down to tanh instead of erf in GELU."""
+def test_another_architecture_fails_in_the_stages_only(mistake, name, files):
+    """Even the tanh instead of the erf form of GELU."""
     found = read_source(files / name)
     checkpoint = from_torch.convert(found)
     proof = parity.verify(found, checkpoint.replace(config=checkpoint.config.replace(**mistake)))
@@ -122,8 +122,8 @@ def test_without_pytorch_every_tensor_is_compared(missing, name, files, monkeypa
     assert not wrong.passed
 
 
-def test_a_library_beside_transformers_that_does_not_fit(files, monkeypatch):
-    """As a torchaudio for another PyTorch, which transformers tries to import."""
+def test_a_broken_dependency_of_transformers(files, monkeypatch):
+    """For example a torchaudio built for another PyTorch, which transformers tries to import."""
 
     class Transformers:
         def __getattr__(self, name):
@@ -143,7 +143,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_convert_verify_prints_and_keeps_the_table(name, files, tmp_path):
+def test_convert_verify_prints_and_writes_the_table(name, files, tmp_path):
     done = run("convert", files / name, tmp_path / "out", "--verify")
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "out" / "verification.json").read_text())
@@ -158,8 +158,8 @@ def test_convert_verify_prints_and_keeps_the_table(name, files, tmp_path):
     ast_jax.load(tmp_path / "out")
 
 
-def test_convert_verify_writes_nothing_where_the_numbers_differ(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # rounding alone is too much
+def test_convert_verify_writes_nothing_if_the_models_differ(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # so that rounding fails
     done = run("convert", files / "hf", tmp_path / "out", "--verify")
     assert done.exit_code == 1
     assert "DIFFERS" in done.stdout
@@ -170,12 +170,12 @@ def test_convert_verify_writes_nothing_where_the_numbers_differ(files, tmp_path,
 
 
 @pytest.mark.parametrize(("target", "name"), [("huggingface", "back"), ("original", "back.pth")])
-def test_verify_reads_back_what_goes_to_pytorch(target, name, files, tmp_path, monkeypatch):
+def test_verify_reads_exports_back(target, name, files, tmp_path, monkeypatch):
     deep = torch_original.randomized(torch_original.OriginalAST(label_dim=5, input_tdim=128))
     torch.save(deep.state_dict(), tmp_path / "own_10_10_0.5.pth")
     done = run("convert", tmp_path / "own_10_10_0.5.pth", tmp_path / name, "--to", target, "--verify")
     assert done.exit_code == 0, done.output
-    written = 203 if target == "huggingface" else 155  # query, key and value apart or together
+    written = 203 if target == "huggingface" else 155  # query, key and value separate or fused
     assert "compared: own_10_10_0.5.pth\n155 tensors converted back: none different" in done.stdout
     assert f"compared: {name}\n{written} tensors converted back: none different" in done.stdout
     kept = "back/verification.json" if target == "huggingface" else "back.verification.json"
@@ -189,16 +189,16 @@ def test_verify_reads_back_what_goes_to_pytorch(target, name, files, tmp_path, m
     assert [stage.name for stage in proof.stages if not stage.passed] == ["norm", "pooled", "logits"]
 
 
-def test_what_was_written_wrongly_is_removed(files, tmp_path, monkeypatch):
+def test_a_wrong_export_is_removed(files, tmp_path, monkeypatch):
     ast_jax.save(tmp_path / "ours", ast_jax.load(files / "hf"))
-    monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # rounding alone is too much
+    monkeypatch.setattr(parity, "TOLERANCE", 0.0)  # so that rounding fails
     done = run("convert", tmp_path / "ours", tmp_path / "hf", "--to", "huggingface", "--verify")
     assert done.exit_code == 1
     assert done.stderr.endswith(": the exported model differs from the source; it was removed\n")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
+def test_verification_lists_what_it_cannot_verify(files, tmp_path):
     lone = run("convert", files / "lone" / "own_10_10_0.5.pth", tmp_path / "a", "--verify", "--num-labels", "2")
     given = (
         "not verified, as the source does not contain them: strides, input size, heads, mean and standard deviation "
@@ -215,7 +215,7 @@ def test_the_proof_says_what_it_does_not_prove(files, tmp_path):
     assert "the source is a checkpoint of ast_jax: there is no PyTorch model to compare with" in again
 
 
-def test_what_is_read_back_is_compared(files, tmp_path):
+def test_saved_checkpoints_are_read_back_and_compared(files, tmp_path):
     checkpoint = ast_jax.load(files / "hf")
     ast_jax.save(tmp_path / "ours", checkpoint)
     assert parity.verify_saved(tmp_path / "ours", checkpoint) == 23
@@ -234,7 +234,7 @@ def test_json_has_every_field(files):
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Create a file when unpickled."""
 
     def __init__(self, name):
         self.name = name
@@ -245,7 +245,7 @@ class Touch:
 
 @pytest.mark.slow
 def test_in_an_environment_without_torch(files, tmp_path):
-    """The package as users install it: every format converts, verifies and equals what the tests' environment makes."""
+    """In a plain installation every format converts, verifies, and equals the conversion made here."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "plain"], check=True)
     python = tmp_path / "plain" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", ROOT], check=True)

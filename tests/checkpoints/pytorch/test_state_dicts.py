@@ -1,4 +1,4 @@
-"""Folders, files, shards and dicts of weights; the Hub's share of them is that of a fake."""
+"""State dicts from folders, files, shards, memory, and a fake of the Hugging Face Hub."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def tensors(*names, value=1.0):
 
 
 def folder_with(folder, files):
-    """Fill a folder: dicts of arrays become safetensors or torch files, bytes stay, all else is JSON."""
+    """Fill a folder: dicts of arrays as safetensors or torch files, bytes unchanged, all else as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {"config.json": {}, **files}.items():
         path = folder / name
@@ -57,7 +57,7 @@ WHOLE = safetensors.numpy.save(tensors("a", "b"))
 SHARD = "model-00001-of-00001.safetensors"
 F8 = {"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
 BEYOND = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-BAD_FOLDERS = {  # what is in it, and what the message says
+BAD_FOLDERS = {  # content, pattern of the message
     "no config": ({"config.json": None, "model.safetensors": tensors("a")}, r"found no config\.json in it$"),
     "a run": (
         {"config.json": None, "best/config.json": {}, "run.json": {}},
@@ -69,7 +69,7 @@ BAD_FOLDERS = {  # what is in it, and what the message says
         {"pytorch_model.bin.index.json": index_of(a="b.bin")},
         r"pytorch_model.bin.index.json: lists the file 'b.bin', which is not in ",
     ),
-    # Files that are there, but not in the folder: an index must not lead out of it.
+    # Existing files outside the folder: an index must not lead there.
     "above": ({INDEX: index_of(a="../x.safetensors"), "../x.safetensors": tensors("a")}, r"lists the file '\.\./x\.s"),
     "below": ({INDEX: index_of(a="in/x.safetensors"), "in/x.safetensors": tensors("a")}, "lists the file 'in/x"),
     "itself": ({INDEX: index_of(a=".")}, r"lists the file '\.'"),
@@ -112,7 +112,7 @@ BAD_FILES = {
 
 
 def all_of(path):
-    """Read a source and what lies beside it, which may wait until it is asked for."""
+    """Read a source and the JSON files beside it, which are read lazily."""
     found = read_source(path)
     return found.name, found.state, found.read_json("config.json"), found.read_json("preprocessor_config.json")
 
@@ -141,7 +141,7 @@ def test_bad_safetensors(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none", "none.safetensors", "none/none.pth"])
-def test_nothing_there(name, tmp_path):
+def test_missing_sources(name, tmp_path):
     with pytest.raises(CheckpointError, match="a checkpoint folder, PyTorch weights or a Hub id like owner/name, got"):
         read_source(tmp_path / name)
 
@@ -154,15 +154,15 @@ def test_nothing_there(name, tmp_path):
     ],
     ids=["dict", "None", "ragged", "number as name", "8-bit", "without data"],
 )  # fmt: skip
-def test_dicts_of_other_things(name, value):
-    """One line that names the entry, whatever NumPy or PyTorch say of it."""
+def test_dicts_of_other_values(name, value):
+    """One line that names the entry, whatever exception NumPy or PyTorch raise."""
     with pytest.raises(CheckpointError) as caught:
         ast_jax.from_torch({"v.blocks.0.norm1.weight": np.zeros(3), name: value})
     assert one_line(caught).startswith(f"state dict: {name}: expected ")
 
 
-def test_the_first_of_the_known_files_is_read(tmp_path):
-    """Whole before shards, safetensors before torch files; what is no longer there is not asked for."""
+def test_precedence_of_weight_files(tmp_path):
+    """Single files before shards, safetensors before torch files; later ones are not read."""
     files = {
         "model.safetensors": tensors("a", value=1), INDEX: index_of(a=SHARD), SHARD: tensors("a", value=2),
         "pytorch_model.bin": tensors("a", value=3), "pytorch_model.bin.index.json": index_of(a="s.bin"),
@@ -176,8 +176,8 @@ def test_the_first_of_the_known_files_is_read(tmp_path):
         (tmp_path / name).unlink()
 
 
-def test_what_lies_beside(tmp_path):
-    """For a file as for its folder; a missing one is None."""
+def test_json_files_beside_the_weights(tmp_path):
+    """JSON files are found for a file as for its folder; a missing one is None."""
     folder_with(tmp_path, {"config.json": {"c": 1}, "model.safetensors": tensors("a"), "w.pth": tensors("a")})
     for source in (tmp_path, tmp_path / "model.safetensors", str(tmp_path / "w.pth")):
         name, _, *beside = all_of(source)
@@ -188,7 +188,7 @@ def test_what_lies_beside(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.pth"])
-def test_arrays_are_views_that_nobody_can_write(name, tmp_path):
+def test_arrays_are_read_only_views(name, tmp_path):
     state = read_source(folder_with(tmp_path, {name: tensors("a", "b")}) / name).state
     for array in state.values():
         assert array.base is not None
@@ -197,7 +197,7 @@ def test_arrays_are_views_that_nobody_can_write(name, tmp_path):
 
 
 def test_dtypes_and_shapes_of_safetensors(tmp_path):
-    """All kinds with the bits that PyTorch wrote, bfloat16 among them; numbers and empty arrays too."""
+    """All dtypes of PyTorch with the same bits, with bfloat16; scalars and empty arrays too."""
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
              torch.int8, torch.uint8, torch.bool)  # fmt: skip
     written = {f"{kind} {shape}": (torch.rand(shape) * 9).to(kind) for kind in kinds for shape in ((2, 3), (), (0, 4))}
@@ -215,7 +215,7 @@ def test_dtypes_and_shapes_of_safetensors(tmp_path):
 
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):
-    """Stand in for the Hub: `remote` holds what it has, `asked` what was asked for; the filter is the real one."""
+    """Fake the Hub: `remote` is its content, `asked` the requests; the filter is the real one."""
 
     class Hub:
         remote = tmp_path / "remote"
@@ -237,7 +237,7 @@ def fake_hub(tmp_path, monkeypatch):
 BIN_INDEX = "pytorch_model.bin.index.json"
 OTHERS = {"README.md": b"x", "pytorch_model.bin": tensors("a"), BIN_INDEX: index_of(a="s.bin"), "tf_model.h5": b"x"}
 JSON = {"config.json", "preprocessor_config.json"}
-REPOSITORIES = {  # what it has beside config.json: what is fetched, in how many calls
+REPOSITORIES = {  # content beside config.json: downloaded files, number of calls
     "safetensors": ({"model.safetensors": tensors("a"), **OTHERS}, {*JSON, "model.safetensors"}, 1),
     "shards": ({INDEX: index_of(a=SHARD), SHARD: tensors("a"), **OTHERS}, {*JSON, INDEX, SHARD}, 1),
     "our own": ({"ast_jax.json": {}, "params/d/0": b"x", **OTHERS}, {*JSON, "ast_jax.json", "params/d/0"}, 1),
@@ -247,7 +247,7 @@ REPOSITORIES = {  # what it has beside config.json: what is fetched, in how many
 
 
 @pytest.mark.parametrize("case", REPOSITORIES)
-def test_only_what_is_needed_is_fetched(case, fake_hub):
+def test_only_needed_files_are_downloaded(case, fake_hub):
     files, want, calls = REPOSITORIES[case]
     folder_with(fake_hub.remote, {"preprocessor_config.json": {}, **files})
     folder = hub.download("owner/name")
@@ -280,7 +280,7 @@ def test_a_hub_id_loads_as_its_folder_does(safe, fake_hub):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_the_hub_says_no(error, kind, message, monkeypatch):
+def test_hub_errors(error, kind, message, monkeypatch):
     def refuse(*_, **__):
         raise error
 

@@ -1,4 +1,4 @@
-"""Back to PyTorch: transformers and the original's class load what is written, and every bit comes home."""
+"""`to_torch`: transformers and the original's class load the export, and round trips are bit-exact."""
 
 import json
 import stat
@@ -18,7 +18,7 @@ from ast_jax.checkpoints.pytorch import to_torch
 
 
 def hf_logits(folder, spec, cls=transformers.ASTForAudioClassification):
-    """Load a folder with transformers, assert that it fits, and run it."""
+    """Load a folder with transformers, assert that no key is missing or unexpected, and return its logits."""
     model, found = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     with torch.no_grad():
@@ -39,7 +39,7 @@ def saved_original(path, model):
 @pytest.mark.parametrize("cls", [transformers.ASTForAudioClassification, transformers.ASTModel])
 def test_hugging_face_round_trip_is_bit_exact(cls, dtype, tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-10-10", cls=cls).to(dtype).save_pretrained(tmp_path / "hf")
-    ast_jax.save(tmp_path / "ours", ast_jax.load(tmp_path / "hf"))  # by way of our own folder
+    ast_jax.save(tmp_path / "ours", ast_jax.load(tmp_path / "hf"))  # through a checkpoint folder
     notes = ast_jax.to_torch(ast_jax.load(tmp_path / "ours"), tmp_path / "back")
     assert notes == ()
     want = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
@@ -50,7 +50,7 @@ def test_hugging_face_round_trip_is_bit_exact(cls, dtype, tmp_path):
         assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-def test_mixed_dtypes_come_back(tmp_path):
+def test_mixed_dtypes_are_restored(tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-10-10")
     path = tmp_path / "hf" / "model.safetensors"
     kinds = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,8 +65,8 @@ def test_mixed_dtypes_come_back(tmp_path):
     assert all(torch.equal(got[name], mixed[name]) for name in mixed)
 
 
-def test_dtypes_come_back_under_another_prefix(tmp_path):
-    """A headless model whose names keep the prefix, and one that gets a head: the body's names are told without it."""
+def test_dtypes_are_restored_under_another_prefix(tmp_path):
+    """A headless model with prefixed names, and one that gets a classifier: names are recorded without prefix."""
     model = torch_models.saved_model(tmp_path / "hf", "stride-10-10")
     odd = "audio_spectrogram_transformer.encoder.layer.0.output.dense.weight"
     state = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
@@ -81,8 +81,8 @@ def test_dtypes_come_back_under_another_prefix(tmp_path):
         assert halves == [prefix + name]
 
 
-def test_config_says_the_dtype_that_it_said(tmp_path):
-    """Half precision with norms in float32: the key stays, as transformers loads by it."""
+def test_config_keeps_its_dtype(tmp_path):
+    """Half precision with norms in float32: the dtype key is kept, as transformers loads by it."""
     torch_models.saved_model(tmp_path / "hf", "stride-10-10").half().save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -92,7 +92,7 @@ def test_config_says_the_dtype_that_it_said(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float16"
 
 
-def test_features_that_the_original_does_not_know_are_reported(tmp_path):
+def test_features_that_the_original_lacks_are_reported(tmp_path):
     checkpoint = ast_jax.load(saved_original(tmp_path / "a_10_10_0.5.pth", original_model()))
     odd = {"padding_value": -3.0, "do_normalize": False, "sampling_rate": 32000, "window_type": "povey"}
     changed = checkpoint.replace(frontend=checkpoint.frontend.replace(**odd))
@@ -103,8 +103,8 @@ def test_features_that_the_original_does_not_know_are_reported(tmp_path):
     assert any("padding_value -3.0" in note for note in ast_jax.to_torch(padded, tmp_path / "hf"))
 
 
-def test_what_was_changed_is_not_rounded(tmp_path):
-    """A model that came in bfloat16 and was trained on in float32 goes back in float32."""
+def test_changed_tensors_are_not_rounded(tmp_path):
+    """A model that was converted from bfloat16 and then trained in float32 is exported in float32."""
     torch_models.saved_model(tmp_path / "hf", "stride-10-10").to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     checkpoint = ast_jax.load(tmp_path / "hf")
     params = jax.tree.map(lambda leaf: leaf * np.float32(1.001), checkpoint.params)
@@ -129,8 +129,8 @@ def folder_of(folder, name):
     return folder
 
 
-def test_a_model_of_our_own_goes_to_transformers(tmp_path):
-    """One that never was PyTorch's: drawn here, with labels."""
+def test_a_native_model_is_exported_to_transformers(tmp_path):
+    """A model that was initialised here, with labels."""
     config = ast_jax.ASTConfig(
         hidden_size=64, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2, max_length=100,
         num_mel_bins=64, num_labels=3, id2label=("a", "b", "ü"), problem_type="multi_label_classification",
@@ -146,7 +146,7 @@ def test_a_model_of_our_own_goes_to_transformers(tmp_path):
     assert loaded.architectures == ["ASTForAudioClassification"]
 
 
-def test_every_config_key_comes_back(tmp_path):
+def test_every_config_key_is_restored(tmp_path):
     folder_of(tmp_path / "hf", "stride-10-10")
     names = {"config.json": {"id2label": {str(index): f"class {index}" for index in range(7)},
                              "label2id": {f"class {index}": index for index in range(7)},
@@ -164,7 +164,7 @@ def test_every_config_key_comes_back(tmp_path):
         assert {key: got.get(key, "missing") for key in content} == content
 
 
-def test_features_that_transformers_does_not_know_are_reported(tmp_path):
+def test_features_that_transformers_lacks_are_reported(tmp_path):
     checkpoint = ast_jax.load(folder_of(tmp_path / "hf", "stride-10-10"))
     changed = checkpoint.replace(frontend=checkpoint.frontend.replace(window_type="povey", low_freq=50.0))
     notes = ast_jax.to_torch(changed, tmp_path / "back")
@@ -175,7 +175,7 @@ def test_features_that_transformers_does_not_know_are_reported(tmp_path):
     assert ast_jax.load(tmp_path / "back").frontend == changed.frontend
 
 
-def test_files_can_be_read_by_others(tmp_path):
+def test_exported_files_are_not_private(tmp_path):
     folder_of(tmp_path / "hf", "stride-10-10")
     ast_jax.to_torch(ast_jax.load(tmp_path / "hf"), tmp_path / "back")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "back").iterdir()}
@@ -201,7 +201,7 @@ def test_original_round_trip_is_bit_exact(dtype, tmp_path):
 
 
 def test_a_head_eps_of_its_own_is_reported_and_its_effect_is_bounded(tmp_path):
-    """The original's 1e-5 in the head becomes 1e-6 in transformers, which has one eps; the report says what it does."""
+    """The original's 1e-5 in the head becomes 1e-6 in transformers, which has one eps; a note has the effect."""
     model = original_model()
     checkpoint = ast_jax.load(saved_original(tmp_path / "a_10_10_0.5.pth", model))
     (note,) = ast_jax.to_torch(checkpoint, tmp_path / "hf")
@@ -212,14 +212,14 @@ def test_a_head_eps_of_its_own_is_reported_and_its_effect_is_bounded(tmp_path):
         stages = model.features(torch.from_numpy(spec))
     want, head = stages["logits"].numpy(), model.mlp_head[1]
     got = hf_logits(tmp_path / "hf", spec)
-    # What the report promises: the norm's output changes by half the difference of eps, over the variance of its input.
+    # As in the note: the output of the norm changes by half the difference of eps over the variance of its input.
     variance = stages["pooled"].var(-1, unbiased=False).min().item()
     normed = model.mlp_head[0](stages["pooled"]) - model.mlp_head[0].bias
     bound = (1e-5 - 1e-6) / 2 / variance * (normed.abs() @ head.weight.abs().T).max().item()
     rounding = 1e-5 * np.abs(want).max()
     assert np.abs(got - want).max() <= bound + rounding
     assert bound < 1e-3 * np.abs(want).max()
-    # And with the head's own eps, which our own config.json keeps, nothing is lost on the way back to us.
+    # With the head's eps, which our config.json has, nothing is lost in conversion back to ours.
     assert ast_jax.load(tmp_path / "hf").config.head_layer_norm_eps == 1e-5
 
 
@@ -264,7 +264,7 @@ def test_no_qkv_bias_becomes_zeros_in_the_original(tmp_path):
         ({}, "onnx", "format: expected one of huggingface, original, got 'onnx'"),
     ],
 )
-def test_what_cannot_be_said_is_refused(changes, format, message, tmp_path):
+def test_models_that_a_format_cannot_represent_are_refused(changes, format, message, tmp_path):
     width = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
     if "hidden_size" in changes:
         width = {"num_attention_heads": 4, "intermediate_size": 256}
@@ -314,7 +314,7 @@ def test_a_failure_leaves_nothing(format, tmp_path, monkeypatch):
 
 
 def test_three_ways_round(tmp_path):
-    """Original to ours to transformers to ours to original: the tensors are the very same."""
+    """Original to ours to transformers to ours to original: the tensors are identical."""
     path = saved_original(tmp_path / "a_10_10_0.5.pth", original_model())
     ast_jax.to_torch(ast_jax.load(path), tmp_path / "hf")
     ast_jax.to_torch(ast_jax.load(tmp_path / "hf"), tmp_path / "back.pth", format="original")
@@ -323,7 +323,7 @@ def test_three_ways_round(tmp_path):
     assert all(torch.equal(got[name], want[name]) for name in want if "v.head" not in name)
 
 
-def test_the_checkpoint_is_left_as_it_was(tmp_path):
+def test_the_checkpoint_is_not_modified(tmp_path):
     checkpoint = ast_jax.load(folder_of(tmp_path / "made", "stride-10-10"))
     before = {path: leaf.copy() for path, leaf in flatten_dict(checkpoint.params, sep="/").items()}
     ast_jax.to_torch(checkpoint, tmp_path / "hf")
@@ -332,7 +332,6 @@ def test_the_checkpoint_is_left_as_it_was(tmp_path):
 
 
 def test_the_shipped_model_has_patches_that_transformers_lacks(tmp_path):
-    """README says so."""
     with pytest.raises(ValueError, match="square patches only"):
         ast_jax.to_torch(ast_jax.load("sounds-tiny"), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
