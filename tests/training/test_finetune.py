@@ -895,7 +895,7 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
         finetune.finetune(sounds, tmp_path / "told", training=settings, init=told, log=said.append).best
     )
     assert (again.frontend.mean, again.frontend.std) == (-7.0, 3.0)
-    assert "the model to start from: features are normalised with mean -7 and std 3: as given" in said
+    assert "the initial checkpoint: features are normalised with mean -7 and std 3: as given" in said
     again = ast_jax.load(
         finetune.finetune(sounds, tmp_path / "again", training=settings, init=best, log=lambda _: None).best
     )
