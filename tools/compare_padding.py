@@ -19,7 +19,7 @@ from ship_sounds_tiny import read_rows
 import ast_jax
 from ast_jax.audio.io import read_audio
 from ast_jax.data import datasets
-from ast_jax.inference import predict
+from ast_jax.inference.sliding_window import PADDING
 from ast_jax.training import metrics
 
 
@@ -49,7 +49,7 @@ def scores_and_time(sounds: list[np.ndarray], model: ast_jax.Checkpoint, padding
 
     def run(sounds: list[np.ndarray]) -> np.ndarray:
         rate = model.frontend.sampling_rate
-        found = predict.analyze_each(sounds, model, sampling_rate=rate, padding=padding)
+        found = ast_jax.analyze_each(sounds, model, sampling_rate=rate, padding=padding)
         return np.array([analysis.scores[0] for analysis in found])
 
     run(sounds[:16])  # compiles
@@ -72,12 +72,12 @@ def main() -> None:
     model = ast_jax.load(options.model)
     sounds, labels = clips(options.data, model, options.condition, max(options.seconds))
     print(f"{len(sounds)} clips of {max(options.seconds):g} s or more, {options.condition}\n")
-    print("| sound |", " | ".join(f"`{kind}`" for kind in predict.PADDING), "|")
-    print("|---" * (1 + len(predict.PADDING)) + "|")
+    print("| sound |", " | ".join(f"`{kind}`" for kind in PADDING), "|")
+    print("|---" * (1 + len(PADDING)) + "|")
     for seconds in options.seconds:
         cut = [middle(samples, round(seconds * model.frontend.sampling_rate)) for samples in sounds]
         cells = []
-        for kind in predict.PADDING:
+        for kind in PADDING:
             scores, each = scores_and_time(cut, model, kind)
             precision = np.nanmean(metrics.average_precisions(scores, labels))
             cells.append(f"{precision:.3f} ({1000 * each:.1f} ms)")

@@ -1,9 +1,9 @@
-"""Kaldi's log-mel filter bank, for NumPy on the host and for `jax.numpy` inside jit.
+"""Kaldi's log-mel filter bank, for NumPy on the host and `jax.numpy` inside `jit`.
 
-The settings are Kaldi's `compute-fbank-feats` as the original AST calls them through torchaudio: samples in [-1, 1],
-frames that lie wholly inside the signal (`--snip-edges=true`), the FFT at the next power of two, a power spectrum, and
-a floor of float32 epsilon under the logarithm. The steps are written twice, as functions of whole arrays for the device
-and in place for the host; tests hold the two equal, to each other and to Kaldi's.
+The settings are those of Kaldi's `compute-fbank-feats` as the original AST calls it through torchaudio: samples in
+[-1, 1], frames that lie wholly inside the signal (`--snip-edges=true`), an FFT at the next power of two, a power
+spectrum, and a floor of float32 epsilon before the logarithm. There are two implementations, of whole arrays for the
+device and in place for the host; tests compare them with each other and with Kaldi.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from ast_jax.config import FrontendConfig
 MEL_FLOOR = float(np.finfo(np.float32).eps)  # 1.1920929e-07: digital silence becomes log(floor) = -15.942385
 POVEY_EXPONENT = 0.85
 BLACKMAN_COEFFICIENT = 0.42
-# Frames that NumPy takes at a time. Their arrays stay below 128 KiB, from which on malloc (glibc's) may map fresh pages
-# at every call; to touch these costs more than to compute what goes there.
+# Frames per block in NumPy. Its arrays stay below 128 KiB, above which glibc's malloc may map fresh pages at every
+# call; the page faults would cost more than the computation.
 BLOCK = 60
-BAND = 32  # mel filters that NumPy takes at a time: most of the whole bank is zeros
+BAND = 32  # mel filters per product in NumPy: most of the whole bank is zeros
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 
 
 def num_frames(num_samples: Array, config: FrontendConfig) -> Array:
-    """Return the frames in a signal: 1 + (n - window) // shift, and 1 for what is shorter than one window."""
+    """Return the number of frames of a signal: 1 + (n - window) // shift, at least 1."""
     window, shift = config.window_samples, config.shift_samples
     frames = 1 + (num_samples - window) // shift
     return max(frames, 1) if isinstance(frames, int) else frames.clip(1)
 
 
 def cut_frames(waveform: Array, config: FrontendConfig, xp: ModuleType) -> Array:
-    """Cut [..., S] into overlapping frames [..., T, W]; a signal shorter than one frame is zero-padded to one."""
+    """Split [..., S] into overlapping frames [..., T, W]; a signal shorter than a frame is zero-padded to one."""
     window, shift = config.window_samples, config.shift_samples
     missing = window - waveform.shape[-1]
     if missing > 0:
         waveform = xp.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(0, missing)])
     if xp is np:
         return np.lib.stride_tricks.sliding_window_view(waveform, window, axis=-1)[..., ::shift, :]
-    frames, spans = num_frames(waveform.shape[-1], config), -(-window // shift)  # spans of a shift that a frame touches
+    frames, spans = num_frames(waveform.shape[-1], config), -(-window // shift)  # shifts per frame
     length = (frames - 1 + spans) * shift
     waveform = xp.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(0, max(0, length - waveform.shape[-1]))])
-    rows = waveform[..., :length].reshape(*waveform.shape[:-1], -1, shift)
+    rows = waveform[..., :length].reshape(*waveform.shape[:-1], -1, shift)  # [..., shifts, shift]
     return xp.concatenate([rows[..., k : k + frames, :] for k in range(spans)], axis=-1)[..., :window]
 
 
@@ -70,7 +70,7 @@ def hz_to_mel(frequency: Array) -> Array:
 
 
 def mel_edges(config: FrontendConfig) -> np.ndarray:
-    """Return where the filters begin, peak and end: [F + 2] Hz; filter i is the triangle over i, i + 1 and i + 2."""
+    """Return the corner frequencies [F + 2] in Hz: filter i rises from i, peaks at i + 1 and falls to i + 2."""
     low, high = hz_to_mel(config.low_freq), hz_to_mel(config.top_frequency)
     mel = low + (high - low) * np.arange(config.num_mel_bins + 2) / (config.num_mel_bins + 1)
     return 700.0 * np.expm1(mel / 1127.0)
@@ -78,10 +78,10 @@ def mel_edges(config: FrontendConfig) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def mel_bank(num_mel_bins: int, fft_size: int, sampling_rate: int, low_freq: float, high_freq: float) -> np.ndarray:
-    """Return the triangular filters [1 + fft_size / 2, F] in float64, linear in mel, of peak 1 and no area norm.
+    """Return the triangular filters [1 + fft_size / 2, F] in float64, linear in mel, with peak 1 (no area norm).
 
-    A filter narrower than the FFT's resolution can hold no FFT bin: bin 3 of the 128 at 16 kHz does, and is always at
-    the floor, as it is in Kaldi and torchaudio. The Nyquist bin belongs to no filter.
+    A filter narrower than the FFT's resolution may contain no FFT bin: mel bin 3 of 128 at 16 kHz is such a one and
+    always at the floor, as in Kaldi and torchaudio. The Nyquist bin is in no filter.
     """
     low, high = hz_to_mel(low_freq), hz_to_mel(high_freq)
     edges = low + (high - low) * np.arange(num_mel_bins + 2) / (num_mel_bins + 1)  # [F + 2]
@@ -95,15 +95,15 @@ def mel_bank(num_mel_bins: int, fft_size: int, sampling_rate: int, low_freq: flo
 def log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType = np, noise: Array | None = None) -> Array:
     """Return log-mel energies [..., T, F] of a waveform [..., S], in the waveform's dtype, not normalised.
 
-    Frame by frame: dither, the mean removed (Kaldi `--remove-dc-offset`), x[i] - c x[i-1] with x[-1] = x[0]
+    Per frame: dither, mean removal (Kaldi `--remove-dc-offset`), pre-emphasis x[i] - c x[i-1] with x[-1] = x[0]
     (`--preemphasis-coefficient`), window, power spectrum at the next power of two, mel bank, floor, logarithm. On a CPU
-    one waveform is computed at a time, which is several times faster than all at once.
+    one waveform is computed at a time, which is several times faster than the whole batch.
 
     Args:
         waveform: samples in [-1, 1].
         config: the filter bank's settings.
         xp: `numpy` or `jax.numpy`.
-        noise: standard normal samples [..., T, W], scaled by `config.dither`; needed only where that is not 0.
+        noise: standard normal samples [..., T, W], scaled by `config.dither`; required unless that is 0.
     """
     if config.dither and noise is None:
         raise ValueError("dither: expected random samples, got none; pass `key` (or `seed`), or set dither to 0")
@@ -123,10 +123,7 @@ def log_mel(waveform: Array, config: FrontendConfig, xp: ModuleType = np, noise:
 
 
 def _on_host(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | None) -> np.ndarray:
-    """Return log-mel energies [..., T, F], `BLOCK` frames at a time and all of them in the same memory.
-
-    To ask the system for fresh memory takes longer than to compute what goes there.
-    """
+    """Return log-mel energies [..., T, F] in NumPy, `BLOCK` frames at a time in preallocated buffers."""
     dtype, window = waveform.dtype, config.window_samples
     frames = num_frames(waveform.shape[-1], config)
     fft_size = _fft_size(window)
@@ -163,7 +160,7 @@ def _on_host(waveform: np.ndarray, config: FrontendConfig, noise: np.ndarray | N
 
 
 def _on_device(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: Array | None) -> Array:
-    """Return log-mel energies in `jax.numpy`, all frames together."""
+    """Return log-mel energies [..., T, F] in `jax.numpy`, all frames at once."""
     taper, bank = _constants(config, waveform.dtype)
     frames = cut_frames(waveform, config, xp)  # [..., T, W]
     if noise is not None and config.dither:
@@ -175,7 +172,7 @@ def _on_device(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: A
         frames = frames - config.preemphasis_coefficient * previous
     spectrum = xp.fft.rfft(frames * taper, n=_fft_size(config.window_samples))  # [..., T, 1 + fft_size / 2]
     power = spectrum.real**2 + spectrum.imag**2
-    # In full: GPUs and TPUs would take fewer bits, which the logarithm of a small power shows.
+    # At full precision: GPUs and TPUs would round the operands, which the logarithm of a small power exposes.
     energies = xp.matmul(power, bank, precision="highest")
     return xp.log(xp.maximum(energies, MEL_FLOOR))  # [..., T, F]
 
@@ -196,10 +193,10 @@ def _constants(config: FrontendConfig, dtype: np.dtype) -> tuple[np.ndarray, np.
 
 @functools.lru_cache(maxsize=16)
 def _bands(config: FrontendConfig, dtype: np.dtype) -> list[tuple[slice, slice, np.ndarray]]:
-    """Return the mel bank in bands of neighbouring filters, each without the FFT bins that it does not hold.
+    """Return the mel bank as bands of adjacent filters, each restricted to its non-zero FFT bins.
 
-    A band is the columns it takes of [T, 2 + fft_size], where the squares of a bin's real and imaginary parts lie side
-    by side; its filters; and their weights, every row twice.
+    A band holds the columns of [T, 2 + fft_size] that it needs, in which the squared real and imaginary parts of a bin
+    are adjacent; its filters; and their weights, with every row repeated twice.
     """
     _, bank = _constants(config, dtype)
     found = []

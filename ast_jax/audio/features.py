@@ -1,7 +1,7 @@
-"""Waveforms to the model's input: log-mel frames, padded or cut to one length, and normalised.
+"""Waveforms to the model's input: log-mel frames, padded or cropped to one length, and normalised.
 
-`ASTFeatureExtractor` and `fbank` work on the host in NumPy; `padded_log_mel` and `normalize` are what a jitted step
-runs on the device. All of them stand on `kaldi.log_mel`.
+`ASTFeatureExtractor` and `fbank` run on the host in NumPy; `padded_log_mel` and `normalize` run on the device inside
+`jit`. All of them call `ast_jax.audio.fbank.log_mel`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _namespace(array: Any) -> ModuleType:
 
 
 def _as_samples(waveform: Any, dtype: Any) -> Array:
-    """Return samples in `dtype`; integers are refused, since their scale says nothing about [-1, 1]."""
+    """Return samples in `dtype`; integers are refused, as their scale is unknown."""
     xp = _namespace(waveform)
     samples = xp.asarray(waveform)
     if not xp.issubdtype(samples.dtype, xp.floating):
@@ -59,7 +59,7 @@ def fbank(
 ) -> Array:
     """Compute Kaldi's log-mel filter bank (`compute-fbank-feats`), not normalised.
 
-    NumPy in, NumPy out; a JAX array or tracer gives a JAX array, so this also runs under `jax.jit` and `jax.grad`.
+    NumPy in, NumPy out; JAX arrays and tracers give JAX arrays, so it also runs under `jax.jit` and `jax.grad`.
 
     Args:
         waveform: samples [S] in [-1, 1], or a batch [..., S]. Fewer samples than one frame are zero-padded to one.
@@ -71,7 +71,7 @@ def fbank(
         high_freq: Hz; 0 or less counts from the Nyquist frequency.
         window_type: "hanning", "hamming", "povey", "rectangular" or "blackman".
         preemphasis_coefficient: 0 for none.
-        dither: standard deviation of noise added to each sample; not 0 needs `key`.
+        dither: standard deviation of noise added to each sample; requires `key` unless 0.
         remove_dc_offset: subtract each frame's mean.
         key: seed (or `numpy.random.Generator`) for NumPy, `jax.random` key for JAX; used by `dither` only.
         dtype: of the computation and the result.
@@ -80,8 +80,8 @@ def fbank(
         [T, F] (or [..., T, F]) natural logarithms, T = 1 + (S - window) // shift.
 
     Raises:
-        ValueError: integer samples, no samples, NaN or Inf among them (in NumPy), columns of samples
-            instead of rows, or an option out of its range.
+        ValueError: integer samples, no samples, NaN or Inf among them (in NumPy), samples along the wrong axis, or an
+            option out of its range.
     """
     config = FrontendConfig(
         sampling_rate=sampling_rate, num_mel_bins=num_mel_bins, frame_length=frame_length, frame_shift=frame_shift,
@@ -112,7 +112,7 @@ def fbank(
 
 
 def normalize(spec: Array, config: FrontendConfig) -> Array:
-    """Return (spec - mean) / (2 std) as the original does, or `spec` itself where `do_normalize` is off."""
+    """Return (spec - mean) / (2 std) as the original does; `spec` itself if `do_normalize` is off."""
     return (spec - config.mean) / (2 * config.std) if config.do_normalize else spec
 
 
@@ -121,9 +121,9 @@ def padded_log_mel(waveforms: Array, num_samples: Array, config: FrontendConfig,
 
     Args:
         waveforms: [B, S] JAX array with S = `config.max_samples`.
-        num_samples: [B] samples of each that are sound; frames that reach beyond hold `config.padding_value`.
+        num_samples: [B] valid samples; frames beyond them hold `config.padding_value`.
         config: the frontend's settings.
-        noise: standard normal samples for `config.dither`.
+        noise: standard normal samples [B, T, window] for `config.dither`.
 
     Returns:
         [B, max_length, F], not normalised.
@@ -145,7 +145,7 @@ class ASTFeatureExtractor:
     """
 
     def __init__(self, config: FrontendConfig | None = None, **fields: Any):
-        """Take a `FrontendConfig`, or its fields by name, or both (the fields win)."""
+        """Take a `FrontendConfig`, its fields by name, or both (the fields override it)."""
         self.config = (config or FrontendConfig()).replace(**fields)
 
     def __repr__(self) -> str:
@@ -161,7 +161,7 @@ class ASTFeatureExtractor:
         return cls(read_config(FrontendConfig, pathlib.Path(folder) / PREPROCESSOR_FILE))
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:
-        """Write `preprocessor_config.json` into a folder, which is made where it is missing."""
+        """Write `preprocessor_config.json` into a folder, creating the folder if needed."""
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(pathlib.Path(folder) / PREPROCESSOR_FILE, json.dumps(self.config.to_json_dict(), indent=2) + "\n")
 
@@ -179,20 +179,20 @@ class ASTFeatureExtractor:
         Args:
             waveforms: one waveform ([S] or [1, S]), a batch [B, S], or a sequence of waveforms of any lengths; NumPy,
                 JAX or anything with `__array__`; floating point in [-1, 1], mono.
-            sampling_rate: Hz of `waveforms`; leaving it out warns, since a wrong rate cannot be seen in the samples.
-            max_length: T for this call instead of the configured one.
-            return_attention_mask: also return the valid frames; None means the configured choice.
-            key: seed for `dither`, where the configuration has any; without one it differs from call to call.
+            sampling_rate: Hz of `waveforms`; without it there is a warning, as a wrong rate cannot be detected.
+            max_length: T for this call; None for the configured one.
+            return_attention_mask: also return the number of valid frames; None for the configured choice.
+            key: seed for `dither`; None for fresh noise in each call.
 
         Returns:
-            [B, T, F] float32; with `return_attention_mask` the pair of that and the valid frames [B] int32, which is
-            what `ast_jax.apply` takes as `lengths`.
+            [B, T, F] float32; with `return_attention_mask` also the valid frames [B] int32, for `lengths` of
+            `ast_jax.apply`.
 
         Raises:
             ValueError: wrong rate, wrong shape, integer samples, NaN or Inf samples, or no samples at all.
 
         Warns:
-            UserWarning: a waveform is longer than `max_length` frames and was cut to its beginning.
+            UserWarning: no sampling rate, or a waveform longer than `max_length` frames, which is cropped to its start.
         """
         config = self.config if max_length is None else self.config.replace(max_length=max_length)
         if sampling_rate is None:
@@ -228,7 +228,7 @@ class ASTFeatureExtractor:
 
 
 def _checked(waveform: Array, name: str) -> np.ndarray:
-    """Return one waveform [S] as float32 samples, all finite and at least one."""
+    """Return a waveform [S] as float32, checked to be finite and not empty."""
     samples = np.asarray(_as_samples(waveform, np.float32))
     if samples.size == 0:
         raise ValueError(f"{name}: expected at least one sample, got none")
@@ -237,14 +237,14 @@ def _checked(waveform: Array, name: str) -> np.ndarray:
 
 
 def _check_finite(samples: np.ndarray, name: str) -> None:
-    """Refuse NaN and Inf, which their extremes show without another array."""
+    """Refuse NaN and Inf; minimum and maximum show them without a temporary array."""
     if not (np.isfinite(samples.min()) and np.isfinite(samples.max())):
         bad = int(np.count_nonzero(~np.isfinite(samples)))
         raise ValueError(f"{name}: expected finite samples, got {bad} NaN or Inf among {samples.size}")
 
 
 def _split_batch(waveforms: Any) -> list[Any]:
-    """Return a list of waveforms [S] from whatever the caller passed."""
+    """Return the waveforms [S] of a batch or a sequence."""
     if isinstance(waveforms, Sequence) and not hasattr(waveforms, "__array__"):
         if len(waveforms) == 0:
             raise ValueError("waveforms: expected at least one waveform, got an empty sequence")
@@ -256,8 +256,8 @@ def _split_batch(waveforms: Any) -> list[Any]:
         return [_single(array, "waveforms")]
     if array.shape[0] == 0 or array.shape[0] > array.shape[1] > 0:
         raise ValueError(
-            f"waveforms: expected a batch of shape (b, samples) with one sound a row, got shape {array.shape}; "
-            "several channels are to be averaged, and columns transposed, first"
+            f"waveforms: expected a batch of shape (b, samples) with one sound per row, got shape {array.shape}; "
+            "average channels, or transpose columns, first"
         )
     return list(array)
 

@@ -1,7 +1,7 @@
-"""A sound file, bytes or a file object to mono float32 samples at the wanted rate.
+"""Decoding files, bytes and file objects to mono float32 samples at a given rate.
 
-Decoding is libsndfile's (WAV, FLAC, OGG, MP3 and more), resampling is SoX's high-quality resampler, which is also what
-`librosa.resample` calls by default; it is called directly because importing librosa takes seconds.
+libsndfile decodes (WAV, FLAC, OGG, MP3 and more); soxr resamples at its high quality, which is also the default of
+`librosa.resample`. soxr is called directly because importing librosa takes seconds.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import soundfile
 import soxr
 
 AudioSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-UNKNOWN_FRAMES = 2**36 - 1  # the most that FLAC can claim; libsndfile answers 2**63 - 1 where a stream claims nothing
-BLOCK = 2**20  # frames read at a time: what a header claims is not what memory is asked for
-MIN_SECONDS = 0.025  # one analysis frame: with less there is nothing to analyse
-RESAMPLER_REACH = 0.05  # seconds read past a wanted beginning, since the resampler looks ahead; it needs about 10 ms
+UNKNOWN_FRAMES = 2**36 - 1  # FLAC's largest count; libsndfile returns 2**63 - 1 for a stream without a count
+BLOCK = 2**20  # frames per read: memory is allocated for what is there, not for what the header claims
+MIN_SECONDS = 0.025  # one frame of the filter bank
+RESAMPLER_REACH = 0.05  # seconds read before and after a slice for the resampler's filter, which needs about 10 ms
 
 
 class AudioError(ValueError):
-    """A sound that cannot be used; the message is one line and names the file."""
+    """An unusable sound; the message is one line and names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sound:
     Attributes:
         samples: [S] mono float32 at `sampling_rate`.
         sampling_rate: Hz.
-        duration: seconds of the whole source, of which `samples` may be the beginning.
+        duration: seconds of the whole source; `samples` may be a part of it.
     """
 
     samples: np.ndarray
@@ -52,7 +52,7 @@ def read_audio(source: AudioSource, sampling_rate: int = 16000) -> np.ndarray:
     """Read a whole sound as mono float32 in [-1, 1] at `sampling_rate`: [S].
 
     Args:
-        source: path, encoded bytes (a whole WAV, FLAC, OGG or MP3 file), or a binary file object; pipes are read to
+        source: path, encoded bytes (a complete WAV, FLAC, OGG or MP3 file), or a binary file object; pipes are read to
             their end first.
         sampling_rate: Hz of the result; other rates are resampled. Several channels are averaged.
 
@@ -66,13 +66,13 @@ def read_audio(source: AudioSource, sampling_rate: int = 16000) -> np.ndarray:
 def decode(
     source: AudioSource, sampling_rate: int = 16000, max_seconds: float | None = None, start_seconds: float = 0.0
 ) -> Sound:
-    """Read a sound, or what lies in it from `start_seconds` on, at most `max_seconds` of it.
+    """Read a sound, or the slice of at most `max_seconds` from `start_seconds` on.
 
-    It is the slice of the whole sound from the sample nearest to `start_seconds` on, exactly at the file's own rate and
-    within the resampler's precision at others. Arguments and errors otherwise as in `read_audio`.
+    The slice starts at the sample nearest to `start_seconds`. It equals the slice of the whole sound: exactly at the
+    file's own rate, within the resampler's precision at others. Other arguments and errors as in `read_audio`.
 
     Raises:
-        AudioError: also where the sound ends before `start_seconds` or less than 25 ms after it.
+        AudioError: also if the sound ends before `start_seconds` or less than 25 ms after it.
     """
     name = describe(source)
     if start_seconds < 0:
@@ -84,7 +84,7 @@ def decode(
         wanted = None
         if max_seconds is not None:
             wanted = int(np.ceil((lead / sampling_rate + max_seconds + RESAMPLER_REACH) * rate))
-        blocks = list(read_blocks(file, wanted if file.seekable() else None))  # a pipe's length shows at its end
+        blocks = list(read_blocks(file, wanted if file.seekable() else None))  # a pipe's length is not known
         samples = np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
     complete = wanted is None or len(samples) < wanted
     frames = skipped + len(samples)
@@ -99,10 +99,10 @@ def decode(
 
 
 def _aligned(start_seconds: float, rate: int, sampling_rate: int) -> tuple[int, int]:
-    """Return the frame to read from, and how many resampled samples lie between it and `start_seconds`.
+    """Return the frame to read from, and the number of resampled samples between it and `start_seconds`.
 
-    The resampler hears some time before the beginning, from a frame that falls on a sample of the result, so that the
-    samples after it are those that resampling the whole sound gives.
+    The resampler's filter needs context before the slice. Reading starts at a frame that coincides with a sample of the
+    result, so that the slice equals the same samples of the whole resampled sound.
     """
     wanted = round(start_seconds * sampling_rate)
     if rate == sampling_rate:
@@ -113,7 +113,7 @@ def _aligned(start_seconds: float, rate: int, sampling_rate: int) -> tuple[int, 
 
 
 def header_seconds(source: AudioSource) -> float:
-    """Return a sound's duration as its header has it (of MP3 without a count, an estimate); nothing is decoded.
+    """Return the duration in a sound's header (an estimate for MP3 without a frame count); nothing is decoded.
 
     Raises:
         AudioError: not a sound file, empty, or shorter than 25 ms.
@@ -128,14 +128,14 @@ def header_seconds(source: AudioSource) -> float:
 
 @contextlib.contextmanager
 def open_sound(source: AudioSource, name: str | None = None) -> Iterator[soundfile.SoundFile]:
-    """Open a sound for `skip` and `read_blocks`; whatever is wrong with it then is an AudioError too.
+    """Open a sound for `skip` and `read_blocks`.
 
     Args:
-        source: as `read_audio` takes it.
+        source: as in `read_audio`.
         name: for messages; None for the source's own.
 
     Raises:
-        AudioError: not a sound file, or empty.
+        AudioError: not a sound file, empty, or an error while it is read.
         FileNotFoundError: no such file.
     """
     name = name or describe(source)
@@ -146,14 +146,14 @@ def open_sound(source: AudioSource, name: str | None = None) -> Iterator[soundfi
 
 
 def skip(file: soundfile.SoundFile, frames: int) -> int:
-    """Go so many frames forward, or to the end, and return how many that were."""
+    """Skip frames, at most to the end; return how many were skipped."""
     if frames and file.seekable():
         return file.seek(min(frames, file.frames))
     return sum(map(len, read_blocks(file, frames)))
 
 
 def read_blocks(file: soundfile.SoundFile, wanted: int | None, size: int = BLOCK) -> Iterator[np.ndarray]:
-    """Yield so many frames, or all, as far as there are, in blocks [S, channels] of float32, `size` frames each."""
+    """Yield `wanted` frames or all of them, as blocks [S, channels] of float32 with `size` frames each."""
     left = wanted
     while left is None or left > 0:
         block = file.read(size if left is None else min(size, left), dtype="float32", always_2d=True)
@@ -164,7 +164,7 @@ def read_blocks(file: soundfile.SoundFile, wanted: int | None, size: int = BLOCK
 
 
 def _openable(source: AudioSource, name: str) -> str | bytes | BinaryIO:
-    """Return what libsndfile can open."""
+    """Return the source as a path or file object for libsndfile."""
     if isinstance(source, bytes | bytearray | memoryview):
         if len(source) == 0:
             raise AudioError(f"{name}: there are no bytes in it")
@@ -201,20 +201,21 @@ def sound_file(
 
 
 def _is_mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bool:
-    """Whether this is an MP3 file whose first frame does not say how many there are.
+    """Whether this is an MP3 file without a frame count in its first frame.
 
-    libsndfile takes the first frame's bit rate for that of all then, and where it varies would stop too early.
+    libsndfile then estimates the length from the first frame's bit rate and stops too early if the rate varies; through
+    a pipe it reads to the end.
     """
     if isinstance(source, str | bytes):
         try:
             with open(source, "rb") as file:
                 return _is_mp3_of_unknown_length(file)
-        except OSError:  # libsndfile will say so
+        except OSError:  # libsndfile raises it again
             return False
     source.seek(0)
     tag = source.read(10)
     size = 0
-    if tag[:3] == b"ID3" and len(tag) == 10:  # seven bits a byte
+    if tag[:3] == b"ID3" and len(tag) == 10:  # seven bits per byte
         size = 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
     source.seek(size)
     frame = source.read(64)
@@ -225,7 +226,7 @@ def _is_mp3_of_unknown_length(source: str | bytes | BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def _piped(source: str | bytes | BinaryIO) -> Iterator[int]:
-    """Yield the descriptor of a pipe that a file comes out of."""
+    """Yield the read end of a pipe that a thread feeds with a file."""
     read_end, write_end = os.pipe()
 
     def feed() -> None:
@@ -241,15 +242,15 @@ def _piped(source: str | bytes | BinaryIO) -> Iterator[int]:
     try:
         yield read_end
     finally:
-        os.close(read_end)  # which ends the feeding too
+        os.close(read_end)  # ends the thread too
         thread.join()
 
 
 def check_extent(seconds: float, name: str, start_seconds: float = 0.0) -> None:
-    """Refuse a sound with nothing in it, or with less than a frame, after `start_seconds`.
+    """Refuse a sound that is empty or shorter than a frame, counted from `start_seconds`.
 
     Raises:
-        AudioError: `seconds` are less than 25 ms; the message says after where.
+        AudioError: `seconds` are less than 25 ms.
     """
     if start_seconds and seconds <= 0:
         raise AudioError(
@@ -264,12 +265,12 @@ def check_extent(seconds: float, name: str, start_seconds: float = 0.0) -> None:
 
 
 def _existing_file(path: pathlib.Path, name: str) -> str | bytes | io.BytesIO:
-    """Return what libsndfile can open: the path of a file with something in it, or all that a named pipe gives."""
+    """Return the path of a non-empty file for libsndfile, or the contents of a named pipe."""
     try:
         status = path.stat()
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+    except (OSError, ValueError) as error:  # a name that is too long, a folder without permission
         raise AudioError(f"{name}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     if stat.S_ISDIR(status.st_mode):
         raise AudioError(f"{name}: expected a sound file, got a folder")
@@ -277,12 +278,12 @@ def _existing_file(path: pathlib.Path, name: str) -> str | bytes | io.BytesIO:
         raise AudioError(f"{name}: the file is empty")
     if stat.S_ISFIFO(status.st_mode):
         return _all_bytes(path.read_bytes, name)
-    path = path.absolute()  # libsndfile takes "-" for the standard input
-    return str(path) if os.name == "nt" else os.fsencode(path)  # bytes, as a name need not be UTF-8
+    path = path.absolute()  # libsndfile reads the standard input for "-"
+    return str(path) if os.name == "nt" else os.fsencode(path)  # bytes, as names need not be UTF-8
 
 
 def _seekable(source: Any, name: str) -> Any:
-    """Return a file object that can be read from anywhere, which libsndfile needs: a pipe is read to its end."""
+    """Return a seekable file object, which libsndfile needs; a pipe is read to its end."""
     try:
         nothing = source.read(0)
         seekable = source.seekable() if hasattr(source, "seekable") else hasattr(source, "seek")
@@ -294,7 +295,7 @@ def _seekable(source: Any, name: str) -> Any:
 
 
 def _all_bytes(read: Callable[[], bytes], name: str) -> io.BytesIO:
-    """Return all that there is to read, in memory."""
+    """Return everything `read` returns, in memory."""
     try:
         content = read()
     except (OSError, ValueError) as error:
@@ -318,8 +319,8 @@ def to_mono(samples: np.ndarray, rate: int, sampling_rate: int, name: str = "sou
 
 
 def describe(source: object) -> str:
-    """Return a name for messages: the path, or what kind of thing it is."""
+    """Return a name for messages: the path, the file object's name, or the type."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    name = getattr(source, "name", None)  # of a pipe it is a number
+    name = getattr(source, "name", None)  # a number for pipes
     return name if name and isinstance(name, str) else f"<{type(source).__name__}>"

@@ -1,7 +1,7 @@
-"""Sound as it comes: blocks of mono samples at the wanted rate, of a file of any length, an array or a pipe.
+"""Streaming decode: blocks of mono samples at the requested rate, from a file, an array or a pipe.
 
-Memory holds a few seconds at a time. The samples are those of `read_audio`: soxr's stream gives, bit by bit, what it
-gives for the whole.
+Only a few seconds are in memory at a time. The samples are bit-identical to those of `read_audio`, as soxr's streaming
+resampler equals its one-shot resampler.
 """
 
 from __future__ import annotations
@@ -14,34 +14,43 @@ import numbers
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
 import soxr
 
-from ast_jax.audio.io import AudioError, check_extent, describe, open_sound, read_blocks, sound_file
+from ast_jax.audio.io import AudioError, AudioSource, check_extent, describe, open_sound, read_blocks, sound_file
 
 BLOCK_SECONDS = 2.0
-LIVE_SECONDS = 0.05  # of a block that may still have to be played
-ENCODINGS = {  # ffmpeg's names for raw samples, and libsndfile's
+LIVE_SECONDS = 0.05  # per block of a pipe, so that latency is low
+ENCODINGS = {  # ffmpeg's names of raw encodings to libsndfile's (subtype, endianness)
     "s16le": ("PCM_16", "LITTLE"), "s16be": ("PCM_16", "BIG"), "s24le": ("PCM_24", "LITTLE"),
     "s32le": ("PCM_32", "LITTLE"), "f32le": ("FLOAT", "LITTLE"), "f64le": ("DOUBLE", "LITTLE"),
     "u8": ("PCM_U8", "FILE"), "alaw": ("ALAW", "FILE"), "mulaw": ("ULAW", "FILE"),
 }  # fmt: skip
 
 
+class SupportsArray(Protocol):
+    """A NumPy or JAX array, or any other object with `__array__`."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+Audio = AudioSource | SupportsArray
+
+
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """A sound that comes through a pipe while it is heard.
+    """A live stream of samples through a pipe.
 
     Attributes:
-        descriptor: of the pipe, 0 for the standard input.
-        encoding: one of `ENCODINGS` for samples without a header, None for WAV.
-        sampling_rate: Hz of samples without a header.
-        channels: of them.
+        descriptor: file descriptor of the pipe; 0 is the standard input.
+        encoding: a key of `ENCODINGS` for raw samples without a header, None for WAV.
+        sampling_rate: Hz of raw samples.
+        channels: of raw samples.
         name: for messages.
-        stop: whether what comes from now on is not to be heard any more; asked before every block.
+        stop: called before every block; the stream ends where it returns True.
     """
 
     descriptor: int = 0
@@ -58,31 +67,30 @@ class Live:
 
 
 def mono_blocks(source: Any, sampling_rate: int, array_rate: int | None = None) -> Iterator[np.ndarray]:
-    """Yield a sound in blocks [S] of mono float32 at `sampling_rate`, read as they are asked for.
+    """Yield a sound in blocks [S] of mono float32 at `sampling_rate`, decoded lazily.
 
     Args:
-        source: what `read_audio` takes, samples [S], or `Live`.
+        source: as `read_audio`, samples [S], or `Live`.
         sampling_rate: Hz of the blocks.
-        array_rate: Hz of `source` where it is samples.
+        array_rate: Hz of samples given as `source`.
 
     Raises:
-        AudioError: as `read_audio`, where the sound has been read so far; samples that are not [S] or not floating
-            point.
+        AudioError: as `read_audio`, once decoding reaches the fault; samples that are not [S] or not floating point.
         FileNotFoundError: no such file.
         ValueError: samples without a rate.
     """
     if hasattr(source, "__array__") or isinstance(source, list):
-        samples, rate = _checked(source, array_rate)
+        samples, rate = _checked_array(source, array_rate)
         size = max(1, round(BLOCK_SECONDS * rate))
         parts = (samples[start : start + size] for start in range(0, len(samples), size))
-        yield from _resampled(parts, rate, sampling_rate, describe(source))
+        yield from _mono(parts, rate, sampling_rate, describe(source))
         return
     with _live(source) if isinstance(source, Live) else open_sound(source) as file:
         seconds = LIVE_SECONDS if isinstance(source, Live) else BLOCK_SECONDS
         blocks = read_blocks(file, None, math.ceil(seconds * file.samplerate))
         if isinstance(source, Live):
             blocks = itertools.takewhile(lambda _: not source.stop(), blocks)
-        yield from _resampled(blocks, file.samplerate, sampling_rate, describe(source))
+        yield from _mono(blocks, file.samplerate, sampling_rate, describe(source))
 
 
 @contextlib.contextmanager
@@ -102,10 +110,10 @@ def _live(source: Live) -> Iterator[soundfile.SoundFile]:
         yield file
 
 
-def _checked(source: Any, rate: Any) -> tuple[np.ndarray, float]:
-    """Return samples [S] and their rate, both as they can be used."""
+def _checked_array(source: Any, rate: Any) -> tuple[np.ndarray, float]:
+    """Check samples and their rate; return them as [S] and Hz."""
     if rate is None:
-        raise ValueError("samples: expected sampling_rate=… beside an array, got none")
+        raise ValueError("samples: expected sampling_rate=... with an array, got none")
     if not isinstance(rate, numbers.Real) or not 0 < float(rate) < math.inf:
         raise ValueError(f"sampling_rate: expected a positive number of Hz, got {rate!r}")
     samples = np.asarray(source)
@@ -118,8 +126,8 @@ def _checked(source: Any, rate: Any) -> tuple[np.ndarray, float]:
     return samples, float(rate)
 
 
-def _resampled(blocks: Iterator[np.ndarray], rate: float, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
-    """Check blocks [S] or [S, channels], average their channels and resample them as one sound."""
+def _mono(blocks: Iterator[np.ndarray], rate: float, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
+    """Check blocks [S] or [S, channels], average their channels, and resample them as one stream."""
     resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
     frames = 0
     for block in blocks:

@@ -180,8 +180,8 @@ class _Page:
     def classify(self, audio: str | None, model: str, threshold: float) -> Any:
         """Return a message, scores by label, the timeline picture and the segments of a sound."""
         with _shown_errors():
-            checkpoint = self._ready(audio, model)
-            found = predict.analyze(audio, checkpoint)
+            sound, checkpoint = self._ready(audio, model)
+            found = predict.analyze(sound, checkpoint)
             path = self._new_picture()
             pictures.timeline_picture(found, checkpoint.frontend, path, threshold)
             rows = [[f"{s.start:.2f}", f"{s.end:.2f}", s.label, f"{s.score:.3f}"] for s in found.timeline(threshold)]
@@ -191,13 +191,13 @@ class _Page:
     def explain(self, audio: str | None, model: str) -> Any:
         """Return a message and the picture of an explanation."""
         with _shown_errors():
-            found = explanations.explain(audio, self._ready(audio, model))
+            found = explanations.explain(*self._ready(audio, model))
             path = self._new_picture()
             pictures.explanation_picture(found, path)
             return f"Explained {found.duration:.2f} s from {found.start:.2f} s on.", str(path)
 
-    def _ready(self, audio: str | None, model: str) -> Checkpoint:
-        """Check the sound's duration and return the loaded model."""
+    def _ready(self, audio: str | None, model: str) -> tuple[str, Checkpoint]:
+        """Check the sound's duration; return it and the loaded model."""
         if audio is None:
             raise AudioError("Drop or record a sound first.")
         seconds = 0.0
@@ -207,7 +207,7 @@ class _Page:
                 raise AudioError(f"The sound is longer than {self.limits.minutes:g} minutes, the maximum of this page.")
         if model not in self.loaded:
             self.loaded[model] = load(model)
-        return self.loaded[model]
+        return audio, self.loaded[model]
 
     def _new_picture(self) -> pathlib.Path:
         """Return the path of a new picture, and remove the oldest."""

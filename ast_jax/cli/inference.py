@@ -1,34 +1,36 @@
-"""Commands on sounds: classify, embed, explain."""
+"""The commands `classify`, `embed`, `explain` and `demo`."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import pathlib
 import signal
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ast_jax.cli.common import MODEL_HELP, app, complain, one_line, user_errors, wrong_usage
-from ast_jax.cli.results import results_writer, timeline_writer, window_printer
+from ast_jax.cli.results import FileProgress, print_window, results_writer, timeline_writer
 
 if TYPE_CHECKING:
     from ast_jax.checkpoints.folder import Checkpoint
+    from ast_jax.inference.timeline import Analysis
 
 STDIN = "-"
 
 
 class Aggregate(enum.StrEnum):
-    """How the scores of windows become one."""
+    """Aggregation of window scores."""
 
     mean = "mean"
     max = "max"
 
 
 class Padding(enum.StrEnum):
-    """What fills a window that is shorter than the model's input."""
+    """Padding of clips shorter than the model's input."""
 
     zero = "zero"
     repeat = "repeat"
@@ -37,7 +39,7 @@ class Padding(enum.StrEnum):
 
 
 class Encoding(enum.StrEnum):
-    """Samples without a header, by ffmpeg's names."""
+    """Encodings of raw samples, by ffmpeg's names."""
 
     s16le = "s16le"
     s16be = "s16be"
@@ -50,81 +52,103 @@ class Encoding(enum.StrEnum):
     mulaw = "mulaw"
 
 
-Files = Annotated[
-    list[str],
-    typer.Argument(
-        help="Sound files: WAV, FLAC, OGG or MP3, any rate, length and channels; folders of such files; or - for WAV "
-        "or raw samples from the standard input."
-    ),
-]
+class Pool(enum.StrEnum):
+    """Pooling of tokens into a vector."""
+
+    pooled = "pooled"
+    cls = "cls"
+    mean = "mean"
+    none = "none"
+
+
+class Per(enum.StrEnum):
+    """Rows of a table of vectors."""
+
+    window = "window"
+    clip = "clip"
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 Window = Annotated[
     float | None,
-    typer.Option("--window", help="Seconds that are scored together.", show_default="the model's input"),
+    typer.Option("--window", help="Window length in seconds.", show_default="the model's input length"),
 ]
 Hop = Annotated[
-    float | None, typer.Option("--hop", help="Seconds from one window to the next.", show_default="half a window")
+    float | None,
+    typer.Option("--hop", help="Hop in seconds between the starts of two windows.", show_default="half a window"),
 ]
 Pad = Annotated[
     Padding,
     typer.Option(
         "--pad",
-        help="What is shorter than the model's input is filled with zeros, as the original does, or with itself; or "
-        "the rest is masked; or the model runs at the sound's own length.",
+        help="Padding of sounds shorter than the model's input: zeros, as the original does; copies of the sound; "
+        "zeros masked in attention; or none, with the model run at the sound's own length.",
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Windows that go through the model together.", show_default="8 on CPU, 64")
+    int | None, typer.Option(min=1, help="Batch size, in windows.", show_default="8 on CPU, 64 elsewhere")
 ]
 
 
 @app.command()
 def classify(
-    files: Files,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Sound files (WAV, FLAC, OGG or MP3; any sampling rate, length and channels), folders of sound files, "
+            "or - for WAV or raw samples on the standard input."
+        ),
+    ],
     model: Model = "sounds-tiny",
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many labels to print.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each file.")] = False,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Top-k: number of labels to print.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON output, one object per line and file.")] = False,
     output: Annotated[
         pathlib.Path | None,
-        typer.Option("--output", "-o", help="Write a row for each file, in order, to this CSV or JSONL instead."),
+        typer.Option("--output", "-o", help="Output table, .csv or .jsonl, with one row per file; nothing is printed."),
     ] = None,
     window: Window = None,
     hop: Hop = None,
     aggregate: Annotated[
-        Aggregate, typer.Option(help="How the scores of windows become those of the whole.")
+        Aggregate, typer.Option(help="Aggregation of the window scores into scores of the whole sound.")
     ] = Aggregate.mean,
     pad: Pad = Padding.zero,
     timeline: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Write what is heard when, a row for each stretch, to this CSV or JSONL; or as a label track for "
-            "Audacity to this .txt."
+            help="Timeline file with one row per segment, .csv or .jsonl; or .txt for an Audacity label track."
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Score that makes a stretch.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="Upper threshold of the timeline: score that a segment must reach.")
+    ] = 0.5,
     low: Annotated[
         float | None,
-        typer.Option(help="Score down to which a stretch goes on.", show_default="0.6 of the threshold"),
+        typer.Option(
+            help="Lower threshold of the timeline: score down to which a segment continues.",
+            show_default="0.6 of the upper",
+        ),
     ] = None,
     picture: Annotated[
-        pathlib.Path | None, typer.Option(help="Draw the stretches under the spectrogram, of one file, to this PNG.")
+        pathlib.Path | None, typer.Option(help="Picture of one file, .png: the timeline below the spectrogram.")
     ] = None,
     raw: Annotated[
-        Encoding | None, typer.Option(help="The standard input has samples without a header, encoded like this.")
+        Encoding | None, typer.Option(help="Encoding of raw samples on the standard input, which have no header.")
     ] = None,
-    rate: Annotated[int | None, typer.Option(min=1, help="Hz of these samples.", show_default="16000")] = None,
-    channels: Annotated[int | None, typer.Option(min=1, help="Channels of these samples.", show_default="1")] = None,
+    rate: Annotated[
+        int | None, typer.Option(min=1, help="Sampling rate of raw samples in Hz.", show_default="16000")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Channels of raw samples.", show_default="1")] = None,
     batch_size: BatchSize = None,
 ) -> None:
-    """Name what is in sound files, and when.
+    """Print the labels of sound files, and a timeline of long ones.
 
-    Scores are probabilities, of each label for itself where the model is multi-label. A sound that is longer than the
-    model's input is heard in windows to its end; its scores are their mean, and a list says what is heard when. A bad
-    file is one line on stderr; the others still print, and the exit status is 1.
+    Scores are probabilities: sigmoid for multi-label models, softmax for single-label ones. A sound longer than the
+    model's input is scored in sliding windows; its scores are aggregated over them, and a timeline lists the segments
+    of each label. An unusable file is one line on stderr; the other files are still printed, and the exit status is 1.
     """
-    _check_ending("--output", output, (".csv", ".jsonl"))
-    _check_ending("--timeline", timeline, (".csv", ".jsonl", ".txt"))
-    _check_ending("--picture", picture, (".png",))
+    _check_suffix("--output", output, (".csv", ".jsonl"))
+    _check_suffix("--timeline", timeline, (".csv", ".jsonl", ".txt"))
+    _check_suffix("--picture", picture, (".png",))
     if output and as_json:
         wrong_usage("--json prints and --output writes: expected one of them; a name that ends in .jsonl writes JSON")
     if low is not None and low > threshold:
@@ -136,77 +160,210 @@ def classify(
     if raw and files != [STDIN]:
         wrong_usage(f"--raw: expected {STDIN}, the standard input, got {', '.join(files)}")
     if (rate or channels) and not raw:
-        wrong_usage("--rate and --channels: expected --raw beside them; a header says its own")
+        wrong_usage("--rate and --channels: expected --raw with them; a header has its own")
     written = [path.resolve() for path in (output, timeline, picture) if path]
     if len(set(written)) < len(written):
         wrong_usage("--output, --timeline, --picture: expected a file for each, got one for two of them")
-    failed = False
-    with user_errors():
-        _check_places(output, timeline)
+    with user_errors(), contextlib.ExitStack() as stack:
+        _check_folders(output, timeline)
         if picture:
             from ast_jax.inference.pictures import check_place
 
             check_place(picture)
         from ast_jax.audio.streams import Live
         from ast_jax.inference.predict import analyze_each
-        from ast_jax.runtime.progress import step, track
+        from ast_jax.runtime.progress import step
+        from ast_jax.runtime.signals import defer_signals
 
         checkpoint = _loaded(model)
-        live = files == [STDIN]
-        names, failed = ([], False) if live else _all_sounds(files)
-        if not live and not names:
-            raise typer.Exit(1)
-        if (picture or (timeline and timeline.suffix.lower() == ".txt")) and not live and len(names) != 1:
-            wrong_usage(f"{'--picture' if picture else '--timeline .txt'}: expected one file, got {len(names)}")
-        sources = Live(0, raw and raw.value, rate or 16000, channels or 1, stop=_until_ctrl_c()) if live else names
-        tell = window_printer(checkpoint, top_k, as_json) if live and not output else lambda part: None
-        with contextlib.ExitStack() as outputs:
-            cut = (threshold, low)
-            top_k = min(top_k, checkpoint.config.num_labels)
-            write = outputs.enter_context(results_writer(output, as_json, top_k, cut))
-            write_timeline = outputs.enter_context(timeline_writer(timeline, cut))
-            results = analyze_each(
-                sources, checkpoint, window=window, hop=hop, aggregate=aggregate.value, padding=pad.value,
-                batch_size=batch_size, tell=tell,
+        top_k = min(top_k, checkpoint.config.num_labels)
+        options: dict[str, Any] = {
+            "window": window, "hop": hop, "aggregate": aggregate.value, "padding": pad.value, "batch_size": batch_size,
+        }  # fmt: skip
+        failed = False
+        results: Iterable[Analysis]
+        if files == [STDIN]:
+            received = stack.enter_context(defer_signals((signal.SIGINT,)))  # Ctrl-C ends the stream, not the command
+            stream = Live(
+                0, raw and raw.value, rate or 16000, channels or 1, stop=lambda: received() is not None
             )  # fmt: skip
-            for found in results if live else track(results, "sounds", len(names)):
+            printer = functools.partial(print_window, labels=checkpoint.config.labels, top_k=top_k, as_json=as_json)
+            results = analyze_each(stream, checkpoint, on_window=None if output else printer, **options)
+        else:
+            names, failed = _sound_files(files)
+            if (picture or (timeline and timeline.suffix.lower() == ".txt")) and len(names) != 1:
+                option = "--picture" if picture else "--timeline .txt"
+                wrong_usage(f"{option}: expected one file, got {len(names)}")
+            progress = FileProgress()
+            results = progress.track(
+                analyze_each(names, checkpoint, on_window=progress.on_window, **options), len(names)
+            )  # fmt: skip
+        with contextlib.ExitStack() as outputs:
+            thresholds = (threshold, low)
+            write_result = outputs.enter_context(results_writer(output, as_json, top_k, thresholds))
+            write_timeline = outputs.enter_context(timeline_writer(timeline, thresholds))
+            for found in results:
                 if found.error:
                     failed = True
                     complain(found.error)
-                write(found)
+                write_result(found)
                 write_timeline(found)
         if picture and not failed:
             from ast_jax.inference.pictures import timeline_picture
 
             with step("drawing the picture"):
-                timeline_picture(found, checkpoint.frontend, picture, *cut)
-    if failed:
-        raise typer.Exit(1)
+                timeline_picture(found, checkpoint.frontend, picture, *thresholds)
+        if failed:
+            raise typer.Exit(1)
 
 
-def _until_ctrl_c() -> Callable[[], bool]:
-    """Return whether Ctrl-C was pressed, which from now on ends what is heard and not the command, the first time."""
-    pressed: list[int] = []
+@app.command()
+def embed(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Sound files (WAV, FLAC, OGG or MP3; any sampling rate, length and channels), or folders of them."
+        ),
+    ],
+    output: Annotated[
+        pathlib.Path, typer.Option("--output", "-o", help="Output table, .npz or .parquet, with one row per vector.")
+    ],
+    model: Model = "sounds-tiny",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Layer, as a number of blocks; 0 for the embeddings, -1 for the last block.",
+            show_default="the last block and the final norm",
+        ),
+    ] = None,
+    pool: Annotated[
+        Pool,
+        typer.Option(
+            help="Pooling: the mean of the class and the distillation token, which is the classifier's input; the "
+            "class token; the mean of all patches; or none, with a row per patch and its times and frequencies."
+        ),
+    ] = Pool.pooled,
+    per: Annotated[Per, typer.Option(help="Rows per window, or one per file with the mean over its windows.")] = (
+        Per.window
+    ),
+    window: Window = None,
+    hop: Hop = None,
+    pad: Pad = Padding.zero,
+    batch_size: BatchSize = None,
+) -> None:
+    """Compute embeddings of sound files, for search or clustering.
 
-    def press(number: int, _: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
+    An unusable file is one line on stderr; the other files are still written, and the exit status is 1.
+    """
+    _check_suffix("--output", output, (".npz", ".parquet"))
+    if STDIN in files:
+        wrong_usage(f"{STDIN}: expected files, got the standard input, which only classify reads")
+    with user_errors():
+        _check_folders(output)
+        from ast_jax.inference.embeddings import embed_each
+        from ast_jax.inference.vectors import vector_table
 
-    signal.signal(signal.SIGINT, press)
-    return lambda: bool(pressed)
+        checkpoint = _loaded(model)
+        names, failed = _sound_files(files)
+        progress, written = FileProgress(), 0
+        with vector_table(output) as table:
+            results = embed_each(
+                names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
+                batch_size=batch_size, on_window=progress.on_window,
+            )  # fmt: skip
+            for found in progress.track(results, len(names)):
+                if found.error:
+                    failed = True
+                    complain(found.error)
+                else:
+                    table.write(found, whole=per is Per.clip)
+                    written += 1
+            if not written:
+                raise ValueError(f"{output}: not written, as no file could be used")
+        print(f"{output}: embeddings of {written} file{'' if written == 1 else 's'}")
+        if failed:
+            raise typer.Exit(1)
 
 
-def _check_ending(option: str, path: pathlib.Path | None, endings: tuple[str, ...]) -> None:
-    """Refuse a name that ends in none of these."""
-    if path and path.suffix.lower() not in endings:
-        *most, last = endings
+@app.command()
+def explain(
+    file: Annotated[
+        str, typer.Argument(help="Sound file (WAV, FLAC, OGG or MP3; any sampling rate, length and channels).")
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Picture to write, .png.")],
+    model: Model = "sounds-tiny",
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="Label to explain; may be repeated.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option("--top-k", "-k", min=1, help="Top-k: number of labels to explain without --label.")
+    ] = 3,
+    start: Annotated[
+        float | None,
+        typer.Option(help="Start of the window in seconds.", show_default="the window with the highest score"),
+    ] = None,
+    cells: Annotated[
+        tuple[int, int], typer.Option(help="Occlusion grid: number of cells along frequency and time.")
+    ] = (8, 16),
+    arrays: Annotated[pathlib.Path | None, typer.Option(help="Arrays of the picture, as .npz.")] = None,
+) -> None:
+    """Draw attention rollout, gradient saliency and occlusion of one window of a sound."""
+    _check_suffix("--output", output, (".png",))
+    _check_suffix("--arrays", arrays, (".npz",))
+    with user_errors():
+        _check_folders(output, arrays)
+        from ast_jax.inference import explanations
+        from ast_jax.inference.pictures import explanation_picture
+        from ast_jax.inference.vectors import write_arrays
+        from ast_jax.runtime.progress import step
+
+        checkpoint = _loaded(model)
+        with step("explaining"):
+            found = explanations.explain(
+                file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
+                cells=cells,
+            )  # fmt: skip
+        with step("drawing the picture"):
+            explanation_picture(found, output)
+        if arrays:
+            write_arrays(arrays, found)
+        print(f"{one_line(file)}: {found.duration:.2f} s from {found.start:.2f} s on, explained in {output}")
+        for name, score in zip(found.labels, found.scores, strict=True):
+            print(f"  {score:6.3f}  {one_line(name)}")
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help=f"{MODEL_HELP} May be repeated.", show_default=False)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Host address to listen on; 0.0.0.0 admits other machines, without authentication.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 7860,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Maximum upload size in megabytes.")] = 50,
+    max_minutes: Annotated[float, typer.Option(min=0.01, help="Maximum length of a sound in minutes.")] = 10.0,
+) -> None:
+    """Serve a web page to try models on; needs the extra `demo`."""
+    with user_errors(bars=False):  # every request would draw some
+        from ast_jax.cli.demo import Limits, serve
+
+        serve(
+            list(model or []), Limits(max_megabytes, max_minutes), host, port,
+            tell=lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True),
+        )  # fmt: skip
+
+
+def _check_suffix(option: str, path: pathlib.Path | None, suffixes: tuple[str, ...]) -> None:
+    """Exit with status 2 if a file name has another suffix."""
+    if path and path.suffix.lower() not in suffixes:
+        *most, last = suffixes
         known = f"{', '.join(most)} or {last}" if most else last
         wrong_usage(f"{option}: expected a name that ends in {known}, got {path}")
 
 
-def _check_places(*paths: pathlib.Path | None) -> None:
-    """Refuse what could not be written in the end."""
+def _check_folders(*paths: pathlib.Path | None) -> None:
+    """Raise FileNotFoundError before the work begins if the folder of an output file does not exist."""
     from ast_jax.runtime.files import check_folder_of
 
     for path in paths:
@@ -215,7 +372,7 @@ def _check_places(*paths: pathlib.Path | None) -> None:
 
 
 def _loaded(model: str) -> Checkpoint:
-    """Load a model, and tell what was assumed of weights that are not ours."""
+    """Load a model; print the assumptions made about weights in PyTorch's formats."""
     from ast_jax.checkpoints.load import load
     from ast_jax.checkpoints.locate import is_own
     from ast_jax.runtime.progress import step
@@ -228,190 +385,17 @@ def _loaded(model: str) -> Checkpoint:
     return checkpoint
 
 
-def _all_sounds(files: list[str]) -> tuple[list[str], bool]:
-    """Return the files, those in folders among them, and whether a folder was bad: that does not lose the others."""
+def _sound_files(paths: list[str]) -> tuple[list[str], bool]:
+    """Return the files and the sound files in folders, and whether a folder was unusable; exit if no file is left."""
+    from ast_jax.data.records import sound_files
+
     names, failed = [], False
-    for file in files:
+    for path in paths:
         try:
-            names += _sounds(file)
+            names += sound_files(path)
         except (ValueError, OSError) as error:
             failed = True
             complain(str(error))
-    return names, failed
-
-
-def _sounds(name: str) -> list[str]:
-    """Return the sound files in a folder and the folders in it; of anything else its name, which may yet be a file's.
-
-    Raises:
-        ValueError: a folder without any.
-    """
-    if not pathlib.Path(name).is_dir():
-        return [name]
-    from ast_jax.data.records import AUDIO_SUFFIXES, visible_files
-
-    found = [str(path) for path in visible_files(pathlib.Path(name)) if path.suffix.lower() in AUDIO_SUFFIXES]
-    if not found:
-        endings = ", ".join(sorted(AUDIO_SUFFIXES))
-        raise ValueError(f"{name}: expected a folder with sound files, found none that ends in {endings}")
-    return found
-
-
-class Pool(enum.StrEnum):
-    """Which vector says what a window is like."""
-
-    pooled = "pooled"
-    cls = "cls"
-    mean = "mean"
-    none = "none"
-
-
-class Per(enum.StrEnum):
-    """What has a row of its own."""
-
-    window = "window"
-    clip = "clip"
-
-
-@app.command()
-def embed(
-    files: Annotated[
-        list[str],
-        typer.Argument(help="Sound files: WAV, FLAC, OGG or MP3, any rate, length and channels; and folders."),
-    ],
-    output: Annotated[
-        pathlib.Path, typer.Option("--output", "-o", help="The .npz or .parquet to write: a row for each vector.")
-    ],
-    model: Model = "sounds-tiny",
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            help="After how many blocks; 0 for the embeddings, -1 for the last block.",
-            show_default="the last, and the final norm",
-        ),
-    ] = None,
-    pool: Annotated[
-        Pool,
-        typer.Option(
-            help="What the classifier takes (the mean of both tokens), the class token, the mean of all patches, or a "
-            "row for every patch, with its times and frequencies."
-        ),
-    ] = Pool.pooled,
-    per: Annotated[
-        Per, typer.Option(help="A row for every window of a sound, or one for the whole, their mean.")
-    ] = Per.window,
-    window: Window = None,
-    hop: Hop = None,
-    pad: Pad = Padding.zero,
-    batch_size: BatchSize = None,
-) -> None:
-    """Turn sounds into vectors, to search or group them by.
-
-    A bad file is one line on stderr; the others are still written, and the exit status is 1.
-    """
-    _check_ending("--output", output, (".npz", ".parquet"))
-    if STDIN in files:
-        wrong_usage(f"{STDIN}: expected files, got the standard input, which only classify hears")
-    failed = False
-    with user_errors():
-        _check_places(output)
-        from ast_jax.inference.embeddings import embed_each
-        from ast_jax.inference.vectors import vector_table
-        from ast_jax.runtime.progress import track
-
-        checkpoint = _loaded(model)
-        names, failed = _all_sounds(files)
-        if not names:
-            raise typer.Exit(1)
-        sounds = 0
-        with vector_table(output) as write:
-            results = embed_each(
-                names, checkpoint, layer=layer, pool=pool.value, window=window, hop=hop, padding=pad.value,
-                batch_size=batch_size,
-            )  # fmt: skip
-            for found in track(results, "sounds", len(names)):
-                if found.error:
-                    failed = True
-                    complain(found.error)
-                else:
-                    write(found, whole=per is Per.clip)
-                    sounds += 1
-            if not sounds:
-                raise ValueError(f"{output}: not written, as no sound could be heard")
-        print(f"{output}: the vectors of {sounds} sound{'' if sounds == 1 else 's'}")
-    if failed:
+    if not names:
         raise typer.Exit(1)
-
-
-@app.command()
-def explain(
-    file: Annotated[str, typer.Argument(help="A sound file: WAV, FLAC, OGG or MP3, any rate, length and channels.")],
-    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The picture to write, a .png.")],
-    model: Model = "sounds-tiny",
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", help="A label to explain (several: again).", show_default=False)
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Else how many of the best.")] = 3,
-    start: Annotated[
-        float | None,
-        typer.Option(
-            help="Where in a long sound, in seconds.", show_default="the window in which the best label is heard best"
-        ),
-    ] = None,
-    cells: Annotated[
-        tuple[int, int],
-        typer.Option(help="How many cells of frequency and time occlusion takes out, one at a time."),
-    ] = (8, 16),
-    arrays: Annotated[
-        pathlib.Path | None, typer.Option(help="Also write what is drawn as arrays, to this .npz.")
-    ] = None,
-) -> None:
-    """Draw what in a sound speaks for its labels.
-
-    Three ways: attention rollout, gradient saliency, and occlusion.
-    """
-    _check_ending("--output", output, (".png",))
-    _check_ending("--arrays", arrays, (".npz",))
-    with user_errors():
-        _check_places(output, arrays)
-        from ast_jax.inference.explanations import explain as look_into
-        from ast_jax.inference.pictures import explanation_picture
-        from ast_jax.runtime.progress import step
-
-        checkpoint = _loaded(model)
-        with step("explaining"):
-            found = look_into(
-                file, checkpoint, labels=label or None, top_k=min(top_k, checkpoint.config.num_labels), start=start,
-                cells=cells,
-            )  # fmt: skip
-        with step("drawing the picture"):
-            explanation_picture(found, output)
-        if arrays:
-            from ast_jax.inference.vectors import write_arrays
-
-            write_arrays(arrays, found)
-        print(f"{one_line(file)}: {found.duration:.2f} s from {found.start:.2f} s on, explained in {output}")
-        for name, score in zip(found.labels, found.scores, strict=True):
-            print(f"  {score:6.3f}  {one_line(name)}")
-
-
-@app.command()
-def demo(
-    model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help=f"{MODEL_HELP} Several: again.", show_default=False)
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in, and anyone there use it.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 for any that is free.")] = 7860,
-    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest upload.")] = 50,
-    max_minutes: Annotated[float, typer.Option(min=0.01, help="Longest sound.")] = 10.0,
-) -> None:
-    """Serve a page to try models on; needs the extra `demo`."""
-    with user_errors(bars=False):  # requests would draw them
-        from ast_jax.cli.demo import Limits, serve
-
-        serve(
-            list(model or []), Limits(max_megabytes, max_minutes), host, port,
-            tell=lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True),
-        )  # fmt: skip
+    return names, failed

@@ -88,3 +88,18 @@ def visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [pathlib.Path(root, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.parts)
+
+
+def sound_files(path: str) -> list[str]:
+    """Return the sound files in a folder, recursively; the path itself if it is not a folder.
+
+    Raises:
+        ValueError: a folder without sound files.
+    """
+    if not pathlib.Path(path).is_dir():
+        return [path]
+    found = [str(file) for file in visible_files(pathlib.Path(path)) if file.suffix.lower() in AUDIO_SUFFIXES]
+    if not found:
+        endings = ", ".join(sorted(AUDIO_SUFFIXES))
+        raise ValueError(f"{path}: expected a folder with sound files, found none that ends in {endings}")
+    return found

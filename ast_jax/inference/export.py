@@ -1,4 +1,4 @@
-"""One function from samples to logits, and that as a program in a file which JAX (and flatbuffers) runs."""
+"""Samples to logits as one function, and its export to a file with `jax.export`."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def wave_to_logits(
 ) -> Callable[..., jax.Array]:
     """Return a pure function from samples to logits, features included.
 
-    It runs under `jit`, `grad` (to the samples), `vmap` and `pmap`, and gives what `ASTFeatureExtractor` and `apply`
-    give.
+    It runs under `jit`, `grad` (with respect to the samples), `vmap` and `pmap`, and equals `ASTFeatureExtractor`
+    followed by `apply`.
 
     Args:
         params: the parameter tree.
         config: the architecture.
-        frontend: settings of the features; dither is left out.
+        frontend: settings of the features; dither is switched off.
         dtype: as in `apply`.
         attention_implementation: as in `apply`.
 
     Returns:
         `logits(waveform, num_samples=None)`. `waveform` is [S] or [B, S], floating point in [-1, 1] at
-        `frontend.sampling_rate`, at most `frontend.max_samples` long; what is shorter is padded. `num_samples` (a
-        scalar or [B]) says how many of S are sound, None that all are. The logits are [C] or [B, C].
+        `frontend.sampling_rate`, at most `frontend.max_samples` long; shorter ones are padded. `num_samples` (a scalar
+        or [B]) is the number of valid samples, None for S. The logits are [C] or [B, C].
 
     Raises:
         ValueError: `params` have no classifier; from the function, another shape or dtype, or too many samples.
@@ -64,11 +64,11 @@ def wave_to_logits(
         if not 0 < size <= settings.max_samples:
             raise ValueError(
                 f"waveform: expected 1 to {settings.max_samples} samples ({settings.max_seconds:g} s), got {size}; "
-                "take windows of what is longer (ast_jax.analyze does)"
+                "split longer sounds into windows (ast_jax.analyze does)"
             )
         batch = jnp.atleast_2d(waveform)
         counts = jnp.broadcast_to(jnp.asarray(size if num_samples is None else num_samples), batch.shape[:1])
-        batch = jnp.where(jnp.arange(size) < counts[:, None], batch, 0)  # a frame of the first samples may reach beyond
+        batch = jnp.where(jnp.arange(size) < counts[:, None], batch, 0)  # a frame may reach beyond them
         batch = jnp.pad(batch, ((0, 0), (0, settings.max_samples - size)))
         spec = normalize(padded_log_mel(batch, counts, settings), settings)
         out = model.apply(params, spec, config, dtype=dtype, attention_implementation=attention_implementation)
@@ -79,20 +79,20 @@ def wave_to_logits(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model as a program: features, architecture and weights.
+    """An exported model: features, architecture and weights.
 
     Attributes:
-        exported: what `jax.export` makes of it.
+        exported: the `jax.export.Exported` function.
         labels: names of the C classes, in the order of the logits.
-        num_samples: S that it takes.
+        num_samples: S, its input length.
     """
 
-    exported: jax_export.Exported = dataclasses.field(repr=False)  # its text would be the weights
+    exported: jax_export.Exported = dataclasses.field(repr=False)  # its repr would print the weights
     labels: tuple[str, ...]
     num_samples: int
 
     def __call__(self, waveforms: Any, num_samples: Any = None) -> jax.Array:
-        """Return logits [B, C] of waveforms [B, S'], S' up to `num_samples`; `num_samples` [B] of each are sound."""
+        """Return logits [B, C] of waveforms [B, 1 to S]; `num_samples` [B] are the valid samples, None for all."""
         waveforms = jnp.asarray(waveforms, jnp.float32)
         if waveforms.ndim != 2 or not 0 < waveforms.shape[1] <= self.num_samples:
             raise ValueError(f"waveforms: expected [B, 1 to {self.num_samples}], got {waveforms.shape}")
@@ -103,25 +103,25 @@ class Program:
 
 
 def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, platforms: Sequence[str] = PLATFORMS) -> None:
-    """Write a model as a program for `jax.export.deserialize`: samples in, logits out, for any size of batch.
+    """Export a model to a file for `jax.export.deserialize`: samples to logits, for any batch size.
 
-    The program takes waveforms [B, S] float32, S being the model's input, and how many samples of each are sound [B]
-    int32; it returns a dict of label to logits [B]. `finetune --teacher` takes such programs too.
+    The exported function takes waveforms [B, S] float32, S being the model's input length, and the number of valid
+    samples [B] int32; it returns a dict from label to logits [B]. `finetune --teacher` accepts such files.
 
     Args:
         checkpoint: the model.
-        path: of the file; it is written whole or not at all.
-        platforms: of "cpu", "cuda", "rocm" and "tpu", those that it is to run on.
+        path: of the file, written atomically.
+        platforms: target platforms, of "cpu", "cuda", "rocm" and "tpu".
 
     Raises:
-        ValueError: another platform, no classifier, or two labels of one name.
+        ValueError: an unknown platform, no classifier, or duplicate labels.
     """
     params, config, frontend = checkpoint
     unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
     if unknown or not platforms:
         raise ValueError(f"platforms: expected some of cpu, cuda, rocm, tpu, got {', '.join(unknown) or 'none'}")
     if len(set(config.labels)) < len(config.labels):
-        raise ValueError("labels: expected a name of its own for each class, as the program's outputs have names")
+        raise ValueError("labels: expected unique names, as they are the keys of the program's output")
     logits = wave_to_logits(params, config, frontend)
 
     def program(waveform: jax.Array, num_samples: jax.Array) -> Mapping[str, jax.Array]:
@@ -136,11 +136,11 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, platforms: S
 
 
 def load_program(path: str | os.PathLike[str]) -> Program:
-    """Read what `export` wrote.
+    """Load a file written by `export`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a program of that kind, or none that this JAX can read.
+        ValueError: not such a program, or not readable by this version of JAX.
     """
     exported, outputs = read_exported(path)
     if exported.in_avals[0].ndim != 2:
@@ -149,18 +149,18 @@ def load_program(path: str | os.PathLike[str]) -> Program:
 
 
 def read_exported(path: str | os.PathLike[str]) -> tuple[jax_export.Exported, dict[str, Any]]:
-    """Read a function of (waveform, num_samples), and what it returns: the shape of the logits of each label.
+    """Read an exported function of (waveform, num_samples), and its output: the shape of the logits by label.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a program, or none that this JAX can read.
+        ValueError: not such a program, or not readable by this version of JAX.
     """
     content = pathlib.Path(path).read_bytes()
     try:
         exported = jax_export.deserialize(bytearray(content))
     except ImportError:
         raise
-    except Exception as error:  # flatbuffers and XLA raise whatever they meet
+    except Exception as error:  # flatbuffers and XLA raise many types
         raise ValueError(f"{path}: not a program that jax.export of this version can read ({error})") from error
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     if not isinstance(outputs, dict) or len(outputs) != len(exported.out_avals) or len(exported.in_avals) != 2:

@@ -1,4 +1,4 @@
-"""What is heard when: scores of windows, the whole, and the segments in which a label is heard."""
+"""Scores of a sound's windows, their aggregate, and the segments of a timeline."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 AGGREGATES = {"mean": functools.partial(np.mean, axis=0), "max": functools.partial(np.max, axis=0)}
 THRESHOLD = 0.5
-LOW_SHARE = 0.6  # of the threshold, down to which a segment goes on
+LOW_RATIO = 0.6  # of the threshold: default of the lower threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A stretch in which a label is heard.
+    """An interval in which a label is detected.
 
     Attributes:
         start: seconds.
         end: seconds.
-        label: its name.
-        score: the highest in it.
+        label: name of the class.
+        score: maximum over the interval.
     """
 
     start: float
@@ -29,18 +29,18 @@ class Segment:
     score: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer to it
+@dataclasses.dataclass(frozen=True, eq=False)  # == of arrays is an array
 class Analysis:
-    """What came of a sound: scores of all its windows, or an error.
+    """Scores of all windows of a sound, or an error.
 
     Attributes:
-        source: the sound's name.
+        source: name of the sound.
         labels: names of the C classes.
-        times: [W, 2] seconds, beginning and end of each window; together they cover the sound.
-        scores: [W, C] probabilities (for regression the outputs), of each window.
-        duration: seconds of the whole sound.
-        aggregate: "mean" or "max", how windows become one result.
-        error: one line, or None; then there are no windows.
+        times: [W, 2] seconds, start and end of each window; together they cover the sound.
+        scores: [W, C] probabilities (for regression the model's outputs).
+        duration: seconds.
+        aggregate: "mean" or "max", over windows.
+        error: one line, or None; with an error there are no windows.
     """
 
     source: str
@@ -53,18 +53,17 @@ class Analysis:
 
     @property
     def overall(self) -> np.ndarray:
-        """Scores [C] of the whole sound."""
+        """Scores [C] aggregated over the windows."""
         return AGGREGATES[self.aggregate](self.scores)
 
     def best(self, top_k: int | None = None) -> list[tuple[str, float]]:
-        """Return (label, score) of the whole sound, the best first; `top_k` of them or all."""
+        """Return the `top_k` (label, score) of the whole sound, or all, the highest score first."""
         return ranked(self.overall, self.labels, top_k)
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the score of each label at each time.
+        """Return each label's score over time: edges [E + 1] in seconds and scores [E, C] between them.
 
-        Windows overlap: between two neighbouring edges [E + 1] of windows, in seconds, the score [E, C] is the mean (or
-        the largest) of the windows that lie over it.
+        The edges are those of all windows; where windows overlap, their scores are aggregated.
         """
         if not len(self.times):
             return np.zeros(1), np.zeros((0, len(self.labels)))
@@ -83,29 +82,27 @@ class Analysis:
         return edges, scores / counts
 
     def timeline(self, threshold: float = THRESHOLD, low: float | None = None) -> list[Segment]:
-        """Return the segments in which labels are heard, by time.
+        """Return the segments in which labels are detected, by start time.
 
-        A segment begins and ends where the score falls below `low`, and somewhere in it the score reaches `threshold`
-        (hysteresis), so that a score that wavers does not cut it to pieces.
+        Hysteresis thresholding: a segment is a run of scores of at least `low` that reaches `threshold`, so that a
+        fluctuating score does not split it.
 
         Args:
-            threshold: score that makes a segment.
-            low: score that goes on with one; None for 0.6 of the threshold.
+            threshold: upper threshold.
+            low: lower threshold; None for 0.6 of the upper one.
 
         Raises:
             ValueError: `low` is above `threshold`.
         """
-        low = threshold - (1 - LOW_SHARE) * abs(threshold) if low is None else low
+        low = threshold - (1 - LOW_RATIO) * abs(threshold) if low is None else low
         if not low <= threshold:
             raise ValueError(f"low: expected at most the threshold {threshold:g}, got {low:g}")
         edges, scores = self.curve()
         found = []
         for index in np.flatnonzero(scores.max(0, initial=-np.inf) >= threshold):
             label, column = self.labels[index], scores[:, index]
-            turns = np.flatnonzero(
-                np.diff(np.pad(column >= low, 1).astype(np.int8))
-            )  # where it begins and where it ends
-            for begin, end in zip(turns[::2], turns[1::2], strict=True):
+            changes = np.flatnonzero(np.diff(np.pad(column >= low, 1).astype(np.int8)))  # starts and ends of runs
+            for begin, end in zip(changes[::2], changes[1::2], strict=True):
                 highest = float(column[begin:end].max())
                 if highest >= threshold:
                     found.append(Segment(float(edges[begin]), float(edges[end]), label, highest))
@@ -113,5 +110,5 @@ class Analysis:
 
 
 def ranked(scores: np.ndarray, labels: tuple[str, ...], top_k: int | None = None) -> list[tuple[str, float]]:
-    """Return (label, score), the best first."""
+    """Return the `top_k` (label, score), the highest score first."""
     return [(labels[label], float(scores[label])) for label in np.argsort(-scores, kind="stable")[:top_k]]

@@ -1,4 +1,4 @@
-"""The model as functions of a parameter tree: `init`, `apply`, `encode`, and what the shapes of a tree tell.
+"""The model as pure functions of a parameter tree: `init`, `apply`, `encode`; shapes and configuration of a tree.
 
 Letters: B batch, T frames, F mel bins, N tokens, K kept patches, D width, L layers, H heads, C classes.
 """
@@ -24,8 +24,8 @@ Params = Mapping[str, Any]
 def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
     """Draw parameters for training from scratch: a nested dict of float32 arrays (float64 under x64).
 
-    Matrices are drawn at 1/sqrt(fan-in) and position embeddings start as sines and cosines, both of which help a model
-    without pretraining off the ground; the tokens and the classifier follow `config.initializer_range`.
+    Kernels are drawn with standard deviation 1/sqrt(fan-in) and position embeddings start as sines and cosines: both
+    make a model without pretraining learn faster. Prefix tokens and classifier use `config.initializer_range`.
 
     Raises:
         ValueError: `key` is a number.
@@ -35,7 +35,7 @@ def init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
     return _init(key, config)
 
 
-@functools.partial(jax.jit, static_argnames="config")  # one program: run bit by bit, it would be a hundred small ones
+@functools.partial(jax.jit, static_argnames="config")  # one compilation instead of a hundred small ones
 def _init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
     """Draw the parameters."""
     model = ASTForAudioClassification(config, dtype=jnp.zeros(0).dtype)
@@ -61,26 +61,27 @@ def apply(
     Args:
         params: the parameter tree.
         spec: [B, T, F], or one [T, F], normalised log-mel features from `ASTFeatureExtractor`.
-        config: the architecture. Without it all that the shapes of `params` tell is read off them, and the rest is the
-            published models': strides of 10, eps 1e-12, erf GELU. Pass it for anything that was loaded.
-        lengths: [B] valid frames (a scalar for one [T, F]). Tokens that reach beyond are masked in every layer.
+        config: the architecture. None infers it from the shapes of `params`, with the published models' strides of 10,
+            eps 1e-12 and erf GELU. Pass it for loaded checkpoints.
+        lengths: [B] valid frames (a scalar for one [T, F]). Tokens beyond them are masked as keys in every layer.
         patch_indices: [B, K] indices of the patches to keep ([K] for one [T, F]), time varying fastest; None for all.
             The others are dropped after the position embeddings are added (patchout: PaSST, Koutini et al. 2022).
-        train: switches dropout on; needs `rngs={"dropout": key}` where the configuration has any.
+        train: apply dropout; requires `rngs={"dropout": key}` if the configuration has dropout.
         rngs: random keys by name.
-        dtype: dtype of the computation, for instance `jnp.bfloat16`; None is the parameters' own, at least float32.
-            In float32 the attention and the head take their products in full; the dense layers take the backend's
-            default, which on TPU rounds to bfloat16 first, and on newer GPUs to TensorFloat-32: run under
-            `jax.default_matmul_precision("highest")` for a reference's digits there.
+        dtype: dtype of the computation, for instance `jnp.bfloat16`; None for the parameters' own, at least float32.
+            In float32, attention and head multiply at full precision; dense layers use the backend's default, which is
+            bfloat16 on TPU and TensorFloat-32 on newer GPUs unless called under
+            `jax.default_matmul_precision("highest")`.
         attention_implementation: "auto", "dense", "chunked", "per_head" or "cudnn", see `dot_product_attention` in
-            `ast_jax.model.attention`; its `fastest_implementation` names the fastest for this process's devices.
-        rematerialize: keep only each block's input for the backward pass, and compute the rest of it again there.
+            `ast_jax.model.attention`; its `fastest_implementation` returns the fastest for this process's devices.
+        rematerialize: gradient checkpointing: store only each block's input and recompute the block in the backward
+            pass.
 
     Returns:
         Logits [B, C], or [C] for one spectrogram, in at least float32.
 
     Raises:
-        ValueError: spec, lengths, patch_indices or params do not fit `config`; the message has both shapes.
+        ValueError: spec, lengths, patch_indices or params do not match `config`; the message has both shapes.
     """
     config = config or config_from_params(params, spec)
     if "classifier" not in params:
@@ -115,9 +116,9 @@ def encode(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
 ) -> ASTOutput:
-    """Compute token features; `params` may have a head or none.
+    """Compute token features, with or without a head in `params`.
 
-    A single spectrogram [T, F] gives the same fields without the batch axis.
+    For one spectrogram [T, F] the fields have no batch axis.
 
     Args:
         params: as in `apply`.
@@ -130,11 +131,11 @@ def encode(
         dtype: as in `apply`.
         attention_implementation: as in `apply`.
         rematerialize: as in `apply`.
-        output_hidden_states: also return [L + 1, B, N, D]: the embeddings, then every block's output.
+        output_hidden_states: also return [L + 1, B, N, D]: the embeddings, then each block's output.
         output_attentions: also return [L, B, H, N, N]; attention is then "dense".
 
     Raises:
-        ValueError: spec, lengths, patch_indices or params do not fit `config`.
+        ValueError: spec, lengths, patch_indices or params do not match `config`.
     """
     config = config or config_from_params(params, spec)
     batch, lengths, patch_indices, single = _batched(spec, lengths, patch_indices, config)
@@ -152,7 +153,7 @@ def encode(
 
 
 def param_shapes(config: ASTConfig) -> dict[str, Any]:
-    """Return the parameter tree that `init` makes as `jax.ShapeDtypeStruct`s, without tracing or computing anything."""
+    """Return the parameter tree of `init` as `jax.ShapeDtypeStruct`s, without tracing."""
     width, layers, hidden = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     heads = (config.num_attention_heads, width // config.num_attention_heads)
     dtype = jax.dtypes.canonicalize_dtype(float)
@@ -192,10 +193,10 @@ def num_params(params: Params) -> int:
 
 
 def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
-    """Read the architecture off the shapes of `params` and `spec`; strides, eps and GELU are the published models'.
+    """Infer the architecture from the shapes of `params` and `spec`, with the published models' strides, eps and GELU.
 
     Raises:
-        ValueError: the position embeddings do not fit the input at strides of 10, or `params` is another tree.
+        ValueError: the position embeddings do not match the input at strides of 10, or `params` is another tree.
     """
     if jnp.ndim(spec) not in (2, 3):
         raise ValueError(f"spec: expected [B, T, F] or [T, F], got shape {jnp.shape(spec)}")
@@ -203,7 +204,7 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
     needed = ("embeddings/projection/kernel", "embeddings/position_embeddings", "layers/attention/qkv/kernel",
               "layers/mlp/fc1/kernel")  # fmt: skip
     if missing := [path for path in needed if path not in shapes]:
-        raise ValueError(f"params: expected the tree that `init` makes, got one without {', '.join(missing)}")
+        raise ValueError(f"params: expected the tree of `init`, got one without {', '.join(missing)}")
     patch_frequency, patch_time, _, width = shapes["embeddings/projection/kernel"]
     num_layers, _, _, heads, _ = shapes["layers/attention/qkv/kernel"]
     frames, bins = spec.shape[-2:]
@@ -231,7 +232,7 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
 def _batched(
     spec: jax.Array, lengths: Any, patch_indices: Any, config: ASTConfig
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, bool]:
-    """Check the shapes of the input; return it with a batch axis, and whether that axis was added."""
+    """Check the inputs; return them with a batch axis, and whether it was added."""
     single = jnp.ndim(spec) == 2
     expected = (config.max_length, config.num_mel_bins)
     if jnp.ndim(spec) not in (2, 3) or jnp.shape(spec)[-2:] != expected:
@@ -263,7 +264,7 @@ def _batched(
 
 
 def _check_whole(name: str, numbers: jax.Array, most: int, expected: str) -> None:
-    """Refuse what are no whole numbers from 0 to `most`; under `jit`, where values cannot be seen, only other types."""
+    """Require integers from 0 to `most`; under `jit`, which hides values, only the type is checked."""
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
         raise ValueError(f"{name}: expected whole numbers, got {numbers.dtype}")
     if not isinstance(numbers, jax.core.Tracer) and not ((numbers >= 0) & (numbers <= most)).all():
@@ -271,10 +272,10 @@ def _check_whole(name: str, numbers: jax.Array, most: int, expected: str) -> Non
 
 
 def _check_shapes(params: Params, config: ASTConfig, with_head: bool) -> None:
-    """Compare the shapes of params and config: Flax passes over what it does not know."""
+    """Compare the shapes of params and config: Flax ignores parameters that it does not know."""
     expected, got = shapes_of(param_shapes(config)), shapes_of(params)
     (stored,) = got.get("embeddings/position_embeddings", ())[:1] or (config.num_tokens,)
-    if stored != config.num_tokens:  # by far the most common misfit
+    if stored != config.num_tokens:  # by far the most common mismatch
         raise ValueError(f"params hold {stored} position embeddings, but config makes {config.num_tokens} tokens")
     if not with_head:
         expected, got = (
@@ -295,7 +296,7 @@ def _module(
     rngs: Any,
     rematerialize: bool,
 ) -> ASTModel:
-    """Build the module for a call, with everything checked that the module itself would fail on obscurely."""
+    """Build the module, after checks with clearer messages than the module's own errors."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"

@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from ast_jax.config import ASTConfig
 from ast_jax.model.attention import dot_product_attention, full_precision
 
-# What the backward pass finds of a block, beside its input; normalisation, activation and attention's scores, which are
-# cheap to compute but large, are computed again there. That takes half the memory, and on CPU less time as well.
+# Activations of a block that are stored for the backward pass. Normalisation, activation function and attention scores,
+# cheap but large, are recomputed: half the memory, and on CPU less time as well.
 SAVED = ("qkv", "attended", "attention_logsumexp", "attention_out", "hidden")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @struct.dataclass
 class ASTOutput:
-    """What `encode` returns; the last two are None unless asked for.
+    """Output of `encode`; the last two fields are None unless requested.
 
     Attributes:
         last_hidden_state: [B, N, D] after the final norm.
@@ -53,9 +53,9 @@ class ASTOutput:
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Return fixed 2-D sine/cosine embeddings [2 + F' T', D]: half the width says frequency, half says time.
+    """Return 2-D sine/cosine embeddings [2 + F' T', D]: half the width for frequency, half for time.
 
-    A start for `position_embeddings` from which a model without pretraining learns faster than from noise; the two
+    With these as initial `position_embeddings`, a model without pretraining learns faster than from noise. The two
     prefix tokens start at zero.
     """
 
@@ -71,7 +71,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def _layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm whose statistics are exact and at least float32, whatever the compute dtype."""
+    """LayerNorm with two-pass statistics in at least float32, whatever the compute dtype."""
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -85,7 +85,7 @@ class Embeddings(nn.Module):
     def __call__(self, spec: jax.Array, patch_indices: jax.Array | None, deterministic: bool) -> jax.Array:
         """Map spec [B, T, F] to tokens [B, N, D], or [B, 2 + K, D] with `patch_indices` [B, K]."""
         config, width = self.config, self.config.hidden_size
-        image = spec.swapaxes(1, 2)[..., None].astype(self.dtype)  # [B, F, T, 1]: patches count along frequency first
+        image = spec.swapaxes(1, 2)[..., None].astype(self.dtype)  # [B, F, T, 1]: frequency-major patches
         patches = nn.Conv(
             width, config.patch_shape, (config.frequency_stride, config.time_stride), padding="VALID",
             dtype=self.dtype, name="projection",
@@ -107,7 +107,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with query, key and value in one product."""
+    """Multi-head self-attention with one fused projection for query, key and value."""
 
     config: ASTConfig
     dtype: Any = jnp.float32
@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between them."""
+    """Two dense layers and an activation function."""
 
     config: ASTConfig
     dtype: Any = jnp.float32
@@ -148,7 +148,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, in the form `nn.scan` wants: carry in, (carry, what to collect) out."""
+    """A pre-norm transformer block in the signature of `nn.scan`: carry to (carry, collected outputs)."""
 
     config: ASTConfig
     dtype: Any = jnp.float32
@@ -158,7 +158,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, valid: jax.Array | None, deterministic: bool, states: bool, attentions: bool
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
-        """Map [B, N, D] to [B, N, D]; `states` and `attentions` say what is collected."""
+        """Map [B, N, D] to [B, N, D]; `states` and `attentions` select what is collected."""
         config = self.config
         dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)
         normed = _layer_norm(config.layer_norm_eps, self.dtype, "layernorm_before")(x)
@@ -176,9 +176,9 @@ class ASTModel(nn.Module):
 
     Attributes:
         config: the architecture.
-        dtype: dtype of the computation; LayerNorm statistics and softmax are at least float32 all the same.
+        dtype: dtype of the computation; LayerNorm statistics and softmax use at least float32.
         attention_implementation: see `ast_jax.model.attention.dot_product_attention`.
-        rematerialize: keep only each block's input for the backward pass, and compute all of it again there.
+        rematerialize: store only each block's input, and recompute the block in the backward pass.
     """
 
     config: ASTConfig
@@ -187,14 +187,14 @@ class ASTModel(nn.Module):
     rematerialize: bool = False
 
     def setup(self) -> None:
-        """Name the parts; the names are the parameter tree's."""
+        """Create the submodules; their names are those of the parameter tree."""
         self.embeddings = Embeddings(self.config, self.dtype)
-        # The loop over layers already keeps XLA from merging the two computations of a block, hence no barrier.
+        # No barrier (prevent_cse): the loop over layers already keeps XLA from merging a block with its recomputation.
         policy = None if self.rematerialize else jax.checkpoint_policies.save_only_these_names(*SAVED)
         self.layers = nn.scan(
             nn.remat(Block, prevent_cse=False, static_argnums=(3, 4, 5), policy=policy),
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},  # without the latter every layer draws the same mask
+            split_rngs={"params": True, "dropout": True},  # without "dropout" all layers draw the same mask
             in_axes=nn.broadcast,
             length=self.config.num_hidden_layers,
         )(self.config, self.dtype, self.attention_implementation)
@@ -216,7 +216,7 @@ class ASTModel(nn.Module):
             valid = valid_tokens(lengths, self.config)
             valid = valid if patch_indices is None else select_patches(valid, patch_indices)
             inside = jnp.arange(spec.shape[1]) < lengths[:, None]  # [B, T]
-            spec = jnp.where(inside[..., None], spec, 0)  # nothing in the padding, not even NaN, reaches the gradient
+            spec = jnp.where(inside[..., None], spec, 0)  # so that NaN in the padding does not reach the gradient
         embedded = self.embeddings(spec, patch_indices, not train)  # [B, N, D]
         x, (states, attentions) = self.layers(embedded, valid, not train, output_hidden_states, output_attentions)
         normed = self.layernorm(x)
@@ -229,14 +229,14 @@ class ASTModel(nn.Module):
 
 
 class ASTForAudioClassification(ASTModel):
-    """The model with its head: LayerNorm and one dense layer on the pooled output, in at least float32."""
+    """The model with its head: LayerNorm and a dense layer on the pooled output, in at least float32."""
 
     def setup(self) -> None:
-        """Add the head to the headless model's parts."""
+        """Add the head to the headless model's submodules."""
         super().setup()
         self.classifier = Head(self.config, jnp.promote_types(self.dtype, jnp.float32))
 
-    def __call__(  # type: ignore[override]  # a Flax module's call is its own: this one gives logits
+    def __call__(  # type: ignore[override]  # it returns logits, unlike the headless model
         self,
         spec: jax.Array,
         lengths: jax.Array | None = None,
@@ -266,7 +266,7 @@ class Head(nn.Module):
 
 
 def valid_tokens(lengths: jax.Array, config: ASTConfig) -> jax.Array:
-    """Return which tokens [B, N] lie wholly within the valid frames [B]; the two prefix tokens always do."""
+    """Return the token mask [B, N]: True for prefix tokens and for patches wholly within the valid frames [B]."""
     rows, columns = config.grid
     ends = np.arange(columns) * config.time_stride + config.patch_shape[1]  # [T']
     patches = jnp.tile(ends <= jnp.asarray(lengths)[:, None], (1, rows))  # [B, F' T'], frequency-major

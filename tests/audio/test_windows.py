@@ -1,16 +1,16 @@
-"""Windows of a stream: where they lie, that they cover the sound, and that blocks of any size give the same."""
+"""Sliding windows: their grid, that they cover the sound, and that the size of the blocks does not matter."""
 
 import numpy as np
 import pytest
 
-from ast_jax.audio.windows import Grid, cut, piece_starts, window_grid
+from ast_jax.audio.windows import Grid, clip_starts, cut, window_grid
 from ast_jax.config import FrontendConfig
 
 FRONTEND = FrontendConfig(max_length=100)  # 400 + 99 * 160 = 16,240 samples
 
 
 def windows(size, grid, block):
-    """Return (start, length) of the windows of a ramp, whose samples say where they are from."""
+    """Return (start, length) of the windows of a ramp, whose samples are their own indices."""
     sound = np.arange(size, dtype=np.float32)
     found = list(cut((sound[begin : begin + block] for begin in range(0, size, block)), grid))
     for start, samples in found:
@@ -24,7 +24,7 @@ def windows(size, grid, block):
     [
         (60, [(0, 60)]),
         (100, [(0, 100)]),
-        (109, [(0, 100)]),  # the rest makes no frame
+        (109, [(0, 100)]),  # the remainder is shorter than a frame
         (110, [(0, 100), (10, 100)]),
         (130, [(0, 100), (30, 100)]),
         (160, [(0, 100), (50, 100), (60, 100)]),
@@ -36,12 +36,12 @@ def test_windows_end_where_the_sound_ends(size, want, block):
 
 
 @pytest.mark.parametrize("hop", [1, 3, 50, 99, 100])
-def test_nothing_is_left_out(hop):
-    heard = np.zeros(777, bool)
+def test_no_sample_is_skipped(hop):
+    covered = np.zeros(777, bool)
     for start, length in windows(777, Grid(100, hop, 100, 1), 13):
         assert length == 100
-        heard[start : start + length] = True
-    assert heard.all()
+        covered[start : start + length] = True
+    assert covered.all()
 
 
 def test_a_window_comes_with_its_last_sample():
@@ -59,7 +59,7 @@ def test_a_window_comes_with_its_last_sample():
 def test_the_grid_in_seconds():
     assert window_grid(FRONTEND) == (16240, 8120, 16240, 160)
     assert window_grid(FRONTEND, 0.5, 0.1) == (8000, 1600, 16240, 160)
-    assert window_grid(FRONTEND, 1.02) == window_grid(FRONTEND, 1.0)  # what rounds to the model's input is that
+    assert window_grid(FRONTEND, 1.02) == window_grid(FRONTEND, 1.0)  # rounds to the model's input length
     assert window_grid(FRONTEND, 1.02, 1.02) == window_grid(FRONTEND, hop=1.02) == (16240, 16240, 16240, 160)
     assert window_grid(FRONTEND, 10.0, 5.0).length == 160000
 
@@ -75,14 +75,14 @@ def test_the_grid_in_seconds():
         (1.0, 1e-9, "hop: expected more than 0 s"),
     ],
 )
-def test_windows_that_cannot_be(window, hop, message):
+def test_invalid_windows(window, hop, message):
     with pytest.raises(ValueError, match=message):
         window_grid(FRONTEND, window, hop)
 
 
 @pytest.mark.parametrize("length", [1, 99, 100, 101, 150, 200, 201, 1000])
-def test_pieces_cover_a_window(length):
-    starts = piece_starts(length, 100)
+def test_clips_cover_a_window(length):
+    starts = clip_starts(length, 100)
     assert starts[0] == 0
     assert starts[-1] == max(0, length - 100)
     assert max(np.diff(starts), default=0) <= 100

@@ -16,7 +16,7 @@ from command_line import SOUNDS, in_process
 import ast_jax
 from ast_jax.audio import streams
 from ast_jax.cli import inference
-from ast_jax.inference import embeddings, predict, sliding_window, timeline
+from ast_jax.inference import embeddings, sliding_window, timeline
 
 RATE = 16000
 ORDER = ("speech", "music", "telephone")
@@ -106,7 +106,7 @@ def test_a_picture(meeting, tmp_path):
         (["a.wav", "--low", "0.7"], "--low: expected at most --threshold 0.5, got 0.7"),
         (["-", "a.wav"], "-: expected the standard input alone, got - a.wav"),
         (["a.wav", "--raw", "s16le"], "--raw: expected -, the standard input, got a.wav"),
-        (["-", "--rate", "8000"], "--rate and --channels: expected --raw beside them; a header says its own"),
+        (["-", "--rate", "8000"], "--rate and --channels: expected --raw with them; a header has its own"),
         (["-", "--picture", "x.png"], "--picture: expected a file, got the standard input, which cannot be read twice"),
     ],
     ids=" ".join,
@@ -173,7 +173,7 @@ def test_a_file_on_the_standard_input(meeting):
 def test_paddings(tmp_path):
     soundfile.write(tmp_path / "short.wav", ast_jax.read_audio(SOUNDS / "siren.flac")[:12_000], RATE)
     scores = {}
-    for kind in predict.PADDING:
+    for kind in sliding_window.PADDING:
         done = in_process("classify", tmp_path / "short.wav", "--pad", kind, "--json", "-k", "8")
         assert done.returncode == 0, done.stderr
         scores[kind] = {entry["label"]: entry["score"] for entry in json.loads(done.stdout)["predictions"]}
@@ -277,12 +277,12 @@ def test_of_many_long_sounds_few_are_open(tmp_path):
     for number in range(40):
         soundfile.write(tmp_path / f"{number:02}.wav", long, RATE)
     before, most = len(os.listdir("/proc/self/fd")), 0
-    found = predict.analyze_each(sorted(tmp_path.iterdir()), ast_jax.load("sounds-tiny"), batch_size=32)
+    found = ast_jax.analyze_each(sorted(tmp_path.iterdir()), ast_jax.load("sounds-tiny"), batch_size=32)
     for analysis in found:
         most = max(most, len(os.listdir("/proc/self/fd")) - before)
         assert analysis.times[-1, 1] == 16
         assert len(analysis.times) == 12
-    assert most <= sliding_window.OPEN + 4
+    assert most <= sliding_window.MAX_OPEN + 4
 
 
 def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
@@ -337,15 +337,15 @@ def test_vectors_of_nothing_take_no_other_s_place(tmp_path):
         path.write_text("of yesterday")
         done = in_process("embed", tmp_path / "bad.wav", "-o", path)
         assert done.returncode == 1
-        assert done.stderr.splitlines()[1:] == [f"ast-jax: {path}: not written, as no sound could be heard"]
+        assert done.stderr.splitlines()[1:] == [f"ast-jax: {path}: not written, as no file could be used"]
         assert path.read_text() == "of yesterday"
     done = in_process("embed", "-", "-o", path)
     assert done.returncode == 2
-    assert done.stderr == "ast-jax: -: expected files, got the standard input, which only classify hears\n"
+    assert done.stderr == "ast-jax: -: expected files, got the standard input, which only classify reads\n"
 
 
 def test_choices_are_the_library_s():
-    assert [each.value for each in inference.Padding] == list(predict.PADDING)
+    assert [each.value for each in inference.Padding] == list(sliding_window.PADDING)
     assert [each.value for each in inference.Pool] == list(embeddings.POOLS)
     assert [each.value for each in inference.Encoding] == list(streams.ENCODINGS)
     assert [each.value for each in inference.Aggregate] == list(timeline.AGGREGATES)

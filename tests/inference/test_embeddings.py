@@ -10,7 +10,7 @@ import pytest
 import ast_jax
 from ast_jax.audio import fbank
 from ast_jax.inference.embeddings import Embedding, embed_each, patch_extents
-from ast_jax.inference.vectors import rows, vector_table
+from ast_jax.inference.vectors import columns_of, vector_table
 
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 RATE = 16000
@@ -146,16 +146,16 @@ def test_neighbours_are_of_a_kind():
 def test_tables(tmp_path, model, sound, ending):
     path = tmp_path / f"vectors.{ending}"
     found = list(embed_each([sound, sound[:8000]], model, sampling_rate=RATE, pool="none"))
-    with vector_table(path) as write:
+    with vector_table(path) as table:
         for each in found:
-            write(each)
+            table.write(each)
     if ending == "npz":
         with np.load(path) as file:
             columns = dict(file)
     else:
-        table = pyarrow.parquet.read_table(path)
-        columns = {name: np.array(table[name].to_pylist(), np.float32 if name == "embedding" else None)
-                   for name in table.column_names}  # fmt: skip
+        read = pyarrow.parquet.read_table(path)
+        columns = {name: np.array(read[name].to_pylist(), np.float32 if name == "embedding" else None)
+                   for name in read.column_names}  # fmt: skip
     assert list(columns) == ["source", "start", "end", "low", "high", "embedding"]
     assert columns["embedding"].shape == (5 * 16 + 5 * 9, 48)
     np.testing.assert_array_equal(columns["embedding"][:80], found[0].values.reshape(80, 48))
@@ -167,18 +167,18 @@ def test_tables(tmp_path, model, sound, ending):
 def test_a_row_for_the_whole_sound():
     values = np.arange(6, dtype=np.float32).reshape(3, 2)
     found = Embedding("a b.wav", values, np.array([[0, 1], [0.5, 1.5], [1, 2.0]]))
-    columns = rows(found, whole=True)
+    columns = columns_of(found, whole=True)
     assert {name: column.tolist() for name, column in columns.items()} == {
         "source": ["a b.wav"], "start": [0], "end": [2], "embedding": [[2, 3]],
     }  # fmt: skip
-    assert rows(found)["end"].tolist() == [1, 1.5, 2]
+    assert columns_of(found)["end"].tolist() == [1, 1.5, 2]
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet"])
 def test_a_table_is_whole_or_not_there(tmp_path, ending):
     def fail():
-        with vector_table(tmp_path / f"vectors.{ending}") as write:
-            write(Embedding("a", np.zeros((1, 2), np.float32), np.zeros((1, 2))))
+        with vector_table(tmp_path / f"vectors.{ending}") as table:
+            table.write(Embedding("a", np.zeros((1, 2), np.float32), np.zeros((1, 2))))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

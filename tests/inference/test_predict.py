@@ -14,7 +14,8 @@ import soundfile
 
 import ast_jax
 from ast_jax.checkpoints.locate import shipped_models
-from ast_jax.inference import predict, sliding_window
+from ast_jax.inference import sliding_window
+from ast_jax.inference.sliding_window import PADDING
 
 PACKAGE = pathlib.Path(ast_jax.__file__).parent
 SOUNDS = PACKAGE / "sounds"
@@ -171,7 +172,7 @@ def test_results_come_as_they_are_ready(model):
             read.append(index)
             yield np.zeros(4000, np.float32)
 
-    results = predict.analyze_each(sources(), model, sampling_rate=16000, batch_size=4)
+    results = ast_jax.analyze_each(sources(), model, sampling_rate=16000, batch_size=4)
     next(results)
     assert 4 <= len(read) <= (sliding_window.AHEAD + 2) * 4
     assert len(list(results)) == 98
@@ -180,7 +181,7 @@ def test_results_come_as_they_are_ready(model):
 def test_scores_that_are_not_finite_are_an_error(model):
     norm = {**model.params["layernorm"], "bias": np.full(model.config.hidden_size, np.nan, np.float32)}
     broken = model.replace(params={**model.params, "layernorm": norm})
-    with pytest.raises(ast_jax.AudioError, match="what comes out is not finite"):
+    with pytest.raises(ast_jax.AudioError, match="the model's output is not finite"):
         ast_jax.classify(np.zeros(16000, np.float32), broken, sampling_rate=16000)
 
 
@@ -206,7 +207,7 @@ def test_a_file_named_as_the_standard_input(model, tmp_path, monkeypatch):
 def test_a_model_without_a_classifier_says_so():
     model = ast_jax.load("sounds-tiny")
     body = model.replace(params={name: part for name, part in model.params.items() if name != "classifier"})
-    with pytest.raises(ValueError, match="the model has no classifier and can name nothing"):
+    with pytest.raises(ValueError, match="the model has no classifier; fine-tune it first"):
         ast_jax.classify(np.zeros(16000, np.float32), body, sampling_rate=16000)
 
 
@@ -263,7 +264,7 @@ def test_a_bad_end_of_a_long_sound_loses_that_sound_alone(model):
     bad = np.zeros(200_000, np.float32)
     bad[-1] = np.nan
     good = np.zeros(20_000, np.float32)
-    first, second, third = predict.analyze_each([good, bad, good], model, sampling_rate=16000, batch_size=2)
+    first, second, third = ast_jax.analyze_each([good, bad, good], model, sampling_rate=16000, batch_size=2)
     assert first.error is None
     assert second.error == "<ndarray>: 1 of 8000 samples from 12.00 s on are NaN or Inf"
     np.testing.assert_allclose(third.scores, first.scores, atol=1e-6)
@@ -272,9 +273,7 @@ def test_a_bad_end_of_a_long_sound_loses_that_sound_alone(model):
 def test_paddings_are_what_they_say(model):
     """Each beside the same done by hand: zeros, the clip repeated, `lengths`, a model cut to the clip's length."""
     sound = beginning("speech.flac", model)[:20_000]  # 123 frames, whole patches up to 120
-    found = {
-        kind: ast_jax.analyze(sound, model, sampling_rate=16000, padding=kind).scores[0] for kind in predict.PADDING
-    }
+    found = {kind: ast_jax.analyze(sound, model, sampling_rate=16000, padding=kind).scores[0] for kind in PADDING}
     full = np.tile(sound, 3)[: model.frontend.max_samples]
     frames = 1 + (20_000 - 400) // 160
     cut = ast_jax.resize(model, max_length=frames // 4 * 4)
@@ -290,7 +289,7 @@ def test_paddings_are_what_they_say(model):
         assert np.abs(want[one] - want[other]).max() > 1e-3, (one, other)
 
 
-@pytest.mark.parametrize("kind", predict.PADDING)
+@pytest.mark.parametrize("kind", PADDING)
 def test_a_batch_of_mixed_lengths_gives_each_clip_its_own(model, kind):
     rng = np.random.default_rng(3)
     sounds = [0.1 * rng.standard_normal(size).astype(np.float32) for size in (400, 9000, 9100, 41_000)]
@@ -303,9 +302,10 @@ def test_a_batch_of_mixed_lengths_gives_each_clip_its_own(model, kind):
 
 
 def test_own_length_compiles_a_program_for_a_number_of_patches(model):
-    runner = predict.Runner(model, ast_jax.apply, "own-length", 8)
-    runner([np.zeros(size, np.float32) for size in (400, 1000, 1040, 20_000, 19_800, 41_200)])()
-    assert sorted(runner.lengths) == [4, 120, 256]  # frames: one patch, thirty, all
+    windows = sliding_window.SlidingWindow(model, ast_jax.apply, padding="own-length")
+    sounds = [np.zeros(size, np.float32) for size in (400, 1000, 1040, 20_000, 19_800, 41_200)]
+    assert all(found.outputs.shape == (1, 8) for found in windows.run(sounds, 16000))
+    assert sorted(windows.models) == [4, 120, 256]  # frames: one patch, thirty, all
 
 
 def test_options_that_are_none(model):

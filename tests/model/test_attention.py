@@ -116,13 +116,15 @@ def test_waveforms_to_logits_lower_for_cuda_as_one_program(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     import ast_jax
-    from ast_jax.inference import predict
+    from ast_jax.inference.sliding_window import forward_batch
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     config, frontend = ast_jax.PRESETS["base"](), ast_jax.FrontendConfig()
     params = jax.eval_shape(lambda key: ast_jax.init(key, config), jax.random.key(0))
     inputs = jax.ShapeDtypeStruct((2, frontend.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    traced = predict._run.trace(params, inputs, config, frontend, 2, jnp.bfloat16, "cudnn", ast_jax.apply, False)
+    traced = forward_batch.trace(
+        params, inputs, config, frontend, chunk_size=2, dtype=jnp.bfloat16, attention_implementation="cudnn"
+    )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"__cudnn\$fmhaSoftmax\b", text)) == 1  # in the loop over layers
     assert "stablehlo.fft" in text

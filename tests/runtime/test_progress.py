@@ -25,9 +25,9 @@ import ast_jax
 from ast_jax.audio.streams import Live
 from ast_jax.checkpoints.pytorch.pipeline import convert_to
 from ast_jax.cli.main import app
+from ast_jax.cli.results import FileProgress, header_duration
 from ast_jax.data import datasets
-from ast_jax.inference import sliding_window
-from ast_jax.inference.sliding_window import End, Part
+from ast_jax.inference.sliding_window import WindowOutput
 from ast_jax.runtime.progress import hidden_bars, progress_display, step, track
 
 SCRIPT = """
@@ -275,7 +275,7 @@ def test_messages_stand_above_the_bar(files, tmp_path):
     assert re.search(r"sounds .*━.*[01]/3", terminal.seen.decode())
     assert len(lines) == 2
     assert lines[0].startswith(f"ast-jax: {files[1]}: ")
-    assert lines[1] == f"{tmp_path / 'e.npz'}: the vectors of 2 sounds"
+    assert lines[1] == f"{tmp_path / 'e.npz'}: embeddings of 2 files"
 
 
 class NoTerminal:
@@ -365,19 +365,23 @@ def test_other_threads_have_none(opened):
 def test_a_long_file_has_a_bar_of_its_seconds(opened):
     """Of as many as its header says."""
     speech = SOUNDS / "speech.flac"
-    parts = [Part(second, second + 1.0, np.zeros(2), speech) for second in range(3)]
-    tasks = []
+    files = FileProgress()
+    seconds = []
 
-    def events():
-        for event in [*parts, End("speech.flac", 3.0), Part(0.0, 2.0, np.zeros(2), np.zeros(9)), End("array", 2.0)]:
-            tasks.append(opened.tasks())
-            yield event
+    def results():
+        for second in range(3):
+            files.on_window(WindowOutput(second, second + 1.0, np.zeros(2), speech))
+            seconds.append(opened.tasks()[1:])
+        yield "speech.flac"
+        files.on_window(WindowOutput(0.0, 2.0, np.zeros(2), np.zeros(9)))
+        seconds.append(opened.tasks()[1:])
+        yield "array"
 
     with terminal(), progress_display():
-        for _ in sliding_window.by_sound(events()):
-            assert opened.tasks() == []  # results are printed now
+        for done, _ in enumerate(files.track(results(), 2)):
+            assert opened.tasks() == [("sounds", done, 2)]  # results are printed now
     whole = soundfile.info(speech).duration
-    assert tasks == [[], *([("seconds", done, whole)] for done in (1, 2, 3)), [], []]
+    assert seconds == [*([("seconds", done, whole)] for done in (1, 2, 3)), []]
 
 
 def test_a_pipe_has_no_bar(opened, tiny):
@@ -394,7 +398,7 @@ def test_a_pipe_has_no_bar(opened, tiny):
 
 def test_the_length_of_a_named_pipe_is_not_asked_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert sliding_window._seconds(Part(0.0, 1.0, np.zeros(2), tmp_path / "pipe")) is None
+    assert header_duration(tmp_path / "pipe") is None
 
 
 @pytest.fixture
@@ -445,7 +449,7 @@ def test_every_command_that_may_take_long_draws_a_bar(drawn_by, tiny, folder, tm
     assert when == [*windows, "drawing the picture", "spectrogram"]
     assert drawn_by("embed", sound, "-m", model, "-o", tmp_path / "e.npz") == windows
     why = drawn_by("explain", sound, "-m", model, "-o", tmp_path / "why.png", "--cells", 1, 16)
-    assert why == ["loading the model", "explaining", "seconds", "occlusion", "drawing the picture"]
+    assert why == ["loading the model", "explaining", "drawing the picture"]
     assert drawn_by("convert", model, tmp_path / "hf", "--to", "huggingface") == ["converting"]
     assert drawn_by("info", model) == ["loading the model"]
     assert drawn_by("export", model, tmp_path / "out.stablehlo", "--platforms", "cpu") == ["exporting"]

@@ -100,16 +100,17 @@ def measure_parts(folder: str, rounds: int) -> dict[str, Any]:
 
     import ast_jax
     from ast_jax.audio import io as audio
-    from ast_jax.inference import predict
+    from ast_jax.inference import sliding_window
 
     paths = sorted(pathlib.Path(folder).iterdir())
     checkpoint = ast_jax.load("sounds-tiny")
     config, frontend = checkpoint.config, checkpoint.frontend
-    batch_size = predict.BATCH_SIZES.get(jax.default_backend(), predict.BATCH_SIZE)
+    batch_size = sliding_window.default_batch_size()
     params = jax.device_put(checkpoint.params)
     samples = audio.decode(paths[0], frontend.sampling_rate, frontend.max_seconds).samples[: frontend.max_samples]
     waveforms = np.tile(np.pad(samples, (0, frontend.max_samples - len(samples))), (batch_size, 1))
-    lengths = np.full(batch_size, len(samples), np.int32)
+    inputs = waveforms, np.full(batch_size, len(samples), np.int32)
+    chunk_size = sliding_window.chunk_size(batch_size, config)
 
     def decode() -> None:
         for path in paths:
@@ -117,10 +118,11 @@ def measure_parts(folder: str, rounds: int) -> dict[str, Any]:
 
     def compute() -> None:
         for _ in range(len(paths) // batch_size):
-            jax.block_until_ready(predict.logits_of_waveforms(params, waveforms, lengths, config, frontend))
+            logits = sliding_window.forward_batch(params, inputs, config, frontend, chunk_size=chunk_size)
+            jax.block_until_ready(logits)
 
     def together() -> None:
-        assert not any(result.error for result in predict.analyze_each(paths, checkpoint))
+        assert not any(result.error for result in ast_jax.analyze_each(paths, checkpoint))
 
     work = {"decode": decode, "compute": compute, "together": together}
     for function in work.values():

@@ -69,11 +69,10 @@ def ast_jax_forward(folder: str, inputs: str, dtype: str = "float32") -> Work:
     import jax
 
     import ast_jax
-    from ast_jax.inference import predict
 
     checkpoint = ast_jax.load(folder)
     params, spec = jax.device_put((checkpoint.params, np.load(inputs)))
-    return lambda: np.asarray(predict.logits(params, spec, checkpoint.config, dtype=dtype))
+    return _forward_batch(params, (spec,), checkpoint.config, None, dtype)
 
 
 def ast_jax_forward_bfloat16(folder: str, inputs: str) -> Work:
@@ -99,17 +98,26 @@ def ast_jax_waveforms(folder: str, inputs: str, dtype: str = "float32") -> Work:
     import jax
 
     import ast_jax
-    from ast_jax.inference import predict
 
     checkpoint = ast_jax.load(folder)
     batch, frames, _ = np.load(inputs, mmap_mode="r").shape
     frontend = ast_jax.FrontendConfig(max_length=frames)
     waveforms = 0.1 * np.random.default_rng(0).standard_normal((batch, frontend.max_samples), np.float32)
     lengths = np.full(batch, frontend.max_samples, np.int32)
-    params, waveforms, lengths = jax.device_put((checkpoint.params, waveforms, lengths))
-    return lambda: np.asarray(
-        predict.logits_of_waveforms(params, waveforms, lengths, checkpoint.config, frontend, dtype=dtype)
-    )
+    params, inputs = jax.device_put((checkpoint.params, (waveforms, lengths)))
+    return _forward_batch(params, inputs, checkpoint.config, frontend, dtype)
+
+
+def _forward_batch(params: Any, inputs: Any, config: Any, frontend: Any, dtype: str) -> Work:
+    """Run a batch as `classify` does, in `dtype`."""
+    from ast_jax.inference import sliding_window
+    from ast_jax.model.attention import fastest_implementation
+
+    options = {
+        "chunk_size": sliding_window.chunk_size(len(inputs[0]), config), "dtype": dtype,
+        "attention_implementation": fastest_implementation(dtype),
+    }  # fmt: skip
+    return lambda: np.asarray(sliding_window.forward_batch(params, inputs, config, frontend, **options))
 
 
 def torch_eager(folder: str, inputs: str, dtype: str = "float32", device: str = "cpu") -> Work:
