@@ -1,9 +1,10 @@
-"""What a trainer watches while it runs: losses that must stay finite, and examples that cannot be read."""
+"""What a trainer watches while it runs: losses, unreadable examples, and signals to stop."""
 
 from __future__ import annotations
 
 import collections
 import math
+import signal
 from collections.abc import Callable, Sequence
 
 import jax
@@ -112,3 +113,27 @@ class SkippedExamples:
                     raise DataError(f"{reason}; repair or remove it, or leave out --strict to skip such files")
                 self._record.skipped[name] = reason
                 self._log(f"skipped: {reason}")
+
+
+class StopRequest:
+    """Whether a signal asks the run to stop; several processes stop together."""
+
+    def __init__(self, received: Callable[[], int | None]):
+        """Take what `defer_signals` yields."""
+        self._received = received
+
+    def number(self, step: int | None = None) -> int | None:
+        """Return the signal to stop for, or None.
+
+        Args:
+            step: of several processes, the step at which all of them ask, so that they can agree; None where they do
+                not ask together.
+        """
+        number = self._received()
+        if jax.process_count() == 1:
+            return number
+        from jax.experimental import multihost_utils
+
+        if number is not None:  # Ctrl-C here: stop all of them, as SIGTERM does
+            signal.raise_signal(signal.SIGTERM)
+        return signal.SIGTERM if step is not None and multihost_utils.reached_preemption_sync_point(step) else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ast_jax.config import ASTConfig, ProblemType
+from ast_jax.data.datasets import Example
 from ast_jax.training import plots
 from ast_jax.training.evaluate import Predictions
 from ast_jax.training.metrics import report, report_lines
@@ -15,18 +16,29 @@ from ast_jax.training.states import Record
 SPLITS = ("validation", "test")
 
 
-def summary(record: Record) -> dict[str, Any]:
-    """Return the number of epochs, and the rows of the best and of the last one."""
-    return {"epochs": len(record.history), "best": record.best_row, "last": record.history[-1]}
+def final_report(
+    record: Record,
+    splits: Mapping[str, list[Example]],
+    predictions: Callable[[list[Example]], Iterable[tuple[str, Predictions]]],
+    config: ASTConfig,
+) -> dict[str, Any]:
+    """Return the content of `results.json`; see `Run.results`.
 
-
-def add(content: dict[str, Any], split: str, name: str, found: Predictions, config: ASTConfig) -> None:
-    """Add the report of a model ("best" or "average") on a split.
+    Args:
+        record: of the finished run.
+        splits: examples by split.
+        predictions: yields the name ("best" or "average") and the predictions of each model for some examples.
+        config: the architecture.
 
     Raises:
-        DataError: no example of the split can be read.
+        DataError: no example of a split can be read.
     """
-    content.setdefault(split, {})[name] = report(*found.measured(), config)
+    content: dict[str, Any] = {"epochs": len(record.history), "best": record.best_row, "last": record.history[-1]}
+    for split in SPLITS:
+        if splits[split]:
+            found = predictions(splits[split])
+            content[split] = {name: report(*one.measured(), config) for name, one in found}
+    return content
 
 
 def log_reports(content: dict[str, Any], log: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ import math
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ast_jax.checkpoints.folder import Checkpoint, save
@@ -196,6 +196,24 @@ def publish(run: RunConfig, folder: pathlib.Path, params: Any, record: Record) -
         if record.last_is_best:
             save(folder / BEST, checkpoint)
     write_tables(folder, record)
+
+
+def publish_missing(run: RunConfig, folder: pathlib.Path, record: Record, params_of: Callable[[int], Any]) -> None:
+    """Publish what a kill may have left undone after the last state was saved, given the parameters of an epoch."""
+    if record.history and not best_is_there(run, folder, record):
+        row = record.best_row
+        metadata = json.dumps(run_metadata(run, row))
+        with writing(folder):
+            save(folder / BEST, Checkpoint(params_of(row["epoch"]), run.config, run.frontend, metadata))
+    write_tables(folder, record)
+
+
+def save_average(run: RunConfig, folder: pathlib.Path, record: Record, params: Any) -> None:
+    """Write the checkpoint of the mean of the epochs' weights."""
+    span = [run.training.average_from, len(record.history)]
+    metadata = json.dumps(run_metadata(run, {"averaged_epochs": span}))
+    with writing(folder):
+        save(folder / AVERAGE, Checkpoint(params, run.config, run.frontend, metadata))
 
 
 def write_tables(folder: pathlib.Path, record: Record) -> None:

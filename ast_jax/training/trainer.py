@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ast_jax.checkpoints.folder import Checkpoint, save
 from ast_jax.checkpoints.load import load
 from ast_jax.data.datasets import DataError, DataSet, Example
 from ast_jax.model import functional as model
 from ast_jax.model.attention import fastest_implementation
-from ast_jax.model.losses import loss
 from ast_jax.runtime.files import write_text
 from ast_jax.runtime.progress import hidden_bars, progress_display, step
 from ast_jax.runtime.signals import DEFERRED, defer_signals, stop
@@ -32,8 +28,7 @@ from ast_jax.training import distill, input_pipeline, optimizers, results, run_f
 from ast_jax.training import step as train
 from ast_jax.training.config import ExecutionConfig, TrainConfig
 from ast_jax.training.evaluate import Evaluator, Predictions
-from ast_jax.training.metrics import evaluate_logits, scores
-from ast_jax.training.monitor import DIVERGED, LossMonitor, SkippedExamples
+from ast_jax.training.monitor import DIVERGED, LossMonitor, SkippedExamples, StopRequest
 from ast_jax.training.parallel import METHODS, DataParallel, broadcast_arrays, broadcast_json
 from ast_jax.training.run_folder import RunConfig
 from ast_jax.training.states import (
@@ -41,29 +36,15 @@ from ast_jax.training.states import (
     Record,
     States,
     restore_arrays,
-    selection_metric,
     state_of_epoch,
     writing,
 )
 from ast_jax.training.step import TrainState
 from ast_jax.training.tensorboard import Board
+from ast_jax.training.validation import Gathered, validate
 
 Log = Callable[[str], None]
 MetricsCallback = Callable[[dict[str, Any]], None]
-
-
-class Gathered(NamedTuple):
-    """Sums and means over the epochs so far.
-
-    Attributes:
-        mean: mean of the epochs' parameters from `average_from` on, or None.
-        total: [N, C] sum of the epochs' validation scores, or None.
-        usable: [N] which validation examples could be read in every epoch, or None.
-    """
-
-    mean: Any
-    total: np.ndarray | None
-    usable: np.ndarray | None
 
 
 class Arrays(NamedTuple):
@@ -139,11 +120,8 @@ class Trainer:
         )  # fmt: skip
         self.soften = _softener(config, self.parallel)
         self.state = train.init_state(params, optimizer, training)
-        shape = (len(self.validation), config.config.num_labels)
-        self.gathered = Gathered(
-            jax.tree.map(np.zeros_like, self.state.params) if training.average_from else None,
-            np.zeros(shape) if self.validation else None,
-            np.ones(shape[0], bool) if self.validation else None,
+        self.gathered = Gathered.empty(
+            self.state.params, bool(training.average_from), len(self.validation), config.config.num_labels
         )
         self.is_resumed = saved is not None
         self.record = Record(seed=training.seed, sizes=[len(self.examples), len(self.validation)])
@@ -175,7 +153,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(progress_display())
             alone = jax.process_count() == 1  # else JAX itself waits for SIGTERM, to make all processes agree
-            self.received_signal = stack.enter_context(defer_signals(DEFERRED if alone else (signal.SIGINT,)))
+            received = stack.enter_context(defer_signals(DEFERRED if alone else (signal.SIGINT,)))
+            self.stop_request = StopRequest(received)
             if self.is_first:
                 write_text(self.folder / run_folder.RUN_FILE, self.config.to_json())
             self.states = stack.enter_context(States(self.folder))
@@ -255,21 +234,20 @@ class Trainer:
         self._check_finite(single)
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rates[epoch - 1]}
         row[TRAIN_LOSS] = record.loss_sum / self.steps_per_epoch
-        mean, total, usable = self.gathered
+        gathered = self.gathered
         if self.validation:
-            found = self.evaluator(self.state.eval_params, self._stop_if_signalled)
-            self.skipped.add([self.validation[index] for index in np.flatnonzero(~found.usable)])
-            measured = self._measure(found)
-            record.metric = record.metric or self._choose_metric(measured)
-            total, usable = total + scores(found.logits, self.config.config), usable & found.usable
-            row |= measured | self._cumulative(total / epoch, usable, found.labels)
+            measured, gathered, unreadable = validate(
+                self.evaluator, self.state.eval_params, record, gathered, self.config.config, self.log,
+                self._stop_if_signalled,
+            )  # fmt: skip
+            self.skipped.add([self.validation[index] for index in unreadable])
+            row |= measured
         record.metric = record.metric or TRAIN_LOSS
         if training.average_from and epoch >= training.average_from:
-            count = epoch - training.average_from + 1
-            mean = jax.tree.map(lambda old, new: old + (new - old) / count, mean, single.eval_params)
+            gathered = gathered.with_params(single.eval_params, epoch - training.average_from + 1)
         self.skipped.gather()
         row["seconds"] = round(time.monotonic() - began, 1)
-        self.gathered = Gathered(mean, total, usable)
+        self.gathered = gathered
         record.history.append(row)
         record.loss_sum = 0.0
         self.states.save(record, Arrays(single, self.gathered), finished=True)
@@ -281,52 +259,10 @@ class Trainer:
         if self.metrics is not None and self.is_first:
             self.metrics(dict(row))
 
-    def _measure(self, found: Predictions) -> dict[str, float]:
-        """Return loss and metrics on the validation split."""
-        logits, labels = found.measured()
-        value = float(loss(jnp.asarray(logits), jnp.asarray(labels), self.config.config))
-        return {"validation_loss": value, **evaluate_logits(logits, labels, self.config.config)}
-
-    def _choose_metric(self, measured: Mapping[str, float]) -> str:
-        """Return the metric that selects the best epoch."""
-        metric = selection_metric(measured)
-        if metric == TRAIN_LOSS:
-            self.log(
-                "no label has both positives and negatives among the validation examples: "
-                "the best epoch will be the one with the lowest training loss"
-            )
-        return metric
-
-    def _cumulative(self, mean: np.ndarray, usable: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Return the selection metric of the mean scores of all epochs so far, the original's ensemble over epochs."""
-        name = self.record.metric
-        if name in (TRAIN_LOSS, "negative_mse"):
-            return {}
-        # Scores instead of logits: their ranks and maxima are what is measured.
-        return {f"cumulative_{name}": evaluate_logits(mean[usable], labels[usable], self.config.config)[name]}
-
     def _publish(self, params: Any) -> None:
         """Publish the last state in the run folder."""
         if self.is_first:
             run_folder.publish(self.config, self.folder, params, self.record)
-
-    def _publish_missing(self) -> None:
-        """Publish what a kill may have left undone after the last state was saved."""
-        record = self.record
-        if record.history and not run_folder.best_is_there(self.config, self.folder, record):
-            row = record.best_row
-            state = state_of_epoch(self.folder, row["epoch"], self.steps_per_epoch)
-            like = Arrays(jax.tree.map(np.asarray, self.state), self.gathered)
-            params = restore_arrays(state, like).state.eval_params
-            metadata = json.dumps(run_folder.run_metadata(self.config, row))
-            with writing(self.folder):
-                save(
-                    self.folder / run_folder.BEST,
-                    Checkpoint(params, self.config.config, self.config.frontend, metadata),
-                )
-        if record.history and record.step == len(record.history) * self.steps_per_epoch:
-            self._publish(self.state.eval_params)
-        run_folder.write_tables(self.folder, record)
 
     def _save(self, wait: bool = False) -> None:
         """Save a state within an epoch."""
@@ -342,23 +278,28 @@ class Trainer:
             raise FloatingPointError(f"the parameters are not finite after step {self.record.step - 1}; {DIVERGED}")
 
     def _stop_if_signalled(self, between_steps: bool = False) -> None:
-        """Save and stop if a signal was received; several processes do so between steps, when they agree on one."""
-        number = self.received_signal()
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            if number is not None:  # Ctrl-C here: stop all of them, as SIGTERM does
-                signal.raise_signal(signal.SIGTERM)
-            agreed = between_steps and multihost_utils.reached_preemption_sync_point(self.record.step)
-            number = signal.SIGTERM if agreed else None
+        """Save and stop if a signal was received; several processes do so between steps."""
+        number = self.stop_request.number(self.record.step if between_steps else None)
         if number is not None:
             self._save(wait=True)
             stop(number)
 
     def _stop_if_signalled_when_done(self) -> None:
         """Stop if a signal was received after the last epoch, whose state is saved."""
-        if jax.process_count() == 1 and (number := self.received_signal()) is not None:
+        if jax.process_count() == 1 and (number := self.stop_request.number()) is not None:
             stop(number)
+
+    def _publish_missing(self) -> None:
+        """Publish what a kill may have left undone after the last state was saved."""
+
+        def params_of(epoch: int) -> Any:
+            like = Arrays(jax.tree.map(np.asarray, self.state), self.gathered)
+            state = state_of_epoch(self.folder, epoch, self.steps_per_epoch)
+            return restore_arrays(state, like).state.eval_params
+
+        run_folder.publish_missing(self.config, self.folder, self.record, params_of)
+        if self.record.history and self.record.step == len(self.record.history) * self.steps_per_epoch:
+            self._publish(self.state.eval_params)
 
     def _finish(self) -> None:
         """Evaluate the best epoch and the average on validation and test split; idempotent."""
@@ -370,16 +311,8 @@ class Trainer:
         if self.gathered.mean is not None and len(self.record.history) >= self.config.training.average_from:
             models["average"] = self.gathered.mean
             if self.is_first:
-                self._save_average()
-        content = results.summary(self.record)
-        for split in results.SPLITS:
-            if not (examples := self.splits[split]):
-                continue
-            with contextlib.closing(self._evaluator(examples, len(models))) as evaluator:
-                for name, params in models.items():
-                    found = evaluator(self.parallel.replicate(params), self._stop_if_signalled_when_done)
-                    self.skipped.add([examples[index] for index in np.flatnonzero(~found.usable)])
-                    results.add(content, split, name, found, self.config.config)
+                run_folder.save_average(self.config, self.folder, self.record, self.gathered.mean)
+        content = results.final_report(self.record, self.splits, self._predictions(models), self.config.config)
         self.skipped.gather()
         if self.is_first:
             results.log_reports(content, self.log)
@@ -389,13 +322,17 @@ class Trainer:
             run_folder.write_tables(self.folder, self.record)
         self._stop_if_signalled_when_done()
 
-    def _save_average(self) -> None:
-        """Write the checkpoint of the mean of the epochs' weights."""
-        span = [self.config.training.average_from, len(self.record.history)]
-        metadata = json.dumps(run_folder.run_metadata(self.config, {"averaged_epochs": span}))
-        average = Checkpoint(self.gathered.mean, self.config.config, self.config.frontend, metadata)
-        with writing(self.folder):
-            save(self.folder / run_folder.AVERAGE, average)
+    def _predictions(self, models: Mapping[str, Any]) -> Callable[[list[Example]], Iterator[tuple[str, Predictions]]]:
+        """Return a function that yields each model's name and its predictions of some examples."""
+
+        def predictions(examples: list[Example]) -> Iterator[tuple[str, Predictions]]:
+            with contextlib.closing(self._evaluator(examples, len(models))) as evaluator:
+                for name, params in models.items():
+                    found = evaluator(self.parallel.replicate(params), self._stop_if_signalled_when_done)
+                    self.skipped.add([examples[index] for index in np.flatnonzero(~found.usable)])
+                    yield name, found
+
+        return predictions
 
 
 def _softener(config: RunConfig, parallel: DataParallel) -> Callable[[input_pipeline.Batch], input_pipeline.Batch]:

@@ -112,7 +112,7 @@ def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypat
     moved = DatasetConfig(source, label_file=tmp_path / "moved.txt")
     crossval.resume_cross_validation(tmp_path / "run", moved, log=lambda _: None)
     assert len(crossval.resume_cross_validation(tmp_path / "run", log=lambda _: None).table) == 4  # which is kept
-    with pytest.raises(ValueError, match="validation: expected a new place of data that the run was started with"):
+    with pytest.raises(ValueError, match="validation: expected the new path of a source of this run"):
         crossval.resume_cross_validation(tmp_path / "run", DatasetConfig(source, validation=tmp_path))
 
 

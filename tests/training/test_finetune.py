@@ -417,9 +417,9 @@ def test_resume_where_the_data_were_moved(killed, sounds, tmp_path, monkeypatch)
     with pytest.raises(datasets.DataError, match="give it the data it was started with"):
         finetune.resume(killed, tmp_path / "fewer")
     assert json.loads((killed / "run.json").read_text()) == gone
-    with pytest.raises(ValueError, match="test: expected a new place of data that the run was started with"):
+    with pytest.raises(ValueError, match="test: expected the new path of a source of this run"):
         finetune.resume(killed, DatasetConfig(sounds, test=sounds))
-    with pytest.raises(ValueError, match="fold: expected a new place"):
+    with pytest.raises(ValueError, match="fold: expected the new path"):
         finetune.resume(killed, DatasetConfig(sounds, fold="1"))
     monkeypatch.chdir(sounds.parent)
     monkeypatch.setattr(run_folder, "publish", raise_killed)
