@@ -284,8 +284,3 @@ def _start_worker(*_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def default_workers() -> int:
-    """Return how many processes decode where nothing is said: half of the cores, 1 to 16."""
-    return max(1, min(16, (os.cpu_count() or 1) // 2))

@@ -37,9 +37,9 @@ MANY_COUNTS = 20  # up to this many classes, its cells have counts
 END_CLASSES = 20  # of more than twice as many classes, the best and the worst have bars
 
 
-def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path) -> None:
+def curves(history: Sequence[Mapping[str, Any]], path: str | pathlib.Path, metric: str | None = None) -> None:
     """Write `curves_figure` as a PNG file, atomically."""
-    save_figure(curves_figure(history), path)
+    save_figure(curves_figure(history, metric), path)
 
 
 def confusion(
@@ -54,16 +54,16 @@ def ranked_classes(report: Report, path: str | pathlib.Path, title: str = "") ->
     save_figure(ranked_classes_figure(report, title), path)
 
 
-def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
+def curves_figure(history: Sequence[Mapping[str, Any]], metric: str | None = None) -> Figure:
     """Plot losses, metrics and the learning rate against the epoch, in a panel each.
 
-    Values that are missing, None or not finite leave gaps. A line marks the epoch that was the best by the first of
-    `METRICS` in the rows, where `evaluate_logits` puts the one that chooses, or by the lowest "train_loss" where there
-    is no such number.
+    Values that are missing, None or not finite leave gaps. A vertical line marks the best epoch.
 
     Args:
         history: a row an epoch: "epoch", "learning_rate", whatever has "loss" in its name, and metrics whose
             names end in one of `METRICS`. Other columns are ignored.
+        metric: column that selects the best epoch, by its highest value, or by its lowest if it is a loss; None marks
+            no epoch.
 
     Raises:
         ValueError: no rows, a row without an epoch, or matplotlib is missing.
@@ -78,19 +78,18 @@ def curves_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     members |= {"learning_rate": [name for name in names if name == "learning_rate"]}
     columns = {name: _column(history, epochs, name) for found in members.values() for name in found}
     panels = {title: {name: columns[name] for name in found} for title, found in members.items() if found}
-    best = _best({name: columns[name] for name in names if name in columns})
+    best = None if metric is None else _best_index(metric, columns.get(metric, np.array([])))
     across = min(3, max(1, len(panels)))
     down = max(1, math.ceil(len(panels) / across))
     with drawing():
         figure = new_figure(4 * across, 3 * down + 0.4)
         places = list(figure.subplots(down, across, squeeze=False).flat)
         for axes, (title, lines) in zip(places, panels.items(), strict=False):
-            _draw_lines(axes, _words(title), epochs, lines, best and best[1])
+            _draw_lines(axes, _words(title), epochs, lines, best)
         for axes in places[len(panels) :]:
             axes.remove()
-        if best:
-            name, index = best
-            figure.suptitle(f"best epoch {epochs[index]}: {_words(name)} {columns[name][index]:.4g}")
+        if metric is not None and best is not None:
+            figure.suptitle(f"best epoch {epochs[best]}: {_words(metric)} {columns[metric][best]:.4g}")
     return figure
 
 
@@ -221,13 +220,11 @@ def _column(history: Sequence[Mapping[str, Any]], epochs: np.ndarray, name: str)
     return values
 
 
-def _best(columns: dict[str, np.ndarray]) -> tuple[str, int] | None:
-    """Return the name of the selecting column and the index of the best epoch, or None without finite values."""
-    for name, values in columns.items():
-        if name in METRICS and np.isfinite(values).any():
-            return name, int(np.nanargmax(values))
-    losses = columns.get("train_loss", np.array([]))
-    return ("train_loss", int(np.nanargmin(losses))) if np.isfinite(losses).any() else None
+def _best_index(metric: str, values: np.ndarray) -> int | None:
+    """Return the index of the first of the best values of a metric, or None without finite values."""
+    if not np.isfinite(values).any():
+        return None
+    return int(np.nanargmin(values) if "loss" in metric else np.nanargmax(values))
 
 
 def _title(beginning: str, end: str) -> str:

@@ -52,7 +52,7 @@ def log_reports(content: dict[str, Any], log: Callable[[str], None]) -> None:
 
 def draw(content: dict[str, Any], record: Record, config: ASTConfig, folder: pathlib.Path) -> None:
     """Draw the curves of the run, and the confusion matrix or the classes of the best epoch."""
-    plots.curves(record.history, folder / "curves.png")
+    plots.curves(record.history, folder / "curves.png", record.metric)
     split = next((name for name in ("test", "validation") if name in content), None)
     if split is None or config.resolved_problem_type == ProblemType.REGRESSION:
         return

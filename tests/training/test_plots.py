@@ -108,7 +108,7 @@ def test_curves_have_a_panel_for_each_quantity():
         25, validation_loss=0.5, mAP=lambda epoch: 0.4 - abs(epoch - 17) / 100, cumulative_mAP=0.41, mAUC=0.9,
         d_prime=1.8, noise=7.0,
     )  # fmt: skip
-    figure = plots.curves_figure(rows)
+    figure = plots.curves_figure(rows, "mAP")
     found = lines(figure)
     assert list(found) == ["loss", "mAP", "mAUC", "d prime", "learning rate"]
     assert found["loss"] == {"train loss": [row["train_loss"] for row in rows], "validation loss": [0.5] * 25}
@@ -123,7 +123,7 @@ def test_curves_have_a_panel_for_each_quantity():
 
 @pytest.mark.parametrize("epochs", [1, 2, 200])
 def test_curves_of_few_and_many_epochs(epochs):
-    figure = plots.curves_figure(history(epochs, accuracy=0.5, mAP=0.4, mAUC=0.7, d_prime=0.5))
+    figure = plots.curves_figure(history(epochs, accuracy=0.5, mAP=0.4, mAUC=0.7, d_prime=0.5), "accuracy")
     for axes in figure.axes:
         assert axes.lines[0].get_xdata().tolist() == list(range(1, epochs + 1))
         if epochs < 3:  # where a line shows little or nothing
@@ -145,7 +145,7 @@ def test_missing_values_leave_gaps(missing):
     if missing == "absent":
         rows = [{name: value for name, value in row.items() if value != "absent"} for row in rows]
     del rows[39]  # a whole epoch
-    figure = plots.curves_figure(rows)
+    figure = plots.curves_figure(rows, "accuracy")
     known = np.isfinite(lines(figure)["accuracy"]["accuracy"])
     assert (np.flatnonzero(known) + 1).tolist() == [10, 20, *range(30, 40), *range(41, 51)]
     accuracy = next(axes for axes in figure.axes if axes.get_title() == "accuracy")
@@ -153,17 +153,22 @@ def test_missing_values_leave_gaps(missing):
     assert marks(figure) == 10
 
 
-def test_the_best_epoch_is_by_the_first_metric_else_by_the_loss():
+def test_the_best_epoch_is_by_the_named_column():
+    def marked(metric, epochs=5, **columns):
+        return marks(plots.curves_figure(history(epochs, **columns), metric))
+
     improves, worsens = (lambda epoch: epoch / 10), (lambda epoch: -epoch / 10)
-    assert marks(plots.curves_figure(history(5, accuracy=improves, mAP=worsens))) == 5
-    assert marks(plots.curves_figure(history(5, mAP=worsens, accuracy=improves))) == 1
-    assert marks(plots.curves_figure(history(5, negative_mse=improves))) == 5
-    assert marks(plots.curves_figure(history(5, mAP=math.nan, mAUC=math.nan))) == 5  # the loss falls
-    assert marks(plots.curves_figure(history(5, accuracy=0.5))) == 1  # the first of equals
-    later = plots.curves_figure(history(5, first=21, accuracy=improves))
+    assert marked("accuracy", accuracy=improves, mAP=worsens) == 5
+    assert marked("mAP", accuracy=improves, mAP=worsens) == 1
+    assert marked("mAP", mAP=worsens, accuracy=improves) == 1
+    assert marked("negative_mse", negative_mse=improves) == 5
+    assert marked("train_loss", mAP=math.nan, mAUC=math.nan) == 5  # the loss falls
+    assert marked("accuracy", accuracy=0.5) == 1  # the first of equals
+    later = plots.curves_figure(history(5, first=21, accuracy=improves), "accuracy")
     assert marks(later) == 25
     assert later.axes[0].get_xlim() == (20.5, 25.5)
-    assert marks(plots.curves_figure(history(2, train_loss=math.nan))) is None
+    for metric in ("train_loss", "mAP", None):  # without finite values, without the column, without a name
+        assert marked(metric, epochs=2, train_loss=math.nan) is None
 
 
 def test_refusals_of_curves():
@@ -327,7 +332,7 @@ def test_there_is_nothing_to_rank_without_average_precisions():
 
 
 WRITERS = {
-    "curves": lambda path: plots.curves(history(3, accuracy=0.5), path),
+    "curves": lambda path: plots.curves(history(3, accuracy=0.5), path, "accuracy"),
     "confusion": lambda path: plots.confusion(of_classes(3), ["a", "犬", "c"], path),
     "ranked_classes": lambda path: plots.ranked_classes(ranked_report(5), path),
 }
