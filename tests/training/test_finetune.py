@@ -52,19 +52,23 @@ TONES = {"low": 300.0, "high": 2500.0, "hiss": 0.0}
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture(scope="module")
-def sounds(tmp_path_factory):
-    """Three classes of 30 short sounds, a folder each."""
-    root = tmp_path_factory.mktemp("sounds")
-    rng = np.random.default_rng(0)
+def write_sounds(root, seed, count):
+    """Write short sounds of three classes, a folder each."""
+    rng = np.random.default_rng(seed)
     for name, frequency in TONES.items():
         (root / name).mkdir()
-        for index in range(30):
+        for index in range(count):
             time_axis = np.arange(rng.integers(4000, 7900)) / 16000
             sound = 0.3 * rng.standard_normal(len(time_axis)) if not frequency else np.zeros(len(time_axis))
             sound += 0.3 * np.sin(2 * np.pi * frequency * rng.uniform(0.8, 1.2) * time_axis) * bool(frequency)
             soundfile.write(root / name / f"{index}.wav", sound, 16000)
     return root
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Three classes of 30 short sounds."""
+    return write_sounds(tmp_path_factory.mktemp("sounds"), 0, 30)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,6 @@ def test_run_folder(run):
     assert best.config.problem_type == "single_label_classification"
     accuracies = [float(row["accuracy"]) for row in rows]
     assert best.metadata["epoch"]["accuracy"] == max(accuracies)
-    assert max(accuracies) >= 0.6  # chance is a third
     assert any("81 training examples, 9 for validation" in line for line in said)
     assert best.frontend.mean != FrontendConfig().mean  # measured on the data
     best_epoch = accuracies.index(max(accuracies)) + 1
@@ -140,6 +143,13 @@ def test_metrics_are_the_same_in_every_form(run):
     assert sum(map(sum, results["validation"]["best"]["confusion"])) == 9
 
 
+def test_a_run_learns_more_than_its_examples(run, tmp_path):
+    """Of 60 new sounds a model that guesses gets 36 right once in 48,000 times; 15 steps with augmentation reach 40."""
+    evaluation = ast_jax.evaluate(ast_jax.Run(run[0]), write_sounds(tmp_path, 1, 20), split="all", batch_size=16)
+    assert evaluation.examples == 60
+    assert evaluation.reports[str(run[0])]["metrics"]["accuracy"] >= 0.6
+
+
 def test_checkpoint_classifies(run, sounds):
     folder, best, _, _ = run
     names = [str(sounds / name / "3.wav") for name in TONES]
@@ -149,11 +159,11 @@ def test_checkpoint_classifies(run, sounds):
     validation = datasets.read_dataset(sounds).splits["validation"]
     logits, labels = evaluate.predict(best, validation, batch_size=8).measured()
     assert logits.shape == labels.shape == (9, 3)
-    # Device and host paths compute the same: evaluate's features come from jit, classify's from NumPy.
+    # Both compute features and model on the device, in float32 and in batches of other sizes.
     example = datasets.read_dataset(sounds).splits["validation"][4]
     scores = dict(ast_jax.classify(example.path, best, top_k=3))
     want = np.exp(logits[4] - logits[4].max())
-    np.testing.assert_allclose([scores[name] for name in best.config.labels], want / want.sum(), atol=1e-3)
+    np.testing.assert_allclose([scores[name] for name in best.config.labels], want / want.sum(), atol=1e-5)
 
 
 def test_same_seed_same_run(run, sounds, tmp_path):
