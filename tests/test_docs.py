@@ -139,6 +139,15 @@ def test_link_targets_exist(path):
         assert target in ("http", "https") or (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "path", [*WITH_README, *DECISIONS, DOCS.parent / "CONTRIBUTING.md"], ids=lambda path: path.stem
+)
+def test_modules_and_tests_named_on_a_page_exist(path):
+    root = DOCS.parent
+    for name in re.findall(r"\b(?:\w+/)+\w+\.(?:py|ipynb)\b", path.read_text()):
+        assert (root / name).exists() or (root / "ast_jax" / name).exists(), name
+
+
 def test_the_api_page_names_all_that_is_public():
     """Each name once, as users import it."""
     named = [line.removeprefix("::: ") for line in page("api.md").splitlines() if line.startswith(":::")]
