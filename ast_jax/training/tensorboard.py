@@ -11,7 +11,7 @@ from typing import Any, Self
 NOT_SCALARS = ("epoch",)  # columns of the history that are no metrics
 
 
-class Board:
+class TensorBoardWriter:
     """Write metrics to TensorBoard event files, rewritten from the history on resume so that no epoch occurs twice."""
 
     def __init__(self, folder: pathlib.Path, history: Sequence[Mapping[str, Any]], *, write: bool = True):

@@ -40,7 +40,7 @@ from ast_jax.training.states import (
     writing,
 )
 from ast_jax.training.step import TrainState
-from ast_jax.training.tensorboard import Board
+from ast_jax.training.tensorboard import TensorBoardWriter
 from ast_jax.training.validation import Gathered, validate
 
 Log = Callable[[str], None]
@@ -163,7 +163,7 @@ class Trainer:
             if not self.is_resumed:  # the initial state too, so that a kill in the first epoch can be resumed
                 self.states.save(record, jax.tree.map(np.array, Arrays(self.state, self.gathered)), wait=True)
             with writing(self.folder):
-                board = Board(self.folder / run_folder.TENSORBOARD, record.history, write=self.is_first)
+                board = TensorBoardWriter(self.folder / run_folder.TENSORBOARD, record.history, write=self.is_first)
             self.board = stack.enter_context(board)
             devices = self.parallel.devices
             self.log(
