@@ -339,7 +339,7 @@ def test_labels_print_as_one_line(tmp_path):
 
 
 def test_hub_id_from_the_cache(tmp_path):
-    """What huggingface_hub keeps of an earlier download, laid out by hand, is found without a network."""
+    """A snapshot in the cache of huggingface_hub, created by hand, is loaded without a network."""
     torch_models.saved_model(tmp_path / "made", "stride-10-10", num_hidden_layers=1)
     repository = tmp_path / "hub" / "models--someone--ast-small"
     (repository / "refs").mkdir(parents=True)
@@ -385,7 +385,7 @@ def test_convert_info_and_classify_a_hugging_face_folder(tmp_path):
 
 
 def test_convert_to_another_input_and_other_labels(tmp_path):
-    """Every option that adapts, its line in the report, and the same from our own folder as from the source."""
+    """Every option of `resize` and its line in the report, from a checkpoint folder as from the source."""
     torch_models.saved_model(tmp_path / "hf", "stride-10-10", num_hidden_layers=1)
     (tmp_path / "names.txt").write_text("rain\nwind\n")
     options = ["--max-length", "200", "--num-mel-bins", "64", "--frequency-stride", "12", "--time-stride", "16",
@@ -407,15 +407,15 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
     assert in_process("convert", tmp_path / "hf", tmp_path / "ours").returncode == 0
     done = in_process("convert", tmp_path / "ours", tmp_path / "later", *options)
     told = [*changed, "  changed: normalisation from mean -4.26774, std 4.569 to -5.5, 4.25"]
-    assert done.stdout.splitlines()[1:] == told  # and what was told before is not told again
+    assert done.stdout.splitlines()[1:] == told  # earlier changes are not reported again
     later = ast_jax.load(tmp_path / "later")
     assert (later.config, later.frontend) == (config, frontend)
     for path, leaf in flatten_dict(later.params, sep="/").items():
         np.testing.assert_array_equal(leaf, flatten_dict(checkpoint.params, sep="/")[path])
 
 
-def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
-    model = torch_original.OriginalAST(label_dim=2, input_tdim=100, depth=1)  # 100 frames are no multiple of 128
+def test_convert_asks_for_what_shapes_do_not_give(tmp_path):
+    model = torch_original.OriginalAST(label_dim=2, input_tdim=100, depth=1)  # 100 frames are not a multiple of 128
     torch.save(model.state_dict(), tmp_path / "own.pth")
     done = in_process("convert", tmp_path / "own.pth", tmp_path / "out")
     assert done.returncode == 1
@@ -445,7 +445,7 @@ def test_convert_asks_for_what_shapes_do_not_tell(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_convert_cannot_do_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
+def test_convert_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     done = in_process("convert", *arguments, cwd=tmp_path)
     assert done.returncode == (1 if message else 2)
@@ -455,7 +455,7 @@ def test_what_convert_cannot_do_is_one_line_and_leaves_nothing(arguments, messag
     assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
 
 
-def test_config_keys_come_back_by_the_command_line(tmp_path):
+def test_config_keys_are_restored_by_the_command_line(tmp_path):
     torch_models.saved_model(tmp_path / "hf", "stride-10-10", num_hidden_layers=1)
     want = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"our_own": [1], "problem_type": None}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(want))
@@ -465,13 +465,13 @@ def test_config_keys_come_back_by_the_command_line(tmp_path):
         ("ours", "back", "huggingface"),
     ):
         assert in_process("convert", tmp_path / source, tmp_path / target, "--to", kind).returncode == 0
-    assert ast_jax.load(tmp_path / "ours").config.problem_type == "single_label_classification"  # is written out
+    assert ast_jax.load(tmp_path / "ours").config.problem_type == "single_label_classification"  # resolved
     for target in ("direct", "back"):
         got = json.loads((tmp_path / target / "config.json").read_text())
         assert {key: got.get(key, "missing") for key in want} == want
 
 
-def test_statistics_that_are_said_are_what_the_report_says(tmp_path):
+def test_given_statistics_are_reported(tmp_path):
     model = torch_original.OriginalAST(label_dim=2, input_tdim=128, depth=1)
     torch.save(model.state_dict(), tmp_path / "own_10_10_.pth")
     done = in_process("convert", tmp_path / "own_10_10_.pth", tmp_path / "a", "--mean", "-5", "--std", "3")
@@ -480,7 +480,7 @@ def test_statistics_that_are_said_are_what_the_report_says(tmp_path):
     assert done.stdout.splitlines()[1:] == ["  changed: normalisation from mean -5, std 3 to -5, 4"]
     done = in_process("convert", tmp_path / "own_10_10_.pth", tmp_path / "c")
     assert "std 4.569: assumed, AudioSet's" in done.stdout
-    # What has to be assumed is said wherever such a file is used.
+    # Assumptions are reported wherever the file is used.
     done = in_process("classify", SOUNDS / "telephone.flac", "--model", tmp_path / "own_10_10_.pth", "-k", "1")
     assert done.returncode == 0
     assert "own_10_10_.pth: features are normalised with mean -4.26774 and std 4.569: assumed, AudioSet" in done.stderr
