@@ -26,7 +26,7 @@ from ast_jax.checkpoints.tree import CheckpointError, as_checkpoint_errors, chec
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig, read_config, read_json
 from ast_jax.model.functional import param_shapes
 from ast_jax.model.tree import shapes_of
-from ast_jax.runtime.files import whole_folder, write_text
+from ast_jax.runtime.files import atomic_folder, write_text
 
 FORMAT = 1
 PARAMS_FOLDER = "params"
@@ -89,7 +89,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     check_destination(folder)
     check_frontend(checkpoint.frontend, checkpoint.config, str(folder))
     check_params(checkpoint.params, checkpoint.config, str(folder))
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         write_numpy(new / PARAMS_FOLDER, jax.tree.map(np.asarray, dict(checkpoint.params)))
         # Orbax's marker for object stores contains the path of the temporary folder.
         (new / PARAMS_FOLDER / "commit_success.txt").unlink(missing_ok=True)

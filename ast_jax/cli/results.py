@@ -78,9 +78,9 @@ def timeline_writer(path: pathlib.Path | None, thresholds: Thresholds) -> Iterat
 @contextlib.contextmanager
 def _table(path: pathlib.Path) -> Iterator[tuple[Any, Callable[[list[Any]], Any]]]:
     """Yield a text file, written atomically, and a function that adds a CSV row to it."""
-    from ast_jax.runtime.files import whole_file
+    from ast_jax.runtime.files import atomic_file
 
-    with whole_file(path) as name, name.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with atomic_file(path) as name, name.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         yield file, csv.writer(file).writerow
 
 

@@ -17,7 +17,7 @@ from ast_jax.audio.features import normalize, padded_log_mel
 from ast_jax.checkpoints.folder import Checkpoint
 from ast_jax.config import ASTConfig, FrontendConfig
 from ast_jax.model import functional as model
-from ast_jax.runtime.files import whole_file
+from ast_jax.runtime.files import atomic_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -131,7 +131,7 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str], *, platforms: S
     (batch,) = jax_export.symbolic_shape("b")
     shapes = jax.ShapeDtypeStruct((batch, frontend.max_samples), np.float32), jax.ShapeDtypeStruct((batch,), np.int32)
     exported = jax_export.export(jax.jit(program), platforms=list(platforms))(*shapes)
-    with whole_file(path) as name:
+    with atomic_file(path) as name:
         name.write_bytes(exported.serialize())
 
 

@@ -46,6 +46,7 @@ AHEAD = 3  # batches decoded ahead
 FIRST_CLIPS = 4  # clips of a sound that a thread decodes
 MAX_OPEN = 16  # partly decoded files that stay open
 
+Running = list[tuple[list[int], jax.Array]]  # positions in a batch, and the outputs of their clips
 Forward = Callable[..., jax.Array]  # of (params, spec [B, T, F], config), with the keyword options of `model.apply`
 
 
@@ -246,7 +247,7 @@ class SlidingWindow:
 
     def _run_batches(self, batches: Iterable[list[Clip | End]], in_flight: int) -> Iterator[tuple[Clip | End, Any]]:
         """Run batches on the device, `in_flight` of them while the next is decoded; yield items with their outputs."""
-        running: collections.deque[tuple[list[Clip | End], list[tuple[list[int], jax.Array]]]] = collections.deque()
+        running: collections.deque[tuple[list[Clip | End], Running]] = collections.deque()
         for batch in batches:
             running.append((batch, self._dispatch(batch)))
             if len(running) > in_flight:
@@ -254,8 +255,8 @@ class SlidingWindow:
         for batch, outputs in running:
             yield from _fetch(batch, outputs)
 
-    def _dispatch(self, batch: Sequence[Clip | End]) -> list[tuple[list[int], jax.Array]]:
-        """Start the device on a batch; return positions in the batch and their outputs, by input length."""
+    def _dispatch(self, batch: Sequence[Clip | End]) -> Running:
+        """Start the device on a batch, once per input length."""
         groups: dict[int, tuple[list[int], list[np.ndarray]]] = {}
         for position, item in enumerate(batch):
             if isinstance(item, Clip):
@@ -313,9 +314,7 @@ def _batches(items: Iterable[Clip | End], size: int) -> Iterator[list[Clip | End
         yield batch
 
 
-def _fetch(
-    batch: Sequence[Clip | End], running: Sequence[tuple[list[int], jax.Array]]
-) -> Iterator[tuple[Clip | End, Any]]:
+def _fetch(batch: Sequence[Clip | End], running: Running) -> Iterator[tuple[Clip | End, Any]]:
     """Wait for the device; yield the items of a batch with their outputs [...], None for ends."""
     outputs: dict[int, np.ndarray] = {}
     for positions, rows in running:
@@ -410,4 +409,4 @@ def forward_batch(
         return one_chunk(inputs)
     chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), inputs)  # [B / chunk, chunk, ...]
     outputs = jax.lax.map(one_chunk, chunks)
-    return outputs.reshape(batch_size, *outputs.shape[2:])
+    return outputs.reshape(batch_size, *outputs.shape[2:])  # [B, ...]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ast_jax.inference.embeddings import Embedding
 from ast_jax.inference.explanations import Explanation
-from ast_jax.runtime.files import whole_file
+from ast_jax.runtime.files import atomic_file
 
 ROW_GROUP = 10_000  # rows per Parquet row group
 
@@ -36,7 +36,7 @@ def vector_table(path: pathlib.Path) -> Iterator[NpzTable | ParquetTable]:
             raise ValueError(
                 f"{path}: Parquet needs pyarrow; install it with: pip install pyarrow, or write .npz"
             ) from error
-    with whole_file(path) as name, contextlib.ExitStack() as stack:
+    with atomic_file(path) as name, contextlib.ExitStack() as stack:
         table = ParquetTable(name, stack) if is_parquet else NpzTable(name)
         yield table
         table.finish()
@@ -122,7 +122,7 @@ def write_arrays(path: pathlib.Path, found: Explanation) -> None:
     """Write the arrays and the labels of an explanation to a .npz."""
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     del fields["frontend"]
-    with whole_file(path) as name:
+    with atomic_file(path) as name:
         _write_npz(name, {field: np.asarray(value) for field, value in fields.items()})
 
 

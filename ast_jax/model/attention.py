@@ -150,7 +150,7 @@ def _per_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
 
     per_head = tuple(x.reshape(-1, tokens, width) for x in (query, key, value))  # 3 × [B H, N, K]
     masks = None if mask is None else jnp.repeat(mask[:, 0], heads, axis=0)  # [B H, N, 1]
-    return jax.lax.map(one_head, (*per_head, masks)).reshape(batch, heads, tokens, width)
+    return jax.lax.map(one_head, (*per_head, masks)).reshape(batch, heads, tokens, width)  # [B, H, N, K]
 
 
 def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:

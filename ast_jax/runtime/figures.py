@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ast_jax.runtime.files import whole_file
+from ast_jax.runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +58,6 @@ def drawing() -> Iterator[None]:
 
 def save_figure(figure: Figure, path: str | pathlib.Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    with drawing(), warnings.catch_warnings(), whole_file(path) as name:
+    with drawing(), warnings.catch_warnings(), atomic_file(path) as name:
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
         figure.savefig(name, format="png")

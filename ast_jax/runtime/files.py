@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: to a neighbour first, then moved into place."""
+"""Atomic writes of files and folders: to a temporary neighbour first, then renamed; and a lock on a folder."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from collections.abc import Iterator
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file in one step, so that no reader and no crash ever sees half of it."""
-    with whole_file(path) as name:
+    """Write a text file atomically: neither a reader nor a crash leaves half of it."""
+    with atomic_file(path) as name:
         name.write_text(text, encoding="utf-8")
 
 
 def check_folder_of(path: str | os.PathLike[str]) -> None:
-    """Refuse to begin what could not be written in the end.
+    """Check before long work that its output can be written.
 
     Raises:
-        FileNotFoundError: the folder that `path` is to be in is not there.
+        FileNotFoundError: the parent folder of `path` does not exist.
     """
     if not pathlib.Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yield the name of a new file to fill; it takes the place of `path` when the block ends without an exception."""
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yield the path of a temporary file; it replaces `path` when the block ends without an exception."""
     path = pathlib.Path(path)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:  # which names a file that nobody asked for
+    except OSError as error:  # it names the temporary file
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
     os.close(handle)
     try:
@@ -46,8 +46,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a new folder to fill; it takes the place of `path` when the block ends without an exception."""
+def atomic_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary folder; it replaces `path` when the block ends without an exception."""
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -68,13 +68,13 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def sole_use(folder: str | pathlib.Path) -> Iterator[None]:
-    """Hold a folder against other processes that ask for the same; a killed process lets go.
+def exclusive_lock(folder: str | pathlib.Path) -> Iterator[None]:
+    """Lock a folder against other processes; the lock ends with the process.
 
-    Where the system or the file system has no such locks, nothing is held.
+    Systems and file systems without locks are not protected.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     try:
         import fcntl
@@ -86,7 +86,7 @@ def sole_use(folder: str | pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is at work in it; wait for it or stop it") from error
+            raise ValueError(f"{folder}: another process is using it; wait for it or stop it") from error
         except OSError:  # a network file system without locks
             pass
         yield
@@ -95,10 +95,10 @@ def sole_use(folder: str | pathlib.Path) -> Iterator[None]:
 
 
 def remove_scratch(folder: str | pathlib.Path, pattern: str) -> None:
-    """Remove what writers that were killed left beside the files and folders whose whole name matches `pattern`.
+    """Remove temporary files and folders of killed writers, of targets whose full name matches `pattern`.
 
-    Only what looks as `write_text` and `whole_folder` leave it goes: a file, or a folder with nothing but "new" and
-    "old". An old folder that had been moved away for a new one that never came is put back.
+    Only entries in the form of `write_text` and `atomic_folder` are removed: a file, or a folder that contains nothing
+    but "new" and "old". An old folder that was moved away without its replacement in place is restored.
     """
     folder = pathlib.Path(folder)
     for path in folder.iterdir():
@@ -114,7 +114,7 @@ def remove_scratch(folder: str | pathlib.Path, pattern: str) -> None:
 
 
 def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
+    """Return the process's umask, which can be read only by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -27,7 +27,7 @@ from ast_jax.checkpoints.load import load
 from ast_jax.checkpoints.locate import is_own
 from ast_jax.config import ASTConfig, ProblemType
 from ast_jax.data.datasets import DataError, DatasetConfig, read_dataset
-from ast_jax.runtime.files import sole_use, write_text
+from ast_jax.runtime.files import exclusive_lock, write_text
 from ast_jax.runtime.tables import csv_text
 from ast_jax.training import finetune, run_folder
 from ast_jax.training.config import ExecutionConfig, TrainConfig
@@ -167,7 +167,7 @@ def resume_cross_validation(
     content = _read_plan(output)
     old, plan = DatasetConfig(**content["data"]), Plan.from_json_dict(content["plan"])
     source = old.moved_to(data)
-    with sole_use(output):
+    with exclusive_lock(output):
         records = {fold: _record(output, fold) for fold in content["folds"]}
         training = plan.training
         for record in [*filter(None, records.values())] or [Record()]:  # all of them before any is trained on

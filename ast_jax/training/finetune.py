@@ -16,7 +16,7 @@ from ast_jax.config import PRESETS, ASTConfig, FrontendConfig, ProblemType
 from ast_jax.data import audit
 from ast_jax.data.datasets import DataError, DataSet, DatasetConfig, read_dataset
 from ast_jax.model import functional as model
-from ast_jax.runtime.files import remove_scratch, sole_use
+from ast_jax.runtime.files import exclusive_lock, remove_scratch
 from ast_jax.training import distill, run_folder
 from ast_jax.training import step as train
 from ast_jax.training.config import ExecutionConfig, TrainConfig
@@ -205,7 +205,7 @@ def start_run(
         Trainer(config, dataset, params, output, execution, log=log).run()
         return Run(output)
     output.mkdir(parents=True, exist_ok=True)
-    with sole_use(output):
+    with exclusive_lock(output):
         _refuse_what_is_there(output)  # again: another process may have been here while the data were read
         try:
             Trainer(config, dataset, params, output, execution, metrics=metrics, log=log).run()
@@ -295,7 +295,7 @@ def _frontend(dataset: DataSet, config: ASTConfig, plan: Plan, init: Checkpoint 
 def _refuse_occupied(output: pathlib.Path) -> None:
     """Raise ValueError where a folder is used by another process, holds a run, or other things."""
     if output.exists():
-        with sole_use(output):
+        with exclusive_lock(output):
             _refuse_what_is_there(output)
 
 
@@ -347,7 +347,7 @@ def resume(
     log = log if is_first else lambda _: None
     sync_errors(lambda: _check_resumable(output), first_only=True)
     config = RunConfig.from_json(broadcast_json(run_folder.read_run(output).to_json() if is_first else None))
-    with sole_use(output) if is_first else contextlib.nullcontext():
+    with exclusive_lock(output) if is_first else contextlib.nullcontext():
         state = newest_state(output) if is_first else None
         record = Record(**broadcast_json(dataclasses.asdict(read_record(state)) if state else None))
         training = with_epochs(config.training, record, epochs)

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from ast_jax.runtime.files import remove_scratch, whole_folder, write_text
+from ast_jax.runtime.files import atomic_folder, remove_scratch, write_text
 
 
 class Interrupted(BaseException):
@@ -67,7 +67,7 @@ def fill(folder, content):
 
 def test_whole_folder_appears_at_the_end_with_its_parents(tmp_path):
     path = tmp_path / "runs" / "best"
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         fill(folder, "new")
         assert not path.exists()
     assert (path / "inner" / "params").read_text() == "new"
@@ -78,7 +78,7 @@ def test_whole_folder_replaces_a_folder_whole(tmp_path):
     path = tmp_path / "best"
     path.mkdir()
     (path / "only in the old one").write_text("old")
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         fill(folder, "new")
         assert names(path) == ["only in the old one"]
     assert names(path) == ["inner"]
@@ -88,14 +88,14 @@ def test_whole_folder_replaces_a_folder_whole(tmp_path):
 def test_whole_folder_is_relative_to_where_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    with whole_folder("best") as folder:
+    with atomic_folder("best") as folder:
         fill(folder, "new")
         os.chdir("elsewhere")
     assert names(tmp_path) == ["best", "elsewhere"]
 
 
 def fill_half(path, error):
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         fill(folder, "half")
         raise error
 
@@ -106,7 +106,7 @@ def test_whole_folder_interrupted_leaves_what_was_there(tmp_path, error):
     with pytest.raises(error):
         fill_half(path, error)
     assert names(tmp_path) == []
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         fill(folder, "old")
     with pytest.raises(error):
         fill_half(path, error)
@@ -116,7 +116,7 @@ def test_whole_folder_interrupted_leaves_what_was_there(tmp_path, error):
 
 def test_whole_folder_puts_the_old_one_back_when_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
     path = tmp_path / "best"
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         fill(folder, "old")
     replace = os.replace
 
@@ -126,7 +126,7 @@ def test_whole_folder_puts_the_old_one_back_when_the_new_one_cannot_be_moved(tmp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_new)
-    with pytest.raises(Interrupted), whole_folder(path) as folder:
+    with pytest.raises(Interrupted), atomic_folder(path) as folder:
         fill(folder, "new")
     assert (path / "inner" / "params").read_text() == "old"
     assert names(tmp_path) == ["best"]
@@ -137,7 +137,7 @@ def test_scratch_of_killed_writers_goes_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
     with pytest.raises(Interrupted):
         fill_half(tmp_path / "best", Interrupted)
-    with whole_folder(tmp_path / "best") as folder:
+    with atomic_folder(tmp_path / "best") as folder:
         fill(folder, "old")
     replace = os.replace
     monkeypatch.setattr(os, "replace", interrupt)

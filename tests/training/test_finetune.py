@@ -24,7 +24,7 @@ from ast_jax.config import FrontendConfig
 from ast_jax.data import audit, datasets
 from ast_jax.data.datasets import DatasetConfig
 from ast_jax.runtime import tables
-from ast_jax.runtime.files import sole_use
+from ast_jax.runtime.files import exclusive_lock
 from ast_jax.runtime.signals import Terminated, defer_signals
 from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, states, trainer
 from ast_jax.training.config import ExecutionConfig, TrainConfig
@@ -541,13 +541,13 @@ def test_a_run_folder_is_one_process_s(run, sounds, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run[0], copy)
     with (
-        sole_use(copy),
-        pytest.raises(ValueError, match="run: another process is at work in it; wait for it or stop it"),
+        exclusive_lock(copy),
+        pytest.raises(ValueError, match="run: another process is using it; wait for it or stop it"),
     ):
         finetune.resume(copy, log=lambda _: None)
     assert ast_jax.load(finetune.resume(copy, log=lambda _: None).best).metadata == ast_jax.load(copy / "best").metadata
     (tmp_path / "new").mkdir()
-    with sole_use(tmp_path / "new"), pytest.raises(ValueError, match="new: another process is at work in it"):
+    with exclusive_lock(tmp_path / "new"), pytest.raises(ValueError, match="new: another process is using it"):
         finetune.finetune(sounds, tmp_path / "new", training=TrainConfig(batch_size=8), architecture=TINY)
     assert not list((tmp_path / "new").iterdir())
 

@@ -21,7 +21,7 @@ from ast_jax.checkpoints.pytorch.from_torch import FLOATS
 from ast_jax.checkpoints.pytorch.names import HF_PREFIX, HUGGING_FACE, IMAGENET_HEADS, ORIGINAL, Format
 from ast_jax.checkpoints.pytorch.state_dicts import SAFETENSORS
 from ast_jax.config import CONFIG_FILE, PREPROCESSOR_FILE, ASTConfig, FrontendConfig
-from ast_jax.runtime.files import whole_file, whole_folder, write_text
+from ast_jax.runtime.files import atomic_file, atomic_folder, write_text
 
 TARGETS = ("huggingface", "original")
 # (width, heads) of the model sizes of the original's class; all have 12 layers and an MLP of four times the width.
@@ -135,9 +135,9 @@ def _write_hugging_face(checkpoint: Checkpoint, folder: pathlib.Path) -> tuple[s
         dtypes = {tensor.dtype for tensor in state.values()}
         widest = functools.reduce(np.promote_types, dtypes, np.dtype(np.float32)).name
         values |= {key: widest for key in ("dtype", "torch_dtype") if values.get(key)}  # transformers 5 and 4
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         whole = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
-        with whole_file(new / SAFETENSORS) as file:  # safetensors creates files with mode 600
+        with atomic_file(new / SAFETENSORS) as file:  # safetensors creates files with mode 600
             save_file(whole, file, {"format": "pt"})
         for name, content in ((CONFIG_FILE, values), (PREPROCESSOR_FILE, features)):
             write_text(new / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -189,7 +189,7 @@ def _write_original(checkpoint: Checkpoint, path: pathlib.Path) -> tuple[str, ..
         f"std {checkpoint.frontend.std}, and store the labels elsewhere"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as new:
+    with atomic_file(path) as new:
         write_torch_file(new, {f"module.{name}": tensor for name, tensor in state.items()})
     return tuple(notes)
 
