@@ -1,4 +1,4 @@
-"""What every command of the command line shares: the app, errors as one line, and text that fits one."""
+"""Shared by all commands: the app, common options, errors as one line, printing beside progress bars."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ import typer.core
 
 from ast_jax.runtime.progress import hidden_bars, progress_display
 
-interrupted = False  # by Ctrl-C, in the middle of something
+interrupted = False  # by Ctrl-C, while a command ran
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # what shells report for SIGINT
-EXIT_PIPE = 141  # and for SIGPIPE
+EXIT_INTERRUPTED = 130  # the shells' 128 + SIGINT
+EXIT_PIPE = 141  # 128 + SIGPIPE
 
 app = typer.Typer(
     name="ast-jax",
-    help="The Audio Spectrogram Transformer in JAX: name what is in a sound, convert checkpoints, fine-tune.",
+    help="The Audio Spectrogram Transformer in JAX: classify audio, convert checkpoints, fine-tune.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # whose tables cut the names of options short in a narrow terminal
+    rich_markup_mode=None,  # its tables truncate option names in a narrow terminal
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 class GroupedCommand(typer.core.TyperCommand):
-    """A command whose `--help` lists the options under the headings that they were given."""
+    """A command whose `--help` groups the options by their `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options by heading, in the order in which the headings come."""
+        """Write the arguments, then the options by heading, headings in order of first use."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in sorted(self.get_params(ctx), key=lambda parameter: parameter.param_type_name):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
@@ -52,29 +52,29 @@ class GroupedCommand(typer.core.TyperCommand):
 MODEL_HELP = "Name of a shipped model, a checkpoint folder, PyTorch weights (folder or file), or a Hub id."
 
 SIZE = ("max_length", "num_mel_bins", "frequency_stride", "time_stride")
-MaxLength = Annotated[int | None, typer.Option("--max-length", min=16, help="Another input length, frames of 10 ms.")]
-NumMelBins = Annotated[int | None, typer.Option("--num-mel-bins", min=16, help="Another number of mel bins.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=16, help="Input length in frames of 10 ms.")]
+NumMelBins = Annotated[int | None, typer.Option("--num-mel-bins", min=16, help="Number of mel bins.")]
 FrequencyStride = Annotated[
-    int | None, typer.Option("--frequency-stride", min=1, help="Another step between patches in mel bins.")
+    int | None, typer.Option("--frequency-stride", min=1, help="Patch stride along frequency, in mel bins.")
 ]
-TimeStride = Annotated[int | None, typer.Option("--time-stride", min=1, help="Another step between patches in frames.")]
+TimeStride = Annotated[int | None, typer.Option("--time-stride", min=1, help="Patch stride along time, in frames.")]
 
 
 @contextlib.contextmanager
 def user_errors(bars: bool = True) -> Iterator[None]:
-    """Turn the library's exceptions for users into one line on stderr and exit status 1; draw progress bars."""
+    """Report the library's exceptions for users as one line on stderr with exit status 1; draw progress bars."""
     global interrupted
     try:
         _import_jax()
         with progress_display() if bars else contextlib.nullcontext():
             yield
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or Python would complain of it once more at its end
+    except BrokenPipeError:  # the reader of stdout has closed it, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, else Python reports it again at exit
         raise typer.Exit(EXIT_PIPE) from None
     except (ValueError, OSError, FloatingPointError) as error:
         complain(str(error).replace("\n", " "))
         raise typer.Exit(1) from None
-    except RuntimeError as error:  # XLA's, which has no class of its own for it
+    except RuntimeError as error:  # XLA has no class of its own for this error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         complain(f"the device is out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size or model")
@@ -86,16 +86,13 @@ def user_errors(bars: bool = True) -> Iterator[None]:
 
 
 def _import_jax() -> None:
-    """Import what every command needs with Ctrl-C held back: an interrupted import of JAX ends in a segmentation fault.
-
-    It is nanobind's, in freeing a module that is not complete.
-    """
-    held = hasattr(signal, "pthread_sigmask") and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Import JAX with SIGINT blocked: nanobind crashes when it frees a module whose import was interrupted."""
+    blocked = hasattr(signal, "pthread_sigmask") and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         import jax  # noqa: F401
     finally:
-        if held is not False:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if blocked is not False:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def complain(message: str) -> None:
@@ -122,13 +119,13 @@ def wrong_usage(message: str) -> NoReturn:
 
 
 def one_line(text: str) -> str:
-    """Return a text with its control characters, line ends among them, and undecodable bytes escaped."""
+    """Return a text with control characters (line breaks included) and undecodable bytes escaped."""
     special = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(special, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def json_line(content: Any, indent: int | None = None) -> str:
-    """Return JSON text that stdout can take: other characters than ASCII as they are where it has them."""
+    """Return JSON text, with non-ASCII characters escaped only where stdout's encoding lacks them."""
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding)
@@ -137,10 +134,10 @@ def json_line(content: Any, indent: int | None = None) -> str:
     return text
 
 
-def keep_programs() -> None:
-    """Have JAX keep what it compiles, small programs too, in the user's cache folder; its own variables go before.
+def enable_compilation_cache() -> None:
+    """Enable JAX's persistent compilation cache in the user's cache folder, for small programs too.
 
-    To be called before JAX is imported. Where nothing can be written, nothing is kept.
+    To be called before JAX is imported. JAX_COMPILATION_CACHE_DIR takes precedence; a read-only folder is not used.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -155,7 +152,7 @@ def keep_programs() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it compiles then
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # then it compiles
 
 
 def _print_version(wanted: bool) -> None:
@@ -176,12 +173,12 @@ def _common(
         bool,
         typer.Option(
             "--program-cache/--no-program-cache",
-            help="Keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR.",
+            help="Persistent compilation cache, in the user's cache folder or JAX_COMPILATION_CACHE_DIR.",
         ),
     ] = True,
 ) -> None:
-    """Take what comes before a command."""
+    """Handle the options before a command."""
     if program_cache:
-        keep_programs()
+        enable_compilation_cache()
     else:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"

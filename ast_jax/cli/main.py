@@ -10,20 +10,20 @@ import sys
 import threading
 from typing import Any
 
-from ast_jax.cli import common, finetune, inference, measure, models  # noqa: F401 (which register commands)
+from ast_jax.cli import common, finetune, inference, measure, models  # noqa: F401 (they register commands)
 from ast_jax.cli.common import app
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line on stderr and a non-zero exit."""
+    """Run the command line; users' errors are one line on stderr and a non-zero exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")  # file names may hold undecodable bytes
     sys.unraisablehook = _interrupt_again
     try:
         app()
     finally:
-        if common.interrupted:  # XLA may still compile, and would crash in the ruins of an interpreter that ends
+        if common.interrupted:  # threads of XLA that still compile crash while the interpreter finalizes
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(AttributeError, OSError, ValueError):
                     stream.flush()
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _interrupt_again(ignored: Any) -> None:
-    """Send Ctrl-C once more where it was lost: in a callback of the garbage collector (JAX has one) or a destructor."""
+    """Send SIGINT again where KeyboardInterrupt was lost: in a callback of the garbage collector, or a destructor."""
     if issubclass(ignored.exc_type, KeyboardInterrupt):
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:

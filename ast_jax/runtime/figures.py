@@ -1,4 +1,4 @@
-"""How every figure is drawn and written: matplotlib without pyplot, no display is needed, no state kept."""
+"""Figures: created, styled and written by matplotlib, without pyplot's state and without a display."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 GREY = "#666666"
 DPI = 120
-NAME_LENGTH = 40  # characters of a class name, beyond which its middle is cut out
-# Tried after matplotlib's own font, where they are installed, for scripts that it lacks.
+NAME_LENGTH = 40  # characters of a class name; the middle of longer ones is left out
+# Fallbacks, where installed, for scripts that matplotlib's own font lacks.
 OTHER_FONTS = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
     "Noto Sans Devanagari", "Nirmala UI", "Noto Sans Thai", "Leelawadee UI",
@@ -24,13 +24,13 @@ OTHER_FONTS = (
 
 
 def short_name(label: str) -> str:
-    """Return a class name as one line that is not too long: beginning and end, as either may tell it from others."""
+    """Return a class name on one line, shortened in the middle: beginnings and ends distinguish names."""
     label = " ".join(label.split())
     return label if len(label) <= NAME_LENGTH else f"{label[: NAME_LENGTH // 2]}…{label[1 - NAME_LENGTH // 2 :]}"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a new figure of this size in inches, whose parts make room for each other."""
+    """Return a new figure of this size in inches, with constrained layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Draw with matplotlib's own settings and ours, whatever the user's are (dark pages, text by LaTeX).
+    """Apply matplotlib's default style and ours in place of the user's (dark backgrounds, LaTeX).
 
     Raises:
         ValueError: matplotlib is missing.
@@ -57,7 +57,7 @@ def drawing() -> Iterator[None]:
 
 
 def save_figure(figure: Figure, path: str | pathlib.Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
+    """Write a figure as a PNG, atomically."""
     with drawing(), warnings.catch_warnings(), atomic_file(path) as name:
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box is drawn
         figure.savefig(name, format="png")

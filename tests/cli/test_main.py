@@ -643,7 +643,10 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
     kept = run(tmp_path / "home")
     assert kept
     assert run(tmp_path / "home") == kept
-    code = "from ast_jax.cli.common import keep_programs; keep_programs(); import jax; jax.jit(lambda x: x + 1)(1.0)"
+    code = (
+        "from ast_jax.cli.common import enable_compilation_cache; enable_compilation_cache()\n"
+        "import jax; jax.jit(lambda x: x + 1)(1.0)"
+    )
     python(tmp_path / "home", "-c", code)
     assert len(programs(tmp_path / "home")) > len(kept)  # one that compiles in no time, too
     (tmp_path / "file").touch()
