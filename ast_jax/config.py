@@ -350,7 +350,7 @@ class FrontendConfig:
         do_normalize: whether to compute (x - mean) / (2 std).
         mean: mean of the data set's log-mel values.
         std: their standard deviation; as in the original, normalisation divides by twice this.
-        return_attention_mask: whether the extractor also returns the valid frames by default.
+        return_attention_mask: kept for transformers, where it has no effect either; see `ASTFeatureExtractor`.
         frame_length: ms (Kaldi `--frame-length`).
         frame_shift: ms (Kaldi `--frame-shift`).
         low_freq: lower edge of the lowest mel filter, Hz (Kaldi `--low-freq`).

@@ -12,15 +12,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from ast_jax.audio import fbank as kaldi
 from ast_jax.config import PREPROCESSOR_FILE, FrontendConfig, read_config
 from ast_jax.runtime.files import write_text
 
-Array = Any
+if TYPE_CHECKING:
+    import jax
+
+Array = TypeVar("Array", np.ndarray, "jax.Array")
 
 
 def _namespace(array: Any) -> ModuleType:
@@ -29,7 +33,7 @@ def _namespace(array: Any) -> ModuleType:
     return jax.numpy if jax is not None and isinstance(array, jax.Array) else np
 
 
-def _as_samples(waveform: Any, dtype: Any) -> Array:
+def _as_samples(waveform: Any, dtype: DTypeLike) -> Any:
     """Return samples in `dtype`; integers are refused, as their scale is unknown."""
     xp = _namespace(waveform)
     samples = xp.asarray(waveform)
@@ -54,8 +58,8 @@ def fbank(
     preemphasis_coefficient: float = 0.97,
     dither: float = 0.0,
     remove_dc_offset: bool = True,
-    key: Any = None,
-    dtype: Any = np.float32,
+    key: int | np.random.Generator | jax.Array | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> Array:
     """Compute Kaldi's log-mel filter bank (`compute-fbank-feats`), not normalised.
 
@@ -89,7 +93,7 @@ def fbank(
         preemphasis_coefficient=preemphasis_coefficient, remove_dc_offset=remove_dc_offset,
     )  # fmt: skip
     xp = _namespace(waveform)
-    samples = _as_samples(waveform, dtype)
+    samples: Any = _as_samples(waveform, dtype)
     if samples.ndim == 0 or samples.shape[-1] == 0:
         raise ValueError(f"waveform: expected at least one sample, got shape {samples.shape}")
     if samples.ndim > 1 and samples.shape[-1] < config.window_samples <= samples.shape[-2]:
@@ -99,16 +103,20 @@ def fbank(
         )
     if xp is np:
         _check_finite(samples, "waveform")
-    noise: Array | None = None
+    noise = None
     if dither and key is not None:
         shape = (*samples.shape[:-1], kaldi.num_frames(samples.shape[-1], config), config.window_samples)
-        if xp is np:
-            noise = np.random.default_rng(key).standard_normal(shape).astype(dtype)
-        else:
-            import jax
-
-            noise = jax.random.normal(key, shape, dtype)
+        noise = _standard_normal(key, shape, dtype, xp)
     return kaldi.log_mel(samples, config, xp, noise)
+
+
+def _standard_normal(key: Any, shape: tuple[int, ...], dtype: Any, xp: ModuleType) -> Any:
+    """Draw noise with NumPy or JAX."""
+    if xp is np:
+        return np.random.default_rng(key).standard_normal(shape).astype(dtype)
+    import jax
+
+    return jax.random.normal(key, shape, dtype)
 
 
 def normalize(spec: Array, config: FrontendConfig) -> Array:
@@ -116,7 +124,9 @@ def normalize(spec: Array, config: FrontendConfig) -> Array:
     return (spec - config.mean) / (2 * config.std) if config.do_normalize else spec
 
 
-def padded_log_mel(waveforms: Array, num_samples: Array, config: FrontendConfig, noise: Array | None = None) -> Array:
+def padded_log_mel(
+    waveforms: jax.Array, num_samples: jax.Array, config: FrontendConfig, noise: jax.Array | None = None
+) -> jax.Array:
     """Compute the features of a zero-padded batch on the device, equal to the extractor's before normalisation.
 
     Args:
@@ -165,15 +175,37 @@ class ASTFeatureExtractor:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(pathlib.Path(folder) / PREPROCESSOR_FILE, json.dumps(self.config.to_json_dict(), indent=2) + "\n")
 
+    @overload
     def __call__(
         self,
-        waveforms: Any,
+        waveforms: ArrayLike,
+        sampling_rate: int | None = ...,
+        *,
+        max_length: int | None = ...,
+        return_attention_mask: Literal[False] = ...,
+        key: int | None = ...,
+    ) -> np.ndarray: ...
+
+    @overload
+    def __call__(
+        self,
+        waveforms: ArrayLike,
+        sampling_rate: int | None = ...,
+        *,
+        max_length: int | None = ...,
+        return_attention_mask: Literal[True],
+        key: int | None = ...,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def __call__(
+        self,
+        waveforms: ArrayLike,
         sampling_rate: int | None = None,
         *,
         max_length: int | None = None,
-        return_attention_mask: bool | None = None,
-        key: Any = None,
-    ) -> Any:
+        return_attention_mask: bool = False,
+        key: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Compute normalised log-mel spectrograms.
 
         Args:
@@ -181,7 +213,8 @@ class ASTFeatureExtractor:
                 JAX or anything with `__array__`; floating point in [-1, 1], mono.
             sampling_rate: Hz of `waveforms`; without it there is a warning, as a wrong rate cannot be detected.
             max_length: T for this call; None for the configured one.
-            return_attention_mask: also return the number of valid frames; None for the configured choice.
+            return_attention_mask: also return the number of valid frames. The field of the same name in the
+                configuration has no effect, as in transformers.
             key: seed for `dither`; None for fresh noise in each call.
 
         Returns:
@@ -223,11 +256,10 @@ class ASTFeatureExtractor:
                 noise = generator.standard_normal((lengths[index], config.window_samples)).astype(np.float32)
             spec[index, : lengths[index]] = kaldi.log_mel(samples[: config.max_samples], config, np, noise)
         spec = normalize(spec, config).astype(np.float32)
-        wants_lengths = config.return_attention_mask if return_attention_mask is None else return_attention_mask
-        return (spec, lengths) if wants_lengths else spec
+        return (spec, lengths) if return_attention_mask else spec
 
 
-def _checked(waveform: Array, name: str) -> np.ndarray:
+def _checked(waveform: Any, name: str) -> np.ndarray:
     """Return a waveform [S] as float32, checked to be finite and not empty."""
     samples = np.asarray(_as_samples(waveform, np.float32))
     if samples.size == 0:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
+from jax.typing import ArrayLike, DTypeLike
 
 from ast_jax.audio.features import normalize, padded_log_mel
 from ast_jax.checkpoints.folder import Checkpoint
@@ -23,11 +24,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def wave_to_logits(
-    params: Any,
+    params: Mapping[str, Any],
     config: ASTConfig,
     frontend: FrontendConfig,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     attention_implementation: str = "auto",
 ) -> Callable[..., jax.Array]:
     """Return a pure function from samples to logits, features included.
@@ -54,7 +55,7 @@ def wave_to_logits(
         raise ValueError("params: expected a classifier, got a headless model")
     settings = frontend.replace(dither=0.0)
 
-    def logits(waveform: Any, num_samples: Any = None) -> jax.Array:
+    def logits(waveform: ArrayLike, num_samples: ArrayLike | None = None) -> jax.Array:
         waveform = jnp.asarray(waveform)
         if waveform.ndim not in (1, 2) or not jnp.issubdtype(waveform.dtype, jnp.floating):
             raise ValueError(
@@ -91,7 +92,7 @@ class Program:
     labels: tuple[str, ...]
     num_samples: int
 
-    def __call__(self, waveforms: Any, num_samples: Any = None) -> jax.Array:
+    def __call__(self, waveforms: ArrayLike, num_samples: ArrayLike | None = None) -> jax.Array:
         """Return logits [B, C] of waveforms [B, 1 to S]; `num_samples` [B] are the valid samples, None for all."""
         waveforms = jnp.asarray(waveforms, jnp.float32)
         if waveforms.ndim != 2 or not 0 < waveforms.shape[1] <= self.num_samples:

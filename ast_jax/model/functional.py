@@ -6,12 +6,13 @@ Letters: B batch, T frames, F mel bins, N tokens, K kept patches, D width, L lay
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from ast_jax.config import ASTConfig
 from ast_jax.model.attention import IMPLEMENTATIONS
@@ -45,14 +46,14 @@ def _init(key: jax.Array, config: ASTConfig) -> dict[str, Any]:
 
 def apply(
     params: Params,
-    spec: jax.Array,
+    spec: ArrayLike,
     config: ASTConfig | None = None,
     *,
-    lengths: jax.Array | None = None,
-    patch_indices: jax.Array | None = None,
+    lengths: ArrayLike | Sequence[int] | None = None,
+    patch_indices: ArrayLike | None = None,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     attention_implementation: str = "auto",
     rematerialize: bool = False,
 ) -> jax.Array:
@@ -103,14 +104,14 @@ def apply(
 
 def encode(
     params: Params,
-    spec: jax.Array,
+    spec: ArrayLike,
     config: ASTConfig | None = None,
     *,
-    lengths: jax.Array | None = None,
-    patch_indices: jax.Array | None = None,
+    lengths: ArrayLike | Sequence[int] | None = None,
+    patch_indices: ArrayLike | None = None,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     attention_implementation: str = "auto",
     rematerialize: bool = False,
     output_hidden_states: bool = False,
@@ -192,7 +193,7 @@ def num_params(params: Params) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
+def config_from_params(params: Params, spec: ArrayLike) -> ASTConfig:
     """Infer the architecture from the shapes of `params` and `spec`, with the published models' strides, eps and GELU.
 
     Raises:
@@ -207,7 +208,7 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
         raise ValueError(f"params: expected the tree of `init`, got one without {', '.join(missing)}")
     patch_frequency, patch_time, _, width = shapes["embeddings/projection/kernel"]
     num_layers, _, _, heads, _ = shapes["layers/attention/qkv/kernel"]
-    frames, bins = spec.shape[-2:]
+    frames, bins = jnp.shape(spec)[-2:]
     config = ASTConfig(
         hidden_size=width,
         num_hidden_layers=num_layers,
@@ -230,7 +231,7 @@ def config_from_params(params: Params, spec: jax.Array) -> ASTConfig:
 
 
 def _batched(
-    spec: jax.Array, lengths: Any, patch_indices: Any, config: ASTConfig
+    spec: ArrayLike, lengths: Any, patch_indices: Any, config: ASTConfig
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, bool]:
     """Check the inputs; return them with a batch axis, and whether it was added."""
     single = jnp.ndim(spec) == 2
@@ -290,7 +291,7 @@ def _module(
     cls: type[ASTModel],
     params: Params,
     config: ASTConfig,
-    dtype: Any,
+    dtype: DTypeLike | None,
     implementation: str,
     train: bool,
     rngs: Any,

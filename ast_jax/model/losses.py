@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from ast_jax.config import ASTConfig, ProblemType
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
-def loss(logits: jax.Array, labels: jax.Array, config: ASTConfig) -> jax.Array:
+def loss(logits: jax.Array, labels: ArrayLike, config: ASTConfig) -> jax.Array:
     """Return the mean loss over the batch: a scalar in the logits' dtype.
 
     Args:

@@ -173,12 +173,18 @@ def test_max_length_of_one_call():
         extractor(noise(), sampling_rate=RATE, max_length=0)
 
 
-def test_attention_mask_by_configuration_and_by_call():
+def test_attention_mask_is_returned_by_call():
+    """The configured choice has no effect, as in transformers, so that the result is an array."""
     extractor = ASTFeatureExtractor(max_length=64, return_attention_mask=True)
-    spec, lengths = extractor(noise(), sampling_rate=RATE)
+    spec, lengths = extractor(noise(), sampling_rate=RATE, return_attention_mask=True)
     assert lengths.dtype == np.int32
     assert lengths.tolist() == [48]
-    assert isinstance(extractor(noise(), sampling_rate=RATE, return_attention_mask=False), np.ndarray)
+    for options in ({}, {"return_attention_mask": False}):
+        got = extractor(noise(), sampling_rate=RATE, **options)
+        assert isinstance(got, np.ndarray)
+        np.testing.assert_array_equal(got, spec)
+    theirs = transformers_ast.ASTFeatureExtractor(max_length=64, return_attention_mask=True)
+    assert set(theirs(noise(), sampling_rate=RATE)) == {"input_values"}
     padding = normalize(np.zeros((), np.float32), extractor.config)
     assert (spec[0, 48:] == np.float32(padding)).all()
     assert (spec[0, 47] != np.float32(padding)).all()
