@@ -307,7 +307,7 @@ def explain(
     ] = (8, 16),
     arrays: Annotated[pathlib.Path | None, typer.Option(help="Arrays of the picture, as .npz.")] = None,
 ) -> None:
-    """Draw attention rollout, gradient saliency and occlusion of one window of a sound."""
+    """Draw attention rollout, saliency and occlusion of one window."""
     _check_suffix("--output", output, (".png",))
     _check_suffix("--arrays", arrays, (".npz",))
     with user_errors():

@@ -544,7 +544,8 @@ def test_help_of_finetune_is_whole_in_a_narrow_terminal():
     text = ast_cli("finetune", "--help", COLUMNS="80").stdout
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for name in ("--cross-validate / --no-cross-validate", "--frequency-stride", "--validation-data", "Augmentation:"):
+    headings = ("Augmentation and targets:", "Execution:")
+    for name in ("--cross-validate / --no-cross-validate", "--frequency-stride", "--validation-data", *headings):
         assert name in text
     flowing = " ".join(text.split())
     assert "audioset-balanced" in flowing
