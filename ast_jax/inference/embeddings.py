@@ -55,7 +55,9 @@ class EmbedOptions(WindowOptions, total=False):
     """Options of `embed_each` that `embed` passes on."""
 
     layer: int | None
+    """Number of blocks; by default all, and the final norm."""
     pool: str
+    """"pooled" (the default), "cls", "mean" or "none"."""
 
 
 @overload
@@ -182,7 +184,9 @@ class _PooledTokens:
     """A forward function for `SlidingWindow`: the pooled tokens after block `layer`, or after the final norm."""
 
     layer: int | None
+    """Number of blocks; by default all, and the final norm."""
     pool: str
+    """"pooled" (the default), "cls", "mean" or "none"."""
 
     def __call__(
         self, params: Any, spec: jax.Array, config: ASTConfig, *, lengths: jax.Array | None, **options: Any

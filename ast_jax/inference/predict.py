@@ -24,6 +24,7 @@ class AnalyzeOptions(WindowOptions, total=False):
     """Options of `analyze_each` that `classify` and `analyze` pass on."""
 
     aggregate: str
+    """"mean" (the default) or "max" over the scores of windows."""
 
 
 @overload
@@ -133,9 +134,12 @@ def analyze_each(
     checkpoint: Checkpoint | str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     sampling_rate: int | None = None,
+    window: float | None = None,
+    hop: float | None = None,
+    padding: str = "zero",
+    batch_size: int | None = None,
     aggregate: str = "mean",
     on_window: Callable[[WindowOutput], object] | None = None,
-    **options: Unpack[WindowOptions],
 ) -> Iterator[Analysis]:
     """Yield an `Analysis` for every sound, in order; an unusable sound yields its error, and the others follow.
 
@@ -146,23 +150,24 @@ def analyze_each(
         sources: each as `audio` of `classify`; or one `Live`.
         checkpoint: as in `classify`.
         sampling_rate: as in `classify`.
+        window: seconds per window; None for the model's input length. A longer window is run in several clips.
+        hop: seconds between the starts of two windows; None for half a window.
+        padding: of clips shorter than the model's input: "zero" pads with silence as the original does; "repeat" with
+            copies of the clip; "mask" also masks the padding in the attention of every layer; "own-length" runs the
+            model at the clip's length, with position embeddings cropped as `resize` does.
+        batch_size: clips per batch; None for 8 on CPU and 64 elsewhere. The last batch is padded to a power of two, so
+            that few shapes are compiled.
         aggregate: "mean" or "max" over the scores of windows (and of a window's clips).
         on_window: called with each window as soon as it is scored; its `output` holds the scores [C].
-        **options:
-            window: seconds per window; None for the model's input length. A longer window is run in several clips.
-            hop: seconds between the starts of two windows; None for half a window.
-            padding: of clips shorter than the model's input: "zero" pads with silence as the original does; "repeat"
-                with copies of the clip; "mask" also masks the padding in the attention of every layer; "own-length"
-                runs the model at the clip's length, with position embeddings cropped as `resize` does.
-            batch_size: clips per batch; None for 8 on CPU and 64 elsewhere. The last batch is padded to a power of
-                two, so that few shapes are compiled.
 
     Raises:
         ValueError: an option out of its range, or a model without a classifier.
     """
     checkpoint = loaded(checkpoint)
     check_classifier(checkpoint)
-    windows = SlidingWindow(checkpoint, _scores, aggregate=aggregate, **options)
+    windows = SlidingWindow(
+        checkpoint, _scores, aggregate=aggregate, window=window, hop=hop, padding=padding, batch_size=batch_size
+    )
     for found in windows.run(sources, sampling_rate, on_window):
         if found.error:
             yield Analysis(found.name, error=found.error)

@@ -62,9 +62,13 @@ class WindowOptions(TypedDict, total=False):
     """Options of `SlidingWindow` that `classify`, `analyze` and `embed` pass on; see `analyze_each`."""
 
     window: float | None
+    """Seconds per window; by default the model's input length."""
     hop: float | None
+    """Seconds between the starts of two windows; by default half a window."""
     padding: str
+    """Of clips shorter than the model's input: "zero" (the default), "repeat", "mask" or "own-length"."""
     batch_size: int | None
+    """Clips per batch; by default 8 on CPU and 64 elsewhere."""
 
 
 class WindowOutput(NamedTuple):
