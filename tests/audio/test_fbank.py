@@ -63,18 +63,18 @@ def jitted(config):
 
 
 def ours(samples, config, path):
-    """Return log-mel [T, F] as a NumPy array by one of the two paths."""
+    """Return log-mel [T, F] as a NumPy array from the NumPy or the JAX implementation."""
     if path == "numpy":
         return kaldi.log_mel(samples, config)
     return np.asarray(jitted(config)(samples))
 
 
 def noise(count, seed=0, dtype=np.float32):
-    """Return white noise with an offset, so that DC removal has something to remove."""
+    """Return white noise with an offset, so that DC removal has an effect."""
     return (0.1 * np.random.default_rng(seed).standard_normal(count) + 0.05).astype(dtype)
 
 
-def test_recordings_are_there():
+def test_recordings_exist():
     assert len(SPEECH_AND_MUSIC) >= 3
 
 
@@ -96,7 +96,7 @@ def test_float32_equals_transformers_on_speech_and_music(file, path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("file", SPEECH_AND_MUSIC, ids=lambda file: file.name)
 def test_float32_equals_kaldi_on_speech_and_music(file, path):
-    """At 80 bins, and the float32 of both with its own roundings."""
+    """At 80 bins; both compute in float32, with different roundings."""
     config = CONFIG.replace(num_mel_bins=80)
     assert_within_the_contract(ours(recording(file), config, path), kaldi_fbank(recording(file), config))
 
@@ -196,7 +196,7 @@ def test_public_fbank_passes_every_option():
 
 
 def test_frame_counts_equal_kaldi():
-    """For every length from one frame to eleven, by all three ways a count or shape comes about."""
+    """For each length from one frame to eleven, by all three functions that count frames."""
     lengths = np.arange(400, 2001)
     waveform = np.zeros(2000, np.float32)
     few_bins = CONFIG.replace(num_mel_bins=10)
@@ -316,7 +316,7 @@ def test_dither_equals_transformers_with_the_same_noise(path, monkeypatch):
 
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
-def test_dither_has_the_asked_strength(convert):
+def test_dither_has_the_configured_strength(convert):
     """Under a rectangular window noise of deviation d has the power W d² in every FFT bin."""
     key = 0 if convert is np.asarray else jax.random.key(0)
     got = fbank(
@@ -379,7 +379,7 @@ def test_options_out_of_range_are_refused(option, message):
         fbank(noise(400), **option)
 
 
-def test_columns_and_what_is_not_finite_are_refused():
+def test_columns_and_non_finite_samples_are_refused():
     sound = np.zeros(1600, np.float32)
     with pytest.raises(ValueError, match=r"expected samples along the last axis, got shape \(1600, 2\)"):
         fbank(np.stack([sound, sound], axis=1))

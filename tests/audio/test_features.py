@@ -1,4 +1,4 @@
-"""The extractor: what it takes and refuses, padding and normalisation, and equality with transformers' extractor."""
+"""The feature extractor: inputs, errors, padding, normalisation, and equality with transformers' extractor."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_sounds_of_different_lengths():
         ("dog.wav", "expected floating-point samples .* got <U"),
     ],
 )
-def test_what_is_no_sound_is_refused(waveforms, message):
+def test_invalid_waveforms_are_refused(waveforms, message):
     with pytest.raises(ValueError, match=message):
         extract(waveforms)
 

@@ -1,4 +1,4 @@
-"""Every way into `read_audio`: formats, rates, channels, sources; and one clear line for each file that is no sound."""
+"""`read_audio`: formats, rates, channels, kinds of source, slices; one line per unusable file."""
 
 import io
 import os
@@ -71,7 +71,7 @@ def test_resampling_is_librosas_default(rate):
     np.testing.assert_allclose(got, librosa.resample(samples, orig_sr=rate, target_sr=RATE), rtol=0, atol=1e-7)
 
 
-def test_what_lies_above_the_new_nyquist_frequency_is_gone():
+def test_frequencies_above_the_new_nyquist_frequency_are_removed():
     got = read_audio(encode(sine(44100, frequency=10000), 44100, subtype="FLOAT"))
     assert np.abs(got[400:-400]).max() < 1e-5
 
@@ -119,7 +119,7 @@ def test_names(tmp_path, name):
     assert len(read_audio(str(tmp_path / name))) == RATE
 
 
-def test_the_content_counts_not_the_name(tmp_path):
+def test_the_format_is_detected_from_the_content(tmp_path):
     (tmp_path / "really flac.mp3").write_bytes(encode(noise(), kind="FLAC"))
     assert len(read_audio(tmp_path / "really flac.mp3")) == RATE
 
@@ -167,7 +167,7 @@ HIDDEN = {"cut.flac", "nan.wav", "inf.wav"}  # only decoding shows what is wrong
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_header_shows_what_is_wrong_without_decoding(tmp_path, name):
+def test_header_errors_without_decoding(tmp_path, name):
     content, message = BROKEN[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -206,7 +206,7 @@ def test_mp3_of_varying_rate_without_a_count_is_read_to_its_end(tag, tmp_path):
     assert abs(beginning.duration - 10) < 0.1
 
 
-def test_what_a_header_claims_is_not_what_memory_is_asked_for():
+def test_memory_is_not_allocated_by_the_header():
     data = bytearray(encode(noise(), kind="FLAC"))
     assert data[:4] == b"fLaC"
     data[21] |= 0x0F  # the 36 bits of the sample count in STREAMINFO
@@ -223,13 +223,13 @@ def test_missing_file_and_folder(tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, 3, 1.5, ["a.wav"], np.zeros(RATE, np.float32)])
-def test_what_is_no_source_is_refused(source):
-    """A number would be taken for an open file's descriptor by libsndfile."""
+def test_invalid_sources_are_refused(source):
+    """libsndfile would take an integer for a file descriptor."""
     with pytest.raises(AudioError, match=r"expected a path, the bytes of a sound file, or a binary file object$"):
         read_audio(source)
 
 
-def test_no_bytes_are_refused():
+def test_empty_bytes_are_refused():
     with pytest.raises(AudioError, match=r"^<bytes>: there are no bytes in it$"):
         read_audio(b"")
 
@@ -241,8 +241,8 @@ def test_25_ms_is_enough():
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("WAV", 0.5), ("MP3", 0.5), ("OGG", 0.75)])
-def test_cut_files_give_the_part_that_is_there(tmp_path, kind, kept):
-    """A cut FLAC file is an error (BROKEN above); these formats have no such check, and what comes is right."""
+def test_truncated_files_are_read_to_their_end(tmp_path, kind, kept):
+    """A truncated FLAC file is an error (BROKEN above); these formats have no such check."""
     data = encode(noise(4 * RATE), kind=kind)
     whole = read_audio(data)
     path = tmp_path / f"cut.{kind.lower()}"
@@ -288,7 +288,7 @@ def test_a_start_is_exact_to_the_sample(kind, subtype, start):
 
 @pytest.mark.parametrize("kind", ["OGG", "MP3"])
 def test_a_start_in_lossy_formats(kind):
-    """Their decoders begin anew some frames before the place that is sought; nothing of that is heard."""
+    """Their decoders restart some frames before the requested position, without an audible difference."""
     data = encode(noise(4 * RATE), kind=kind)
     whole = decode(data).samples
     for start in (1, 7777, 20001, 40000):
@@ -312,8 +312,8 @@ def test_a_start_at_other_rates_is_the_slice_of_the_whole_resampled(rate):
         np.testing.assert_allclose(part, whole[first : first + 1200], rtol=0, atol=1e-6)
 
 
-def test_a_start_in_what_cannot_seek(tmp_path):
-    """An MP3 file without a count of frames comes out of a pipe."""
+def test_a_start_in_an_unseekable_source(tmp_path):
+    """An MP3 file without a frame count is read through a pipe."""
     file = io.BytesIO()
     soundfile.write(file, noise(2 * RATE), RATE, format="MP3", bitrate_mode="VARIABLE")
     counted = file.getvalue()
@@ -334,13 +334,13 @@ def test_a_start_in_what_cannot_seek(tmp_path):
 )
 @pytest.mark.parametrize("rate", [RATE, 44100])
 @pytest.mark.parametrize("max_seconds", [None, 0.5])
-def test_a_start_at_or_behind_the_end_is_one_line(start_seconds, message, rate, max_seconds):
+def test_a_start_beyond_the_end_is_one_line(start_seconds, message, rate, max_seconds):
     with pytest.raises(AudioError) as caught:
         decode(encode(noise(rate), rate), max_seconds=max_seconds, start_seconds=start_seconds)
     assert str(caught.value) == f"<bytes>: {message}"
 
 
-def test_to_mono_takes_samples_and_says_what_is_wrong():
+def test_to_mono_checks_samples():
     np.testing.assert_array_equal(to_mono(noise(), RATE, RATE), noise())
     assert to_mono(noise().astype(np.float64), 8000, RATE).dtype == np.float32
     with pytest.raises(AudioError, match=r"^clip: 1 of 32000 samples are NaN or Inf$"):
@@ -359,8 +359,8 @@ def test_names_in_messages(tmp_path):
         read_audio(file)
 
 
-def test_flac_that_does_not_say_its_length(tmp_path):
-    """What an encoder writes into a pipe: the 36-bit total of STREAMINFO is zero."""
+def test_flac_without_a_length(tmp_path):
+    """As encoders write it into a pipe: the 36-bit total in STREAMINFO is zero."""
     sound = np.sin(np.arange(48000) / 20).astype(np.float32) / 2
     soundfile.write(tmp_path / "whole.flac", sound, 16000)
     content = bytearray((tmp_path / "whole.flac").read_bytes())

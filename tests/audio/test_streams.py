@@ -1,4 +1,4 @@
-"""Streams: the samples of `read_audio` bit by bit, from files, arrays and pipes, in flat memory."""
+"""Streaming decode: bit-identical to `read_audio`, from files, arrays and pipes."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ def noise(seconds, rate, channels=1):
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2), (8000, 1)])
-def test_a_stream_is_the_whole(tmp_path, ending, rate, channels):
+def test_blocks_equal_the_whole_file(tmp_path, ending, rate, channels):
     path = tmp_path / f"noise.{ending}"
     soundfile.write(path, noise(3.3 * BLOCK_SECONDS, rate, channels), rate)
     blocks = list(mono_blocks(path, 16000))
@@ -37,7 +37,7 @@ def test_an_array_is_resampled_as_a_file(tmp_path):
 
 
 def through_a_pipe(content, **fields):
-    """Return the blocks of what is fed into a pipe."""
+    """Return the blocks of content that is written into a pipe."""
     read_end, write_end = os.pipe()
 
     def feed():
@@ -55,7 +55,7 @@ def through_a_pipe(content, **fields):
 
 @pytest.mark.parametrize("size", [b"\xff\xff\xff\xff", None])
 def test_wav_through_a_pipe(tmp_path, size):
-    """Also with the size that ffmpeg writes where it does not know."""
+    """Also with the size that ffmpeg writes for an unknown length."""
     path = tmp_path / "noise.wav"
     soundfile.write(path, noise(1, 44100), 44100)
     content = path.read_bytes()
@@ -63,7 +63,7 @@ def test_wav_through_a_pipe(tmp_path, size):
         data = content.index(b"data") + 4
         content = content[:4] + size + content[8:data] + size + content[data + 4 :]
     blocks = through_a_pipe(content)
-    assert len(blocks) > 10  # a window is complete with its last sample, not seconds later
+    assert len(blocks) > 10  # blocks are short, so that windows are complete without delay
     np.testing.assert_array_equal(np.concatenate(blocks), ast_jax.read_audio(path))
 
 
@@ -81,7 +81,7 @@ def test_raw_samples_through_a_pipe(encoding, dtype, scale):
 
 
 @pytest.mark.parametrize("encoding", ["s24le", "u8", "alaw", "mulaw"])
-def test_other_encodings_are_those_of_libsndfile(tmp_path, encoding):
+def test_other_encodings_equal_libsndfile(tmp_path, encoding):
     subtype, endian = ENCODINGS[encoding]
     path = tmp_path / "noise.raw"
     soundfile.write(path, noise(0.5, 16000), 16000, format="RAW", subtype=subtype, endian=endian)
@@ -90,15 +90,15 @@ def test_other_encodings_are_those_of_libsndfile(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no sound", b"RIFF"])
-def test_pipes_without_a_sound(content):
+def test_invalid_pipes(content):
     with pytest.raises(
         ast_jax.AudioError, match="-: expected WAV, or raw samples with their encoding, rate and channels"
     ):
         through_a_pipe(content)
 
 
-def test_a_file_on_a_descriptor_is_read_as_a_file(tmp_path):
-    """An MP3 file without a count of frames too, of which libsndfile would hear the beginning alone."""
+def test_a_regular_file_behind_a_descriptor(tmp_path):
+    """Including an MP3 file without a frame count, of which libsndfile alone would read the start only."""
     soundfile.write(tmp_path / "noise.mp3", noise(20, 16000), 16000)
     content = (tmp_path / "noise.mp3").read_bytes()
     place = max(content.find(b"Xing"), content.find(b"Info"))
@@ -120,7 +120,7 @@ def test_an_unknown_encoding():
         Live(encoding="mp3")
 
 
-def test_bad_samples_late_in_a_sound(tmp_path):
+def test_invalid_samples_late_in_a_sound(tmp_path):
     samples = noise(3 * BLOCK_SECONDS, 16000)[:, 0]
     samples[-5:] = np.nan
     soundfile.write(tmp_path / "late.wav", samples, 16000, subtype="FLOAT")
@@ -130,7 +130,7 @@ def test_bad_samples_late_in_a_sound(tmp_path):
         list(blocks)
 
 
-def test_an_abandoned_stream_lets_go_of_the_file():
+def test_an_abandoned_stream_closes_the_file():
     before = len(os.listdir("/proc/self/fd"))
     blocks = mono_blocks(SOUNDS / "speech.flac", 8000)
     next(blocks)

@@ -1,4 +1,4 @@
-"""What cannot be used, as a table: what is printed, the exit status, and that the rest of the results are there."""
+"""Unusable input: messages, exit status, and that all other results are there."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def with_bad_samples(path):
 
 
 def wrong_length(path):
-    """Claim a hundred times as many bytes as there are."""
+    """Write a header that claims a hundred times the size."""
     soundfile.write(path, noise(2), RATE)
     content = bytearray(path.read_bytes())
     place = content.index(b"data") + 4
@@ -62,7 +62,7 @@ def wrong_length(path):
     path.write_bytes(content)
 
 
-BAD = {  # what makes it, and what is said of it
+BAD = {  # file name: how it is made, message
     "text.wav": (lambda path: path.write_text("this is text"), "not a readable sound file (Format not recognised)"),
     "empty.wav": (lambda path: path.touch(), "the file is empty"),
     "header.wav": (header_only, "there are no samples in it"),
@@ -74,7 +74,7 @@ BAD = {  # what makes it, and what is said of it
     "noise.mp3": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a readable sound file"),
 }  # fmt: skip
 
-GOOD_AFTER_ALL = {  # what makes it, and how many seconds are heard
+USABLE = {  # file name: how it is made, range of its duration in seconds
     "truncated.mp3": (mp3, (9.5, 10.5)),
     "six.wav": (lambda path: soundfile.write(path, noise(2, 6), RATE), (2, 2)),
     "24 bit.wav": (lambda path: soundfile.write(path, noise(2), RATE, subtype="PCM_24"), (2, 2)),
@@ -85,38 +85,38 @@ GOOD_AFTER_ALL = {  # what makes it, and how many seconds are heard
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory):
-    """All of them in one command, a good one between each two."""
+def table(tmp_path_factory):
+    """Run all of them in one command, each followed by a usable file."""
     folder = tmp_path_factory.mktemp("table")
     names = []
-    for name, (make, _) in (BAD | GOOD_AFTER_ALL).items():
+    for name, (make, _) in (BAD | USABLE).items():
         make(folder / name)
         names += [folder / name, GOOD]
     return folder, ast_cli("classify", *names, "--json")
 
 
-def test_each_bad_file_is_one_line_and_all_others_are_there(heard):
-    folder, done = heard
+def test_each_unusable_file_is_one_line_and_all_others_are_classified(table):
+    folder, done = table
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if not LIBMPG123.match(line)]
     assert len(lines) == len(BAD), done.stderr
-    told = {line.split(": ")[1]: line for line in lines}
+    messages = {line.split(": ")[1]: line for line in lines}
     for name, (_, message) in BAD.items():
-        assert told[str(folder / name)].startswith(f"ast-jax: {folder / name}: {message}")
+        assert messages[str(folder / name)].startswith(f"ast-jax: {folder / name}: {message}")
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [result["file"] for result in results].count(str(GOOD)) == len(BAD | GOOD_AFTER_ALL)
+    assert [result["file"] for result in results].count(str(GOOD)) == len(BAD | USABLE)
     assert len({json.dumps(result["predictions"]) for result in results if result["file"] == str(GOOD)}) == 1
 
 
-def test_what_can_be_heard_after_all(heard):
-    folder, done = heard
+def test_damaged_but_usable_files(table):
+    folder, done = table
     results = {result["file"]: result for result in map(json.loads, done.stdout.splitlines())}
-    for name, (_, (least, most)) in GOOD_AFTER_ALL.items():
+    for name, (_, (least, most)) in USABLE.items():
         assert least <= results[str(folder / name)]["duration_seconds"] <= most, name
 
 
 def test_a_truncated_flac(tmp_path):
-    """libsndfile reads to where the file ends; what was heard is stated, or it is an error: never silence."""
+    """libsndfile reads to the end of the file; the duration is stated or it is an error, but never silence."""
     truncated(tmp_path / "half.flac")
     done = ast_cli("classify", tmp_path / "half.flac", GOOD, "--json")
     results = {result["file"]: result for result in map(json.loads, done.stdout.splitlines())}
@@ -140,7 +140,7 @@ def test_thirty_minutes(tmp_path):
     assert short["file"] == str(GOOD)
 
 
-def test_a_thousand_files_of_which_ten_are_bad(tmp_path):
+def test_a_thousand_files_ten_of_them_unusable(tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     content = GOOD.read_bytes()
@@ -165,7 +165,7 @@ def limited(*arguments, stdout=subprocess.PIPE, wrapper=()):
 
 
 def test_no_permission(tmp_path):
-    """As someone whom permissions bind: root gives up the right to pass over them."""
+    """Without root's capability to override permissions."""
     shutil.copy(GOOD, tmp_path / "locked.flac")
     (tmp_path / "locked.flac").chmod(0)
     wrapper = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
@@ -183,7 +183,7 @@ def test_no_permission(tmp_path):
 
 
 def test_a_full_disk(tmp_path):
-    """No file may grow beyond a few bytes, which is what a full disk does to a writer; the old table stays."""
+    """By a limit on the file size, which fails writes like a full disk; the old table stays."""
     (tmp_path / "out.csv").write_text("old")
     done = limited("classify", GOOD, "--output", tmp_path / "out.csv", wrapper=["prlimit", "--fsize=50"])
     assert done.returncode == 1
@@ -210,7 +210,7 @@ def test_a_closed_pipe():
     assert process.returncode == 141
 
 
-def test_python_raises_what_the_command_prints(tmp_path):
+def test_the_library_raises_the_message_of_the_command(tmp_path):
     for name in ("text.wav", "empty.wav", "one.wav"):
         make, message = BAD[name]
         make(tmp_path / name)
@@ -220,8 +220,8 @@ def test_python_raises_what_the_command_prints(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_whenever_it_comes(tmp_path):
-    """While JAX is imported and while XLA compiles, too: a line, and the status that shells know; no crash."""
+def test_ctrl_c_at_any_time(tmp_path):
+    """Also during the import of JAX and XLA's compilation: one line, status 130, no crash."""
     sound = tmp_path / "long.wav"
     soundfile.write(sound, np.random.default_rng(0).standard_normal(600 * 16000) / 8, 16000)
     command = [sys.executable, "-m", "ast_jax.cli.main", "--no-program-cache", "classify", sound, "--hop", "0.02"]

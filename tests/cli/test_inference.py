@@ -1,4 +1,4 @@
-"""`classify` on long sounds and on pipes, `embed`, `explain` and `export`, run as users run them."""
+"""The commands `classify` (long sounds and pipes), `embed`, `explain` and `export`."""
 
 import csv
 import json
@@ -120,15 +120,15 @@ def test_wrong_usage(arguments, message, tmp_path):
     assert list(here.iterdir()) == []
 
 
-def test_windows_that_cannot_be(meeting):
+def test_invalid_windows(meeting):
     done = in_process("classify", meeting, "--window", "1", "--hop", "2")
     assert done.returncode == 1
     assert done.stderr.startswith("ast-jax: hop: expected more than 0 s and at most the window's 1 s")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_pipe_is_heard_as_it_comes(meeting, as_json):
-    """The first window is printed while the sender still has the rest; the end is what the file gives."""
+def test_a_live_pipe(meeting, as_json):
+    """The first window is printed before the rest is sent; the final result equals that of the file."""
     samples = (ast_jax.read_audio(meeting) * 32767).astype("<i2")
     command = [
         sys.executable,
@@ -254,8 +254,8 @@ finally:
 
 
 @pytest.mark.slow
-def test_three_hours_in_flat_memory(tmp_path):
-    """Beside ten minutes: what grows is the scores, a third of a MiB."""
+def test_three_hours_in_constant_memory(tmp_path):
+    """Compared with ten minutes; only the scores grow, by a third of a MiB."""
     rng, peaks = np.random.default_rng(0), []
     minute = (0.1 * rng.standard_normal(60 * 22050)).astype(np.float32)
     for minutes in (10, 180):
@@ -271,8 +271,8 @@ def test_three_hours_in_flat_memory(tmp_path):
     assert peaks[1] < peaks[0] + 30  # MiB; the samples are 660
 
 
-def test_of_many_long_sounds_few_are_open(tmp_path):
-    """However many are read ahead, and all are heard to their ends, those that were closed in between among them."""
+def test_many_long_sounds_keep_few_files_open(tmp_path):
+    """However many are decoded ahead; all are scored to their end, including those closed in between."""
     long = (0.1 * np.random.default_rng(0).standard_normal(16 * RATE)).astype(np.float32)
     for number in range(40):
         soundfile.write(tmp_path / f"{number:02}.wav", long, RATE)
@@ -285,7 +285,7 @@ def test_of_many_long_sounds_few_are_open(tmp_path):
     assert most <= sliding_window.MAX_OPEN + 4
 
 
-def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
+def test_ctrl_c_ends_the_stream_and_keeps_the_results(meeting, tmp_path):
     samples = (ast_jax.read_audio(meeting) * 32767).astype("<i2")
     command = [
         sys.executable,
@@ -322,7 +322,7 @@ def test_ctrl_c_ends_what_is_heard_and_the_results_are_there(meeting, tmp_path):
     ],
     ids=" ".join,
 )
-def test_what_cannot_be_written_is_known_before(arguments, meeting, tmp_path, monkeypatch):
+def test_output_folders_are_checked_first(arguments, meeting, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "_loaded", lambda model: pytest.fail("the work had begun"))
     command, *options = arguments
     done = in_process(command, meeting, *options, cwd=tmp_path)
@@ -330,7 +330,7 @@ def test_what_cannot_be_written_is_known_before(arguments, meeting, tmp_path, mo
     assert done.stderr == f"ast-jax: {options[-1]}: no such folder\n"
 
 
-def test_vectors_of_nothing_take_no_other_s_place(tmp_path):
+def test_an_empty_table_does_not_replace_a_file(tmp_path):
     (tmp_path / "bad.wav").write_text("no sound")
     for ending in ("npz", "parquet"):
         path = tmp_path / f"vectors.{ending}"
@@ -344,7 +344,7 @@ def test_vectors_of_nothing_take_no_other_s_place(tmp_path):
     assert done.stderr == "ast-jax: -: expected files, got the standard input, which only classify reads\n"
 
 
-def test_choices_are_the_library_s():
+def test_choices_equal_the_library():
     assert [each.value for each in inference.Padding] == list(sliding_window.PADDING)
     assert [each.value for each in inference.Pool] == list(embeddings.POOLS)
     assert [each.value for each in inference.Encoding] == list(streams.ENCODINGS)

@@ -1,4 +1,4 @@
-"""Embeddings: every layer and pool beside `encode`, times and frequencies of patches, and the files they go into."""
+"""Embeddings: each layer and pooling against `encode`, receptive fields of patches, and the files."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ RATE = 16000
 
 @pytest.fixture(scope="module")
 def model():
-    """A model whose grid is no square, with overlapping patches and three layers."""
+    """A model with rectangular, overlapping patches and three layers."""
     config = ast_jax.ASTConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96, max_length=100,
         num_mel_bins=64, patch_size=(16, 8), frequency_stride=12, time_stride=6, num_labels=4,
@@ -54,8 +54,8 @@ def test_layers_and_pools(model, sound, encoded, layer, pool):
     np.testing.assert_allclose(found.clip, want.reshape(-1, 48).mean(0), atol=2e-5)
 
 
-def test_what_patches_hear(model):
-    """Seconds by counting frames; Hz by the filters that are not zero there."""
+def test_receptive_fields_of_patches(model):
+    """Seconds from counted frames, Hz from the non-zero filters."""
     config, frontend = model.config, model.frontend
     times, hertz = patch_extents(config, frontend)
     assert config.grid == (5, 16)
@@ -66,9 +66,9 @@ def test_what_patches_hear(model):
     fine = fbank.mel_bank(64, 2**16, RATE, frontend.low_freq, frontend.top_frequency)
     frequencies = np.arange(len(fine)) * RATE / 2**16
     for row, (low, high) in enumerate(hertz):
-        heard = frequencies[fine[:, 12 * row : 12 * row + 16].any(1)]
-        assert abs(heard[0] - low) < 0.5  # the bins of this FFT are 0.24 Hz wide
-        assert abs(heard[-1] - high) < 0.5
+        passed = frequencies[fine[:, 12 * row : 12 * row + 16].any(1)]
+        assert abs(passed[0] - low) < 0.5  # the bins of this FFT are 0.24 Hz wide
+        assert abs(passed[-1] - high) < 0.5
 
 
 def test_patches_of_a_short_sound_end_with_it(model, sound):
@@ -79,7 +79,7 @@ def test_patches_of_a_short_sound_end_with_it(model, sound):
     assert own.values.shape == (1, 5, 7, 48)  # 48 frames hold whole patches of 8 at steps of 6 seven times
 
 
-def test_masked_mean_takes_the_sound_alone(model, sound):
+def test_masked_mean_leaves_padding_out(model, sound):
     short = sound[:8000]
     spec, lengths = ast_jax.ASTFeatureExtractor(model.frontend)(short, RATE, return_attention_mask=True)
     tokens = np.asarray(ast_jax.encode(model.params, spec, model.config, lengths=lengths).last_hidden_state)[0, 2:]
@@ -109,7 +109,7 @@ def test_a_model_without_a_classifier(model, sound):
     np.testing.assert_array_equal(got, want)
 
 
-def test_one_bad_sound_does_not_lose_the_others(model, sound):
+def test_an_unusable_sound_does_not_affect_the_others(model, sound):
     found = list(embed_each([sound, np.full(16000, np.nan), sound], model, sampling_rate=RATE))
     assert [each.error is None for each in found] == [True, False, True]
     with pytest.raises(ast_jax.AudioError, match="16000 of 16000 samples are NaN or Inf"):
@@ -125,13 +125,13 @@ def test_one_bad_sound_does_not_lose_the_others(model, sound):
         ({"pool": "none", "window": 3.0}, "window: expected at most the model's input of 1.015 s for a vector of each"),
     ],
 )
-def test_options_that_are_none(model, sound, options, message):
+def test_invalid_options(model, sound, options, message):
     with pytest.raises(ValueError, match=message):
         ast_jax.embed(sound, model, sampling_rate=RATE, **options)
 
 
-def test_neighbours_are_of_a_kind():
-    """Windows of the shipped recordings are nearer to others of their kind than to those of another."""
+def test_nearest_neighbours_are_of_the_same_recording():
+    """By cosine similarity of windows."""
     names = ["speech.flac", "music.flac"]
     found = ast_jax.embed([SOUNDS / name for name in names], "sounds-tiny", window=1.5, hop=1.0)
     vectors = np.concatenate([each.values for each in found])
@@ -164,7 +164,7 @@ def test_tables(tmp_path, model, sound, ending):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-def test_a_row_for_the_whole_sound():
+def test_one_row_per_clip():
     values = np.arange(6, dtype=np.float32).reshape(3, 2)
     found = Embedding("a b.wav", values, np.array([[0, 1], [0.5, 1.5], [1, 2.0]]))
     columns = columns_of(found, whole=True)
@@ -175,7 +175,7 @@ def test_a_row_for_the_whole_sound():
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet"])
-def test_a_table_is_whole_or_not_there(tmp_path, ending):
+def test_tables_are_written_atomically(tmp_path, ending):
     def fail():
         with vector_table(tmp_path / f"vectors.{ending}") as table:
             table.write(Embedding("a", np.zeros((1, 2), np.float32), np.zeros((1, 2))))

@@ -1,4 +1,4 @@
-"""Explanations: a model that was trained to find a tone burst is explained by it; the parts beside plain NumPy."""
+"""Explanations: of a model trained to detect a tone burst, and each method against plain NumPy or JAX."""
 
 import functools
 import itertools
@@ -17,14 +17,14 @@ from ast_jax.inference import explanations
 SOUNDS = pathlib.Path(ast_jax.__file__).parent / "sounds"
 RATE = 16000
 LENGTH = 0.1  # seconds of a burst
-GRIDS = {  # square patches side by side; overlapping ones that are no squares
+GRIDS = {  # square patches without overlap; rectangular ones with overlap
     "8x8": {"patch_size": 8, "frequency_stride": 8, "time_stride": 8},
     "12x6 at 10, 5": {"patch_size": (12, 6), "frequency_stride": 10, "time_stride": 5},
 }
 
 
 def sounds(rng, count, frontend):
-    """Return noise [B, S] and whether there is a burst in it, with its begin in seconds and its Hz."""
+    """Return noise [B, S], whether it contains a burst [B], and the burst's start in seconds and frequency in Hz."""
     time = np.arange(frontend.max_samples) / RATE
     begins = rng.uniform(0, time[-1] - LENGTH, count)
     hertz = np.exp(rng.uniform(np.log(400), np.log(5000), count))
@@ -37,7 +37,7 @@ def sounds(rng, count, frontend):
 
 @pytest.fixture(scope="module", params=GRIDS)
 def finder(request):
-    """A small model that tells noise with a tone burst from noise."""
+    """A small model that detects a tone burst in noise."""
     config = ast_jax.ASTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, max_length=64,
         num_mel_bins=32, num_labels=2, id2label=("noise", "burst"), **GRIDS[request.param],
@@ -67,8 +67,8 @@ def finder(request):
 
 
 @pytest.mark.slow
-def test_a_burst_explains_the_model_that_finds_it(finder):
-    """Over forty sounds: what lies in the burst has much more of each explanation than its share of the picture."""
+def test_explanations_locate_the_burst(finder):
+    """Over forty sounds, each explanation is concentrated on the burst, compared with the burst's area."""
     waveforms, has, begins, hertz = sounds(np.random.default_rng(2), 80, finder.frontend)
     shares, areas, highest = ({name: [] for name in ("rollout", "saliency", "occlusion")} for _ in range(3))
     for waveform, begin, tone in zip(waveforms[has], begins[has], hertz[has], strict=True):
@@ -105,7 +105,7 @@ def _pairs(edges):
 
 
 def test_rollout_is_the_product_of_layers():
-    """Beside matrices multiplied in NumPy."""
+    """Against matrix products in NumPy."""
     logits = jax.random.normal(jax.random.key(0), (3, 4, 9, 9))
     attentions = jax.nn.softmax(logits, axis=-1)
     product = np.eye(9)
@@ -122,7 +122,7 @@ def shipped():
 
 
 def test_shapes_and_numbers_of_a_short_sound(shipped):
-    """The saliency is the gradient's, and each cell's figure that of the logits without it."""
+    """Saliency equals the gradient; occlusion equals the difference of logits with a cell replaced."""
     sound = ast_jax.read_audio(SOUNDS / "telephone.flac")[:16_000]
     found = ast_jax.explain(sound, shipped, sampling_rate=RATE, top_k=2, cells=(2, 3))
     frames = 98
@@ -149,7 +149,7 @@ def test_shapes_and_numbers_of_a_short_sound(shipped):
     )
 
 
-def test_of_a_long_sound_the_best_window(shipped):
+def test_the_best_window_of_a_long_sound(shipped):
     speech, music = (ast_jax.read_audio(SOUNDS / f"{name}.flac") for name in ("speech", "music"))
     sound = np.concatenate([music, speech])
     found = ast_jax.explain(sound, shipped, sampling_rate=RATE, labels=["Speech"], cells=(1, 1))
@@ -163,7 +163,7 @@ def test_of_a_long_sound_the_best_window(shipped):
     assert there.scores[0] < 0.5
 
 
-def test_a_file_and_its_samples_are_explained_alike(shipped):
+def test_files_and_samples_have_equal_explanations(shipped):
     path = SOUNDS / "speech.flac"
     from_file, from_samples = (
         ast_jax.explain(audio, shipped, sampling_rate=RATE, cells=(1, 2), start=1.0)
@@ -183,6 +183,6 @@ def test_a_file_and_its_samples_are_explained_alike(shipped):
         ({"top_k": 0}, "top_k: expected 1 or more, got 0"),
     ],
 )
-def test_options_that_are_none(shipped, options, message):
+def test_invalid_options(shipped, options, message):
     with pytest.raises(ValueError, match=message):
         ast_jax.explain(np.zeros(16000, np.float32), shipped, sampling_rate=RATE, **options)

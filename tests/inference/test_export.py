@@ -1,4 +1,4 @@
-"""From samples to logits in one function, and that function as a file."""
+"""`wave_to_logits`, and its export to a file."""
 
 import pathlib
 import subprocess
@@ -38,7 +38,7 @@ def exported(model, tmp_path_factory):
     return path
 
 
-def test_the_numbers_are_those_of_the_numpy_path(model, waveforms):
+def test_equals_the_extractor_and_apply(model, waveforms):
     logits = jax.jit(ast_jax.wave_to_logits(*model))
     want = by_the_extractor(model, waveforms)
     np.testing.assert_allclose(logits(waveforms), want, atol=2e-4)  # float32 logarithms of small powers, two FFTs
@@ -60,8 +60,8 @@ def test_vmap_and_pmap(model, waveforms):
     np.testing.assert_allclose(out[5], want, atol=2e-4)
 
 
-def test_the_gradient_reaches_the_samples(model, waveforms, x64):
-    """Beside central differences, in float64."""
+def test_gradient_with_respect_to_samples(model, waveforms, x64):
+    """Against central differences, in float64."""
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.params)
     logits = ast_jax.wave_to_logits(params, model.config, model.frontend)
     sound = jnp.asarray(waveforms[0, :6000], jnp.float64)
@@ -74,13 +74,13 @@ def test_the_gradient_reaches_the_samples(model, waveforms, x64):
     np.testing.assert_allclose(gradient @ direction, numeric, rtol=1e-5)  # the second derivative times the step
 
 
-def test_dither_is_for_training(model, waveforms):
+def test_dither_is_switched_off(model, waveforms):
     dithered = ast_jax.wave_to_logits(model.params, model.config, model.frontend.replace(dither=0.1))
     np.testing.assert_allclose(dithered(waveforms[0]), by_the_extractor(model, waveforms[:1])[0], atol=2e-4)
 
 
-def test_what_lies_beyond_the_sound_is_not_heard(model, waveforms):
-    """Not even where the sound is shorter than the first frame."""
+def test_samples_beyond_the_valid_ones_have_no_effect(model, waveforms):
+    """Even if the sound is shorter than a frame."""
     logits = ast_jax.wave_to_logits(*model)
     for count in (200, 9000):
         zeros = waveforms[0].copy()
@@ -100,7 +100,7 @@ def test_what_lies_beyond_the_sound_is_not_heard(model, waveforms):
         (np.zeros(41_201, np.float32), r"expected 1 to 41200 samples \(2.575 s\), got 41201; split longer sounds"),
     ],
 )
-def test_samples_that_do_not_fit(model, waveform, message):
+def test_invalid_samples(model, waveform, message):
     with pytest.raises(ValueError, match=message):
         ast_jax.wave_to_logits(*model)(waveform)
 
@@ -112,7 +112,7 @@ def test_a_model_without_a_classifier(model):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
-def test_an_exported_program_takes_any_batch(model, waveforms, exported, batch):
+def test_exported_programs_take_any_batch_size(model, waveforms, exported, batch):
     program = ast_jax.load_program(exported)
     assert program.exported.platforms == ("cpu", "cuda", "tpu")
     assert program.num_samples == model.frontend.max_samples
@@ -127,8 +127,8 @@ def test_an_exported_program_takes_any_batch(model, waveforms, exported, batch):
     )
 
 
-def test_labels_stay_with_their_logits(model, waveforms, tmp_path):
-    """A program's outputs have names, so that another order of classes does not matter."""
+def test_logits_are_keyed_by_label(model, waveforms, tmp_path):
+    """So the order of the classes does not matter."""
     names = ("zebra", "yak", "x ray", "Wolf", "vole", "ünder", "tiger", "1")
     renamed = model.replace(config=model.config.replace(id2label=names))
     ast_jax.export(renamed, tmp_path / "renamed.stablehlo", platforms=["cpu"])
@@ -138,8 +138,8 @@ def test_labels_stay_with_their_logits(model, waveforms, tmp_path):
     assert got == pytest.approx(want, abs=2e-4)
 
 
-def test_a_program_needs_jax_alone(exported):
-    """And flatbuffers; the lines of the documentation, in a process that has imported neither ast_jax nor Flax."""
+def test_programs_need_jax_only(exported):
+    """And flatbuffers: the example of the documentation, in a process that imports neither ast_jax nor Flax."""
     code = (
         "import sys, jax, numpy as np\n"
         "from jax import export\n"
@@ -152,7 +152,7 @@ def test_a_program_needs_jax_alone(exported):
     assert done.stdout == "(2,) True\n", done.stderr
 
 
-def test_a_program_can_be_a_teacher(model, waveforms, exported):
+def test_programs_as_teachers(model, waveforms, exported):
     student = model.config.replace(id2label=("Speech", "Music"), num_labels=2)
     teacher = distill.load_teacher(exported, student, model.frontend, batch_size=3)
     batch = {"waveform": waveforms, "num_samples": np.full(3, waveforms.shape[1], np.int32)}
@@ -160,7 +160,7 @@ def test_a_program_can_be_a_teacher(model, waveforms, exported):
     np.testing.assert_allclose(teacher.logits(teacher.params, batch), want, atol=2e-4)
 
 
-def test_exports_that_are_none(model, tmp_path):
+def test_invalid_exports(model, tmp_path):
     with pytest.raises(ValueError, match="platforms: expected some of cpu, cuda, rocm, tpu, got metal"):
         ast_jax.export(model, tmp_path / "a", platforms=["cpu", "metal"])
     twice = model.replace(config=model.config.replace(id2label=("a", "a", *"bcdefg")))
@@ -169,7 +169,7 @@ def test_exports_that_are_none(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_are_no_programs(tmp_path):
+def test_invalid_program_files(tmp_path):
     (tmp_path / "text.stablehlo").write_text("no program")
     with pytest.raises(ValueError, match=r"text\.stablehlo: not a program that jax\.export of this version can read"):
         ast_jax.load_program(tmp_path / "text.stablehlo")
@@ -181,7 +181,7 @@ def test_files_that_are_no_programs(tmp_path):
         ast_jax.load_program(tmp_path / "none.stablehlo")
 
 
-def test_another_shape_is_named(exported):
+def test_invalid_shapes_of_a_program(exported):
     program = ast_jax.load_program(exported)
     with pytest.raises(ValueError, match=r"waveforms: expected \[B, 1 to 41200\], got \(41200,\)"):
         program(np.zeros(41200, np.float32))

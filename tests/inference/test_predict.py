@@ -1,4 +1,4 @@
-"""`classify` in Python: every kind of input, batching, what was cut, and the shipped model on shipped recordings."""
+"""`classify` and `analyze`: kinds of input, batching, windows, padding; the shipped model on shipped recordings."""
 
 import io
 import itertools
@@ -19,9 +19,8 @@ from ast_jax.inference.sliding_window import PADDING
 
 PACKAGE = pathlib.Path(ast_jax.__file__).parent
 SOUNDS = PACKAGE / "sounds"
-# The labels that a listener would give and the model gives first; all recordings are from packages that training never
-# touched.
-HEARD = {
+# Labels by a listener, which are also the model's best ones; none of the recordings is in the training data.
+LABELS = {
     "speech.flac": {"Speech"},
     "music.flac": {"Music"},
     "speech_over_music.flac": {"Speech", "Music"},
@@ -36,24 +35,24 @@ def model():
 
 
 def beginning(name, model):
-    """Return as much of a shipped recording as the model hears."""
+    """Return the start of a shipped recording, as long as the model's input."""
     return ast_jax.read_audio(SOUNDS / name)[: model.frontend.max_samples]
 
 
-@pytest.mark.parametrize("name", HEARD)
-def test_shipped_model_names_shipped_recordings(name, model):
-    predictions = ast_jax.classify(beginning(name, model), model, sampling_rate=16000, top_k=len(HEARD[name]))
-    assert {label for label, _ in predictions} == HEARD[name]
+@pytest.mark.parametrize("name", LABELS)
+def test_shipped_model_classifies_shipped_recordings(name, model):
+    predictions = ast_jax.classify(beginning(name, model), model, sampling_rate=16000, top_k=len(LABELS[name]))
+    assert {label for label, _ in predictions} == LABELS[name]
 
 
 def test_every_shipped_recording_is_licensed():
     names = {path.name for path in SOUNDS.glob("*.flac")}
-    assert names == set(HEARD)
+    assert names == set(LABELS)
     licences = (SOUNDS / "LICENSES.md").read_text()
     assert all(f"`{name}`" in licences for name in names)
 
 
-def test_shipped_model_knows_silence_and_noise(model):
+def test_shipped_model_classifies_silence_and_noise(model):
     rng = np.random.default_rng(0)
     silence = np.zeros(model.frontend.max_samples, np.float32)
     noise = 0.1 * rng.standard_normal(model.frontend.max_samples).astype(np.float32)
@@ -61,7 +60,7 @@ def test_shipped_model_knows_silence_and_noise(model):
     assert [predictions[0][0] for predictions in results] == ["Silence", "Noise"]
 
 
-def test_shipped_model_is_small_and_says_where_it_came_from(model):
+def test_shipped_model_is_small_and_has_its_provenance(model):
     assert shipped_models() == ["sounds-tiny"]
     size = sum(path.stat().st_size for path in (PACKAGE / "models" / "sounds-tiny").rglob("*") if path.is_file())
     assert size < 8_000_000
@@ -75,8 +74,8 @@ def test_shipped_model_is_small_and_says_where_it_came_from(model):
     assert json.dumps(model.metadata["training"])
 
 
-def test_shipped_model_is_right_about_packages_that_training_never_touched(model):
-    """What tools/ship_sounds_tiny.py measured on the test split and wrote beside the weights."""
+def test_shipped_model_on_held_out_packages(model):
+    """The metrics of tools/ship_sounds_tiny.py on the test split, stored with the weights."""
     for figures in map(model.metadata["test"].get, ("clean", "noisy")):
         assert figures["mAP"] >= 0.90
         assert min(figures["classes"][name]["average_precision"] for name in ("Speech", "Music")) >= 0.97
@@ -110,7 +109,7 @@ def test_path_bytes_file_object_and_samples_agree(model):
 
 
 def test_other_rates_and_channels(model, tmp_path):
-    """A tone at 44.1 kHz in stereo is the tone at 16 kHz."""
+    """A stereo tone at 44.1 kHz has the scores of the tone at 16 kHz."""
     time = np.arange(2 * 44100) / 44100
     tone = 0.3 * np.sin(2 * np.pi * 1000 * time)
     soundfile.write(tmp_path / "tone.wav", np.stack([tone, tone], 1), 44100)
@@ -122,7 +121,7 @@ def test_other_rates_and_channels(model, tmp_path):
         assert abs(score - at_rate[label]) < 0.05  # 16-bit quantisation and the resampler's edges
 
 
-def test_batches_give_what_single_sounds_give(model):
+def test_batches_equal_single_sounds(model):
     rng = np.random.default_rng(1)
     sounds = [0.1 * rng.standard_normal(rng.integers(400, 41000)) for _ in range(11)]
     together = ast_jax.classify(sounds, model, sampling_rate=16000, top_k=8)
@@ -163,8 +162,8 @@ def test_errors_name_the_sound(model, tmp_path):
         ast_jax.classify(SOUNDS / "speech.flac", model, top_k=0)
 
 
-def test_results_come_as_they_are_ready(model):
-    """The first batch is out before the fifth is read, so that memory does not grow with the number of sounds."""
+def test_results_are_streamed(model):
+    """The first batch is yielded before the fifth is read, so memory is independent of the number of sounds."""
     read = []
 
     def sources():
@@ -185,7 +184,7 @@ def test_scores_that_are_not_finite_are_an_error(model):
         ast_jax.classify(np.zeros(16000, np.float32), broken, sampling_rate=16000)
 
 
-def test_dither_is_for_training(model):
+def test_dither_is_switched_off(model):
     dithered = model.replace(frontend=model.frontend.replace(dither=0.01))
     samples = beginning("speech.flac", model)
     want, got = (ast_jax.classify(samples, each, sampling_rate=16000) for each in (model, dithered))
@@ -193,18 +192,18 @@ def test_dither_is_for_training(model):
 
 
 @pytest.mark.parametrize("rate", [0, -1, "16000", float("nan")])
-def test_rates_that_are_none(model, rate):
+def test_invalid_rates(model, rate):
     with pytest.raises(ValueError, match="sampling_rate: expected a positive number of Hz"):
         ast_jax.classify(np.zeros(16000, np.float32), model, sampling_rate=rate)
 
 
-def test_a_file_named_as_the_standard_input(model, tmp_path, monkeypatch):
+def test_a_file_named_like_the_standard_input(model, tmp_path, monkeypatch):
     (tmp_path / "-").write_bytes((SOUNDS / "siren.flac").read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert ast_jax.classify("-", model)[0][0] in HEARD["siren.flac"]
+    assert ast_jax.classify("-", model)[0][0] in LABELS["siren.flac"]
 
 
-def test_a_model_without_a_classifier_says_so():
+def test_a_model_without_a_classifier():
     model = ast_jax.load("sounds-tiny")
     body = model.replace(params={name: part for name, part in model.params.items() if name != "classifier"})
     with pytest.raises(ValueError, match="the model has no classifier; fine-tune it first"):
@@ -212,15 +211,15 @@ def test_a_model_without_a_classifier_says_so():
 
 
 def scores_of(samples, model, **options):
-    """Return the scores [C] of samples that fit the model, by the extractor and `apply`."""
+    """Return the scores [C] of one clip, by the extractor and `apply`."""
     spec, lengths = ast_jax.ASTFeatureExtractor(model.frontend)(samples, 16000, return_attention_mask=True)
     options = {"lengths": lengths} if options.get("masked") else {}
     logits = np.asarray(ast_jax.apply(model.params, spec, model.config, **options))[0].astype(np.float64)
     return 1 / (1 + np.exp(-logits))
 
 
-def test_a_long_sound_is_heard_to_its_end(model):
-    """Every window, each as the model alone would hear it, and their mean."""
+def test_sliding_windows_of_a_long_sound(model):
+    """Scores of each window equal those of the window alone; the result is their mean."""
     sound = np.concatenate([ast_jax.read_audio(SOUNDS / name) for name in ("speech.flac", "music.flac")])
     found = ast_jax.analyze(sound, model, sampling_rate=16000)
     size = model.frontend.max_samples
@@ -239,7 +238,7 @@ def test_a_long_sound_is_heard_to_its_end(model):
     np.testing.assert_allclose(loudest.overall, want.max(0), atol=1e-5)
 
 
-def test_windows_longer_than_the_model_are_heard_in_pieces(model):
+def test_windows_longer_than_the_input_are_run_in_clips(model):
     sound = ast_jax.read_audio(SOUNDS / "music.flac")  # 5 s
     found = ast_jax.analyze(sound, model, sampling_rate=16000, window=4.0, hop=1.0)
     assert found.times.tolist() == [[0, 4], [1, 5]]
@@ -249,7 +248,7 @@ def test_windows_longer_than_the_model_are_heard_in_pieces(model):
 
 
 def test_short_and_long_sounds_in_one_batch(model):
-    """What a sound gives does not depend on its neighbours, wherever batches end."""
+    """The result of a sound does not depend on its neighbours or on the batch boundaries."""
     rng = np.random.default_rng(2)
     sounds = [0.1 * rng.standard_normal(size).astype(np.float32) for size in (4000, 100_000, 41_000, 300_000, 20_000)]
     alone = [ast_jax.analyze(sound, model, sampling_rate=16000) for sound in sounds]
@@ -260,7 +259,7 @@ def test_short_and_long_sounds_in_one_batch(model):
             np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)  # float32 roundings of other shapes
 
 
-def test_a_bad_end_of_a_long_sound_loses_that_sound_alone(model):
+def test_an_error_late_in_a_sound_affects_that_sound_only(model):
     bad = np.zeros(200_000, np.float32)
     bad[-1] = np.nan
     good = np.zeros(20_000, np.float32)
@@ -270,8 +269,8 @@ def test_a_bad_end_of_a_long_sound_loses_that_sound_alone(model):
     np.testing.assert_allclose(third.scores, first.scores, atol=1e-6)
 
 
-def test_paddings_are_what_they_say(model):
-    """Each beside the same done by hand: zeros, the clip repeated, `lengths`, a model cut to the clip's length."""
+def test_padding_modes(model):
+    """Each against an explicit computation: zeros, the repeated clip, `lengths`, and a model of the clip's length."""
     sound = beginning("speech.flac", model)[:20_000]  # 123 frames, whole patches up to 120
     found = {kind: ast_jax.analyze(sound, model, sampling_rate=16000, padding=kind).scores[0] for kind in PADDING}
     full = np.tile(sound, 3)[: model.frontend.max_samples]
@@ -290,25 +289,25 @@ def test_paddings_are_what_they_say(model):
 
 
 @pytest.mark.parametrize("kind", PADDING)
-def test_a_batch_of_mixed_lengths_gives_each_clip_its_own(model, kind):
+def test_batches_of_mixed_lengths_equal_single_clips(model, kind):
     rng = np.random.default_rng(3)
     sounds = [0.1 * rng.standard_normal(size).astype(np.float32) for size in (400, 9000, 9100, 41_000)]
     together = ast_jax.analyze(sounds, model, sampling_rate=16000, padding=kind)
-    other_company = ast_jax.analyze(sounds[::-1] + sounds, model, sampling_rate=16000, padding=kind, batch_size=4)
+    in_another_batch = ast_jax.analyze(sounds[::-1] + sounds, model, sampling_rate=16000, padding=kind, batch_size=4)
     for index, sound in enumerate(sounds):
         alone = ast_jax.analyze(sound, model, sampling_rate=16000, padding=kind).scores
-        np.testing.assert_allclose(together[index].scores, alone, atol=1e-5)  # what the issue of mixed lengths asks for
-        np.testing.assert_allclose(other_company[len(sounds) + index].scores, alone, atol=1e-5)
+        np.testing.assert_allclose(together[index].scores, alone, atol=1e-5)  # float32 roundings of other batch shapes
+        np.testing.assert_allclose(in_another_batch[len(sounds) + index].scores, alone, atol=1e-5)
 
 
-def test_own_length_compiles_a_program_for_a_number_of_patches(model):
+def test_own_length_compiles_one_program_per_number_of_patches(model):
     windows = sliding_window.SlidingWindow(model, ast_jax.apply, padding="own-length")
     sounds = [np.zeros(size, np.float32) for size in (400, 1000, 1040, 20_000, 19_800, 41_200)]
     assert all(found.outputs.shape == (1, 8) for found in windows.run(sounds, 16000))
     assert sorted(windows.models) == [4, 120, 256]  # frames: one patch, thirty, all
 
 
-def test_options_that_are_none(model):
+def test_invalid_options(model):
     sound = np.zeros(16000, np.float32)
     for options, message in (
         ({"padding": "reflect"}, "padding: expected one of zero, repeat, mask, own-length, got 'reflect'"),
@@ -319,8 +318,8 @@ def test_options_that_are_none(model):
             ast_jax.classify(sound, model, sampling_rate=16000, **options)
 
 
-def test_one_who_leaves_early_hears_nothing_of_it():
-    """With the iterator still there when Python ends."""
+def test_an_unfinished_iterator_at_exit():
+    """The interpreter exits without an error although threads still decode."""
     code = (
         "import ast_jax, sys\n"
         "each = ast_jax.analyze_each(40 * sys.argv[1:], 'sounds-tiny')\n"

@@ -1,4 +1,4 @@
-"""From scores of windows to the whole and to segments."""
+"""Scores of windows to the aggregate, the curve and the segments."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ def analysis(scores, window=2.0, hop=1.0, aggregate="mean"):
     return Analysis("sound.wav", labels, times, scores, float(times[-1, 1]), aggregate)
 
 
-def test_the_whole_is_the_mean_or_the_largest():
+def test_aggregates_are_mean_or_maximum():
     scores = [[0.1, 0.9], [0.3, 0.0]]
     assert analysis(scores).best() == [("b", pytest.approx(0.45)), ("a", pytest.approx(0.2))]
     assert analysis(scores, aggregate="max").best(1) == [("b", pytest.approx(0.9))]
 
 
-def test_where_windows_overlap_their_scores_are_taken_together():
+def test_overlapping_windows_are_aggregated():
     edges, scores = analysis([[0.2], [0.6], [1.0]]).curve()
     assert edges.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(scores[:, 0], [0.2, 0.4, 0.8, 1.0])
@@ -30,7 +30,7 @@ def test_where_windows_overlap_their_scores_are_taken_together():
     np.testing.assert_allclose(scores[:, 0], [0.2, 0.6, 1.0, 1.0])
 
 
-def test_a_last_window_that_ends_with_the_sound():
+def test_the_final_window_ends_with_the_sound():
     times = np.array([[0, 2], [1, 3], [1.5, 3.5]])
     found = Analysis("sound.wav", ("a",), times, np.array([[0.0], [0.3], [0.9]]), 3.5)
     edges, scores = found.curve()
@@ -39,7 +39,7 @@ def test_a_last_window_that_ends_with_the_sound():
 
 
 def test_hysteresis():
-    """0.5 makes a stretch, 0.3 goes on with it, and what never reaches 0.5 is none."""
+    """A segment reaches the upper threshold, 0.5, and extends down to the lower one, 0.3."""
     found = analysis([[0.4], [0.6], [0.35], [0.7], [0.1], [0.4], [0.1], [0.5]], window=1.0)
     assert found.timeline(0.5, 0.3) == [
         Segment(0.0, 4.0, "a", pytest.approx(0.7)),
@@ -49,29 +49,29 @@ def test_hysteresis():
     assert found.timeline(0.8) == []
 
 
-def test_stretches_come_by_time_and_then_by_score():
+def test_segments_are_sorted_by_start_and_score():
     found = analysis([[0.6, 0.9], [0.0, 0.0], [0.9, 0.6]], window=1.0)
     assert [(each.start, each.label) for each in found.timeline()] == [(0, "b"), (0, "a"), (2, "a"), (2, "b")]
 
 
-def test_a_sound_that_could_not_be_used_has_no_timeline():
+def test_an_unusable_sound_has_no_timeline():
     assert Analysis("sound.wav", error="sound.wav: no such file").timeline() == []
 
 
-def test_thresholds_below_nothing():
-    """A regression's outputs may be; the low one is below the high one all the same."""
+def test_negative_thresholds():
+    """For regression; the default lower threshold is below the upper one."""
     assert [(each.start, each.end) for each in analysis([[-2.0], [-1.0], [-1.3]], window=1.0).timeline(-1.0)] == [
         (1, 3)
     ]
 
 
-def test_a_low_threshold_above_the_high_one():
+def test_a_lower_threshold_above_the_upper_one():
     with pytest.raises(ValueError, match=r"low: expected at most the threshold 0\.5, got 0\.6"):
         analysis([[0.5]]).timeline(0.5, 0.6)
 
 
-def test_ten_thousand_windows_are_quick_enough_to_try():
-    """Three hours of a model with many labels: all windows count, at any hop."""
+def test_ten_thousand_windows():
+    """Three hours at a hop of a second."""
     scores = np.random.default_rng(0).random((10000, 50))
     edges, curve = analysis(scores, window=10.0, hop=1.0).curve()
     assert curve.shape == (10009, 50)

@@ -1,6 +1,9 @@
 """All attention implementations: equal values and gradients; memory linear in the number of tokens."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ def qkv(shape, dtype=np.float64, seed=0):
 
 
 def reference(query, key, value, mask=None):
-    """Attention written out for [B, N, H, K] in NumPy."""
+    """Attention for [B, N, H, K] in NumPy."""
     scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
     if mask is not None:
         scores = np.where(mask[:, None, None], scores, -np.inf)
@@ -64,8 +67,8 @@ def test_gradients_are_those_of_dense_attention(implementation, masked):
 
 @pytest.mark.parametrize("implementation", ["chunked", "per_head"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_memory_does_not_grow_with_the_square_of_the_tokens(implementation, backward, monkeypatch):
-    """What the compiler sets aside; all scores at once would take four times as much for twice the tokens."""
+def test_memory_is_linear_in_the_number_of_tokens(implementation, backward, monkeypatch):
+    """By the compiler's temporary memory; with whole score matrices it would grow 16-fold for 4 times the tokens."""
     monkeypatch.setattr(attention, "CHUNK", 64)
 
     def run(query, key, value):
@@ -81,7 +84,7 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens(implementation, back
     assert large < 3 * 4096**2 * 4  # bytes of the scores of three heads
 
 
-def test_cudnn_takes_half_precision_without_a_mask(monkeypatch):
+def test_cudnn_supports_half_precision_without_a_mask(monkeypatch):
     taken = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *given, **how: taken.append(how) or given[0])
     for dtype, width, mask in (
@@ -93,50 +96,68 @@ def test_cudnn_takes_half_precision_without_a_mask(monkeypatch):
     assert taken == [{"implementation": "cudnn"}] * 2
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_cudnn_lowers_for_cuda(backward, monkeypatch):
-    """Lowered here for a GPU that is not there: JAX asks for cuDNN's version while tracing, so it is told one."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
+LOWER = """
+import pathlib, sys
+import jax
+import jax.numpy as jnp
+import ast_jax
+from ast_jax.inference.sliding_window import forward_batch
+from ast_jax.model.attention import dot_product_attention
 
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+def attend(*given):
+    return dot_product_attention(*given, implementation="cudnn")[0].astype(jnp.float32).sum()
 
-    def run(*given):
-        return dot_product_attention(*given, implementation="cudnn")[0].astype(jnp.float32).sum()
-
-    arrays = [jax.ShapeDtypeStruct((2, 146, 3, 64), jnp.bfloat16)] * 3
-    function = jax.grad(run, (0, 1, 2)) if backward else run
-    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    names = re.findall(r"__cudnn\$\w+", text)
-    assert len(names) == (2 if backward else 1)
-    assert not re.search(r"tensor<2x3x146x146x", text), "no scores are written out"
-
-
-def test_waveforms_to_logits_lower_for_cuda_as_one_program(monkeypatch):
-    """The program that a GPU would run in bfloat16: features, and the model with cuDNN's attention in its loop."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    import ast_jax
-    from ast_jax.inference.sliding_window import forward_batch
-
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    config, frontend = ast_jax.PRESETS["base"](), ast_jax.FrontendConfig()
-    params = jax.eval_shape(lambda key: ast_jax.init(key, config), jax.random.key(0))
-    inputs = jax.ShapeDtypeStruct((2, frontend.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    traced = forward_batch.trace(
+arrays = [jax.ShapeDtypeStruct((2, 146, 3, 64), jnp.bfloat16)] * 3
+config, frontend = ast_jax.PRESETS["base"](), ast_jax.FrontendConfig()
+params = jax.eval_shape(lambda key: ast_jax.init(key, config), jax.random.key(0))
+inputs = jax.ShapeDtypeStruct((2, frontend.max_samples), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+traced = {
+    "forward": jax.jit(attend).trace(*arrays),
+    "backward": jax.jit(jax.grad(attend, (0, 1, 2))).trace(*arrays),
+    "waveforms": forward_batch.trace(
         params, inputs, config, frontend, chunk_size=2, dtype=jnp.bfloat16, attention_implementation="cudnn"
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    ),
+}
+for name, program in traced.items():
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    pathlib.Path(sys.argv[1], name).write_text(text)
+"""
+
+
+@pytest.fixture(scope="module")
+def lowered_for_cuda(tmp_path_factory):
+    """Programs lowered for CUDA, by name. JAX asks its CUDA plugin for cuDNN's version; here a stub answers."""
+    folder = tmp_path_factory.mktemp("lowered")
+    (folder / "jax_cuda12_plugin").mkdir()
+    (folder / "jax_cuda12_plugin" / "_versions.py").write_text("def cudnn_get_version():\n    return 91000\n")
+    path = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    command = [sys.executable, "-c", LOWER, str(folder)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(("direction", "calls"), [("forward", 1), ("backward", 2)])
+def test_cudnn_lowers_for_cuda(direction, calls, lowered_for_cuda):
+    text = lowered_for_cuda[direction]
+    assert len(re.findall(r"__cudnn\$\w+", text)) == calls
+    assert not re.search(r"tensor<2x3x146x146x", text), "the score matrix is materialised"
+
+
+def test_waveforms_to_logits_lower_for_cuda_as_one_program(lowered_for_cuda):
+    """In bfloat16: features, and the model with cuDNN's attention in the loop over layers."""
+    text = lowered_for_cuda["waveforms"]
     assert len(re.findall(r"__cudnn\$fmhaSoftmax\b", text)) == 1  # in the loop over layers
     assert "stablehlo.fft" in text
     assert not re.search(r"tensor<2x12x1214x1214x", text)
 
 
-def test_cudnn_where_there_is_none_is_an_error():
+def test_cudnn_without_a_gpu_is_an_error():
     with pytest.raises(RuntimeError, match="cuDNN"):
         dot_product_attention(*jnp.asarray(qkv((1, 2, 1, 8)), jnp.bfloat16), implementation="cudnn")
 
 
-def test_the_fastest_here_is_portable():
+def test_the_fastest_implementation_on_cpu():
     assert attention.fastest_implementation(jnp.float32) == "auto"
     assert attention.fastest_implementation("bfloat16") == "auto"
 

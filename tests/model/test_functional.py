@@ -1,4 +1,4 @@
-"""The model: exact sizes, what `lengths` and dropout promise, dtypes, errors, and lowering for other platforms."""
+"""The model: parameter counts, masking, patch selection, dropout, dtypes, errors, lowering for other platforms."""
 
 import functools
 
@@ -26,7 +26,7 @@ ROUNDING = 1e-5
 
 
 def random_params(config, seed=0):
-    """Draw every leaf, so that no zero hides a mistake; 0.15 is about 1/sqrt(fan-in) at width 48."""
+    """Draw all leaves, so that no zero hides an error; 0.15 is about 1/sqrt(fan-in) at width 48."""
     shapes = model.param_shapes(config)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -95,7 +95,7 @@ def test_parameter_tree_is_format_1():
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_init_gives_arrays_of_the_declared_shapes(qkv_bias):
+def test_init_matches_param_shapes(qkv_bias):
     config = SMALL.replace(qkv_bias=qkv_bias)
     drawn = ast_jax.init(jax.random.key(0), config)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.param_shapes(config))
@@ -104,7 +104,7 @@ def test_init_gives_arrays_of_the_declared_shapes(qkv_bias):
     assert abs(fan_in - 48**-0.5) < 0.02  # 13,824 draws around 0.144: a standard error of 0.001
 
 
-def test_one_equals_its_row_of_a_batch(params, spec):
+def test_single_equals_batched(params, spec):
     batch = ast_jax.apply(params, spec, SMALL)
     assert batch.shape == (3, 5)
     one = ast_jax.apply(params, spec[1], SMALL)
@@ -157,7 +157,7 @@ def test_encode_collects_every_state(params, spec):
     np.testing.assert_allclose(single.hidden_states, out.hidden_states[:, 0], atol=ROUNDING)
 
 
-def test_linen_modules_are_what_apply_runs(params, spec):
+def test_apply_equals_the_linen_modules(params, spec):
     logits = ast_jax.ASTForAudioClassification(SMALL).apply({"params": params}, spec)
     np.testing.assert_allclose(logits, ast_jax.apply(params, spec, SMALL), atol=ROUNDING)
     headless = {name: value for name, value in params.items() if name != "classifier"}
@@ -166,7 +166,7 @@ def test_linen_modules_are_what_apply_runs(params, spec):
 
 
 @pytest.mark.parametrize("garbage", [1e3, np.nan, np.inf])
-def test_padding_cannot_reach_the_output(garbage, params, spec):
+def test_padding_does_not_affect_the_output(garbage, params, spec):
     lengths = jnp.array([16, 40, 64])
     clean = ast_jax.apply(params, spec, SMALL, lengths=lengths)
     dirty = spec.at[0, 16:].set(garbage).at[1, 40:].set(garbage)
@@ -191,7 +191,7 @@ def test_valid_tokens_lie_wholly_inside():
 
 
 def test_masked_equals_shorter_model(params, spec):
-    """With every padding token masked, the model is the one of that length, position embeddings cut to match."""
+    """With all padding masked, the model equals one of that length with cropped position embeddings."""
     short = SMALL.replace(max_length=40)
     rows, columns = SMALL.grid
     positions = params["embeddings"]["position_embeddings"]
@@ -202,8 +202,8 @@ def test_masked_equals_shorter_model(params, spec):
     np.testing.assert_allclose(got, want, atol=ROUNDING)
 
 
-def test_all_tokens_in_any_order_are_the_whole_model(params, spec):
-    """Every token knows its place, and attention does not ask for their order."""
+def test_the_order_of_patches_does_not_matter(params, spec):
+    """Position embeddings are added before patches are selected, and attention is permutation-invariant."""
     patches = SMALL.num_tokens - 2
     want = ast_jax.apply(params, spec, SMALL)
     orders = np.stack([np.arange(patches), np.arange(patches)[::-1], np.random.default_rng(0).permutation(patches)])
@@ -212,7 +212,7 @@ def test_all_tokens_in_any_order_are_the_whole_model(params, spec):
     np.testing.assert_allclose(one, want[1], atol=ROUNDING)
 
 
-def test_patches_left_out_are_as_good_as_masked(params, spec):
+def test_dropped_patches_equal_masked_ones(params, spec):
     lengths = jnp.full(3, 40)
     valid = np.flatnonzero(modules.valid_tokens(lengths, SMALL)[0, 2:])
     assert len(valid) == 12 < SMALL.num_tokens - 2
@@ -226,8 +226,8 @@ def test_patches_left_out_are_as_good_as_masked(params, spec):
     np.testing.assert_allclose(some.hidden_states[0], embedded, atol=ROUNDING)
 
 
-def test_masks_follow_the_tokens(params, spec):
-    """The masked patches come first, then those that are not."""
+def test_masks_follow_the_selected_patches(params, spec):
+    """With the masked patches first."""
     lengths = jnp.array([40, 24, 64])
     patch_indices = np.argsort(modules.valid_tokens(lengths, SMALL)[:, 2:], axis=1)
     got = ast_jax.apply(params, spec, SMALL, patch_indices=patch_indices, lengths=lengths)
@@ -252,7 +252,7 @@ def test_patch_indices_out_of_range_are_refused(patch_indices, message, params, 
 
 
 def test_rematerialisation_saves_memory_and_changes_no_gradient(params, spec):
-    """With dropout too, whose masks are drawn a second time."""
+    """Also with dropout, whose masks are drawn again in the recomputation."""
     config = SMALL.replace(hidden_dropout_prob=0.2)
 
     def total(params, again):
@@ -272,8 +272,8 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient(params, spec):
 
 
 @pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-def test_dropout_draws_another_mask_in_every_layer(field, spec):
-    """With all layers alike and biases zero, the same mask in each would be seen in what each one drops."""
+def test_dropout_masks_differ_between_layers(field, spec):
+    """With equal layers and zero biases, equal masks would drop the same elements in each."""
     config = SMALL.replace(**{field: 0.5})
     params = random_params(config)
     run = functools.partial(ast_jax.encode, params, spec, config, output_hidden_states=True, output_attentions=True)
@@ -299,7 +299,7 @@ def test_dropout_draws_another_mask_in_every_layer(field, spec):
         assert abs(agreement - 0.5) < 0.05  # independent masks agree half the time; the same mask always
 
 
-def test_dropout_is_off_outside_training_and_wants_a_key(params, spec):
+def test_dropout_is_off_outside_training_and_requires_a_key(params, spec):
     config = SMALL.replace(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     np.testing.assert_array_equal(ast_jax.apply(params, spec, config), ast_jax.apply(params, spec, SMALL))
     with pytest.raises(ValueError, match="rngs"):
@@ -310,7 +310,7 @@ def test_dropout_is_off_outside_training_and_wants_a_key(params, spec):
     assert np.abs(first - ast_jax.apply(params, spec, config)).max() > 1e-3
 
 
-def test_bfloat16_computes_in_half_and_answers_in_float32(params, spec):
+def test_bfloat16_computation_gives_float32_logits(params, spec):
     logits = ast_jax.apply(params, spec, SMALL, dtype=jnp.bfloat16)
     assert logits.dtype == jnp.float32
     out = ast_jax.encode(params, spec, SMALL, dtype=jnp.bfloat16, output_attentions=True)
@@ -322,7 +322,7 @@ def test_bfloat16_computes_in_half_and_answers_in_float32(params, spec):
 
 
 def test_layer_norm_statistics_are_float32_in_half_precision():
-    """A mean of 300 under deviations of 1 is lost in bfloat16 sums, not in float32 ones."""
+    """bfloat16 sums would lose deviations of 1 from a mean of 300."""
     x = 300 + jnp.tile(jnp.array([-2.0, 2.0]), 384)[None]
     norm = modules._layer_norm(1e-6, jnp.bfloat16)
     variables = norm.init(jax.random.key(0), x)
@@ -330,7 +330,7 @@ def test_layer_norm_statistics_are_float32_in_half_precision():
     np.testing.assert_allclose(np.asarray(got, np.float32), np.sign(x - 300), atol=1e-2)
 
 
-def test_float64_all_the_way(x64, spec):
+def test_float64(x64, spec):
     params = random_params(SMALL)
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
     out = ast_jax.encode(params, spec.astype(jnp.float64), SMALL, output_attentions=True)
@@ -352,7 +352,7 @@ def test_rectangular_patches_and_independent_strides(spec):
     np.testing.assert_allclose(embedded[0, index], want, atol=ROUNDING)
 
 
-def test_without_config_shapes_tell():
+def test_config_is_inferred_from_shapes():
     config = presets.tiny(max_length=128, num_labels=9, num_hidden_layers=2)
     params = random_params(config)
     spec = jax.random.normal(jax.random.key(1), (2, 128, 128))
@@ -375,12 +375,12 @@ def test_without_config_shapes_tell():
         ((64, 32), np.int16, "floating-point features, got int16"),
     ],
 )
-def test_wrong_input_is_refused(shape, dtype, message, params):
+def test_invalid_input_is_refused(shape, dtype, message, params):
     with pytest.raises(ValueError, match=message):
         ast_jax.apply(params, np.zeros(shape, dtype), SMALL)
 
 
-def test_other_misfits_are_refused(params, spec):
+def test_other_mismatches_are_refused(params, spec):
     with pytest.raises(ValueError, match=r"lengths: expected \(3,\)"):
         ast_jax.apply(params, spec, SMALL, lengths=jnp.array([1, 2]))
     for wrong, said in (([0, 3, 65], "0 to 65"), ([-5, 64, 64], "-5 to 64")):
@@ -401,7 +401,7 @@ def test_other_misfits_are_refused(params, spec):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_apply_lowers_for_accelerators(platform):
-    """The published model lowers for machines that are not here; only compiling and running is left to them."""
+    """The published model lowers for other platforms; compilation and execution are not tested."""
     config = presets.base()
     function = jax.jit(functools.partial(ast_jax.apply, config=config, dtype=jnp.bfloat16))
     spec = jax.ShapeDtypeStruct((2, config.max_length, config.num_mel_bins), jnp.float32)
@@ -413,8 +413,8 @@ def test_apply_lowers_for_accelerators(platform):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_scores_and_head_are_not_rounded_on_accelerators(dtype):
-    """In float32: q k, weights times v, and the head; in bfloat16 the head alone. In the program, not in numbers."""
+def test_scores_and_head_use_full_precision_on_accelerators(dtype):
+    """In float32: q k, weights times v, and the head; in bfloat16 only the head. Read from the lowered program."""
     function = jax.jit(functools.partial(ast_jax.apply, config=SMALL, dtype=dtype))
     spec = jax.ShapeDtypeStruct((2, SMALL.max_length, SMALL.num_mel_bins), jnp.float32)
     program = jax.export.export(function, platforms=["tpu"])(model.param_shapes(SMALL), spec).mlir_module()
@@ -440,7 +440,7 @@ def test_activations_equal_transformers(name):
     np.testing.assert_allclose(modules.ACTIVATIONS[name](x), want, atol=2e-6)  # float32 erf and tanh differ by as much
 
 
-def test_params_that_do_not_fit_the_config_are_refused(params, spec):
+def test_params_that_do_not_match_the_config_are_refused(params, spec):
     for changes, path in (
         ({"qkv_bias": False}, "unexpected: layers/attention/qkv/bias"),
         ({"num_labels": 9}, r"classifier/dense/bias \(expected \(9,\), got \(5,\)"),

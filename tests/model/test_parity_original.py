@@ -59,12 +59,12 @@ def saved(folder, state, prefix=""):
 
 
 def random_spec(config, dtype):
-    """Return normalised features [B, T, F] of a plausible scale."""
+    """Return random features [B, T, F] at the scale of normalised ones."""
     return np.random.default_rng(1).standard_normal((1, config.max_length, config.num_mel_bins)).astype(dtype)
 
 
 def original_stages(model, spec):
-    """Return every stage as NumPy; the model's dtype becomes that of spec."""
+    """Return the output of each stage as NumPy, computed in the dtype of spec."""
     with torch.no_grad():
         stages = model.to(torch.from_numpy(spec).dtype).features(torch.from_numpy(spec))
     return {name: value.numpy() for name, value in stages.items()}
@@ -72,7 +72,7 @@ def original_stages(model, spec):
 
 @functools.partial(jax.jit, static_argnames="config")
 def our_stages(params, spec, config):
-    """Return the same in JAX, by the same names."""
+    """Return the same stages of the JAX model."""
     out = ast_jax.encode(params, spec, config, output_hidden_states=True)
     stages = {f"block {index}": state for index, state in enumerate(out.hidden_states[1:])}
     stages |= {"embeddings": out.hidden_states[0], "norm": out.last_hidden_state, "pooled": out.pooler_output}
@@ -104,7 +104,7 @@ def test_every_stage_equals_the_original(case, tmp_path, x64):
         assert max(found.values()) < TOLERANCE[dtype], (dtype, found)
 
 
-def test_names_under_module_are_the_same_model(tmp_path):
+def test_names_with_the_prefix_module(tmp_path):
     state = randomized(input_tdim=128, label_dim=7, depth=1).state_dict()
     plain = ast_jax.load(saved(tmp_path, state))
     parallel = ast_jax.load(saved(tmp_path, state, "module."))
@@ -116,7 +116,7 @@ def test_names_under_module_are_the_same_model(tmp_path):
     ("frames", "labels", "count"), [(1024, 527, 86_594_063), (128, 35, 85_395_491), (512, 50, 85_757_234)]
 )
 def test_number_of_parameters(frames, labels, count):
-    """All the original's but those of the two ImageNet heads, which it carries along and never calls."""
+    """All of the original's except the two ImageNet heads, which it never calls."""
     with torch.device("meta"):
         original = OriginalAST(label_dim=labels, input_tdim=frames, width=768, heads=12)
     in_all = sum(parameter.numel() for parameter in original.parameters())
@@ -130,7 +130,7 @@ def exchanged(state, first, second):
 
 
 def queries_and_keys_exchanged(state):
-    """Exchange the first two of the three parts of the first block's qkv."""
+    """Swap query and key in the first block's qkv."""
     names = ("v.blocks.0.attn.qkv.weight", "v.blocks.0.attn.qkv.bias")
     parts = {name: state[name].chunk(3) for name in names}
     return {**state, **{name: torch.cat([key, query, value]) for name, (query, key, value) in parts.items()}}
@@ -155,8 +155,8 @@ MUTATIONS = {  # of the weights that are read, and of the configuration
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutations_are_seen(mutation, tmp_path, x64):
-    """Each mistake moves the logits past the float64 tolerance of the parity test, so that test would go red."""
+def test_mutations_are_detected(mutation, tmp_path, x64):
+    """Each mutation changes the logits by more than the float64 tolerance of the parity test."""
     model = torch_original.randomized(OriginalAST(**CASES["10-10, 128 frames"]).double())
     change, fields = MUTATIONS[mutation]
     checkpoint = ast_jax.load(saved(tmp_path, change(model.state_dict())))
@@ -168,8 +168,8 @@ def test_mutations_are_seen(mutation, tmp_path, x64):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("shape", INPUTS, ids=str)
-def test_start_for_another_input_is_the_originals(shape, start, tmp_path):
-    """All stages before the head, which is new and at random in both, of what constructor and `load` make."""
+def test_initial_weights_for_another_input_equal_the_originals(shape, start, tmp_path):
+    """All stages before the head, which is random in both, of the original's constructor and of `load`."""
     frames, bins, frequency, time = shape
     sizes = {**SIZES[INPUTS[shape]], "depth": 1}
     theirs = {"input_tdim": frames, "input_fdim": bins, "fstride": frequency, "tstride": time, "label_dim": 5, **sizes}

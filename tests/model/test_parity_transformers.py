@@ -1,4 +1,4 @@
-"""Against live transformers models with random weights: every output, in float32 and float64, and mutations go red."""
+"""Parity with transformers models with random weights: every output, float32 and float64; mutations are detected."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def torch_outputs(model, spec, dtype, implementation):
 
 
 def compare(folder, model, dtype, implementation):
-    """Return the largest relative difference of each kind of output, attention maps apart."""
+    """Return the largest relative difference of each kind of output."""
     checkpoint = ast_jax.load(folder)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), checkpoint.params)
     spec = torch_models.random_spec(checkpoint.config)
@@ -86,7 +86,7 @@ def test_float64_outputs_equal_transformers(name, tmp_path, x64, monkeypatch):
 
 
 def swap(params, path_parts, first, second, axis):
-    """Return params with two slices along an axis of one leaf exchanged."""
+    """Return params with two slices along an axis of one leaf swapped."""
     flat = dict(flatten_dict(params, sep="/"))
     leaf = flat[path_parts].copy()
     index = np.arange(leaf.shape[axis])
@@ -128,8 +128,8 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_mutations_are_seen(mutation, dtype, tmp_path, x64):
-    """Each mistake moves the logits past the tolerance of the parity test, so that test would go red."""
+def test_mutations_are_detected(mutation, dtype, tmp_path, x64):
+    """Each mutation changes the logits by more than the tolerance of the parity test."""
     model = torch_models.saved_model(tmp_path, "stride-10-10")
     checkpoint = MUTATIONS[mutation](ast_jax.load(tmp_path))
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), checkpoint.params)
@@ -165,8 +165,8 @@ def test_headless_model(tmp_path):
     ],
     ids=str,
 )
-def test_tensors_are_read_as_they_are(dtype, loaded, tmp_path):
-    """Every bit of them, float64 without x64 too; half precision is widened, which is exact."""
+def test_tensors_are_read_exactly(dtype, loaded, tmp_path):
+    """Bit for bit, also float64 without x64; half precision is converted to float32, which is exact."""
     model = torch_models.saved_model(tmp_path, "stride-10-10", num_hidden_layers=1).to(dtype)
     model.save_pretrained(tmp_path)
     params = flatten_dict(ast_jax.load(tmp_path).params, sep="/")
@@ -179,7 +179,7 @@ def test_tensors_are_read_as_they_are(dtype, loaded, tmp_path):
     np.testing.assert_array_equal(params["layers/attention/qkv/bias"][0, 1], want)
 
 
-def test_tensors_of_whole_numbers_are_refused(tmp_path):
+def test_integer_tensors_are_refused(tmp_path):
     torch_models.saved_model(tmp_path, "stride-10-10", num_hidden_layers=1)
     path = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -192,7 +192,7 @@ def test_tensors_of_whole_numbers_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_published_size_equals_transformers(tmp_path):
-    """The model of the paper, whole: 12 layers of width 768, 1,214 tokens, 527 labels."""
+    """The paper's model: 12 layers of width 768, 1,214 tokens, 527 labels."""
     shape = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
     model = torch_models.saved_model(tmp_path, "long", **shape, frequency_stride=10, num_labels=527)
     checkpoint = ast_jax.load(tmp_path)
