@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ast_jax.audio.io import AudioSource, decode
-from ast_jax.config import FrontendConfig, check_types
+from ast_jax.config import FrontendConfig
 from ast_jax.data import hf_folder, layouts, manifests
 from ast_jax.data.records import SPLITS, DataError, Listing, Row
 from ast_jax.labels import audioset_ids, label_set, read_label_ids, read_labels
+from ast_jax.runtime.fields import check_types
 
 HELD_OUT = 10  # one in 10 examples of each label is held out for validation if the data set names no split
 PATHS = ("source", "validation", "test", "label_file")  # fields of `DatasetConfig` that are paths
