@@ -311,12 +311,13 @@ def explain(
     _check_suffix("--output", output, (".png",))
     _check_suffix("--arrays", arrays, (".npz",))
     with user_errors():
-        _check_folders(output, arrays)
+        _check_folders(arrays)
         from ast_jax.inference import explanations
-        from ast_jax.inference.pictures import explanation_picture
+        from ast_jax.inference.pictures import check_place, explanation_picture
         from ast_jax.inference.vectors import write_arrays
         from ast_jax.runtime.progress import step
 
+        check_place(output)
         checkpoint = _loaded(model)
         with step("explaining"):
             found = explanations.explain(

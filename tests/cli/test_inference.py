@@ -16,7 +16,7 @@ from command_line import SOUNDS, in_process
 import ast_jax
 from ast_jax.audio import streams
 from ast_jax.cli import inference
-from ast_jax.inference import embeddings, sliding_window, timeline
+from ast_jax.inference import embeddings, explanations, sliding_window, timeline
 
 RATE = 16000
 ORDER = ("speech", "music", "telephone")
@@ -349,3 +349,13 @@ def test_choices_equal_the_library():
     assert [each.value for each in inference.Pool] == list(embeddings.POOLS)
     assert [each.value for each in inference.Encoding] == list(streams.ENCODINGS)
     assert [each.value for each in inference.Aggregate] == list(timeline.AGGREGATES)
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "librosa", None)  # as if it were not installed
+    monkeypatch.setattr(explanations, "explain", lambda *_, **__: pytest.fail("the work began"))
+    done = in_process("explain", SOUNDS / "siren.flac", "--output", tmp_path / "why.png")
+    assert done.returncode == 1
+    assert "install it with: pip install 'ast-jax[plots]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
