@@ -240,7 +240,7 @@ def test_config_that_transformers_wrote_is_read_and_written_back(tmp_path):
 
 
 @pytest.mark.parametrize("num_labels", [2, 527])
-def test_a_file_without_labels_means_what_it_means_to_transformers(num_labels, tmp_path):
+def test_a_file_without_labels_has_the_default_number_of_transformers(num_labels, tmp_path):
     """transformers does not write `num_labels`, so a file without labels has its default, two."""
     transformers.ASTConfig(num_labels=num_labels).save_pretrained(tmp_path)
     want = transformers.ASTConfig.from_pretrained(tmp_path).num_labels

@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("fetch", help="download and unpack the packages (3 GB, 7.5 GB on disk)")
-    two = commands.add_parser("build", help="cut, label and mix the clips (two or three minutes)")
+    two = commands.add_parser("build", help="cut, label and mix the clips (4 minutes on one core)")
     for command in (one, two):
         command.add_argument("--cache", type=Path, required=True, help="folder of the packages")
     two.add_argument(

@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, check-data, stats; and average, which makes something to measure."""
+"""The commands evaluate, average, check-data and stats."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ from ast_jax.cli.options import DATA_HELP, Fold, LabelFile, TestData, Validation
 def evaluate(
     models_and_data: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL... DATA", help=f"{MODEL_HELP} Several make an ensemble. DATA as finetune's."),
+        typer.Argument(
+            metavar="MODEL... DATA",
+            help=f"Models: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]} Several form an ensemble. Data set: any layout that "
+            "finetune reads.",
+        ),
     ],
     split: Annotated[
         str | None,
-        typer.Option(help="train, validation, test, or all. Default: test where there is one, else validation."),
+        typer.Option(help="Split: train, validation, test or all. [default: test if there is one, else validation]"),
     ] = None,
     test: TestData = None,
     validation: ValidationData = None,
     label_file: LabelFile = None,
     fold: Fold = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Score from which on a label counts as said.")] = 0.5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Over all devices.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: threads.")] = 0,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Decision threshold for precision, recall and F1 of multi-label models.")
+    ] = 0.5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Global batch size, over all devices.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes that decode audio; 0: threads.")] = 0,
     output: Annotated[
-        pathlib.Path | None, typer.Option("--output", "-o", help="Folder for report.json and pictures.")
+        pathlib.Path | None, typer.Option("--output", "-o", help="Output folder for report.json and figures.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Measure models on a data set, alone and as an ensemble.
+    """Evaluate models on a data set, and their ensemble.
 
-    It gives mAP, AUC, d-prime, accuracy, precision, recall and F1, overall and of every class. An ensemble is the mean
-    of the models' scores. They may differ in everything but the labels they know: each hears the sounds in its own way.
+    Metrics: mAP, AUC, d-prime, accuracy, precision, recall and F1, overall and per class. The ensemble is the mean of
+    the models' scores. The models need the labels in common; features, input length and architecture may differ.
     """
     if len(models_and_data) < 2:
         wrong_usage("evaluate: expected a model and a data set, got one of them")
@@ -62,14 +68,16 @@ def evaluate(
 @app.command()
 def average(
     models: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Checkpoints or runs; of a run its best, or --epochs.")
+        list[str],
+        typer.Argument(metavar="RUN...", help="Checkpoints or runs; a run stands for its best epoch, or for --epochs."),
     ],
-    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The checkpoint folder to write.")],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Checkpoint folder to write.")],
     epochs: Annotated[
-        str | None, typer.Option(help="Of each run that was trained with --keep-epochs: FIRST-LAST, as 6-25.")
+        str | None,
+        typer.Option(help="Epochs to average, FIRST-LAST, for example 6-25; needs runs trained with --keep-epochs."),
     ] = None,
 ) -> None:
-    """Average the weights of epochs or runs, as the paper does."""
+    """Average the weights of checkpoints, runs or epochs, as the paper does."""
     with user_errors():
         from ast_jax.checkpoints.folder import check_destination, save
         from ast_jax.checkpoints.load import load
@@ -82,8 +90,8 @@ def average(
         found = [load(folder) for folder in track(folders, "loading models", len(folders))]
         if len(found) == 1:
             raise ValueError(
-                f"{models[0]}: expected several models to average, got one; --epochs FIRST-LAST takes several of a run "
-                "that was trained with --keep-epochs"
+                f"{models[0]}: expected several models to average, got one; --epochs FIRST-LAST selects epochs of a "
+                "run trained with --keep-epochs"
             )
         with step("averaging"):
             save(output, mean_of(found))
@@ -97,13 +105,13 @@ def check_data(
     test: TestData = None,
     label_file: LabelFile = None,
     fold: Fold = None,
-    max_length: Annotated[int, typer.Option(min=16, help="The model's input, frames of 10 ms.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=16, help="Input length of the model, in frames of 10 ms.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look through a data set before training on it.
+    """Audit a data set before training.
 
-    It counts classes, lengths and rates, and names bad, silent and doubled sounds, and leakage between splits. The exit
-    status is 1 where something is wrong with it.
+    Reports class counts, durations and sampling rates, unreadable files, silent clips, duplicates, and leakage between
+    splits. The exit status is 1 if there are problems.
     """
     with user_errors():
         from ast_jax.config import FrontendConfig
@@ -127,22 +135,25 @@ def stats(
     data: Annotated[pathlib.Path, typer.Argument(metavar="DATA", help=DATA_HELP)],
     label_file: LabelFile = None,
     fold: Fold = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    max_length: Annotated[int, typer.Option(min=16, help="Frames of 10 ms that count of each sound.")] = 1024,
-    num_mel_bins: Annotated[int, typer.Option(min=16, help="Mel bins.")] = 128,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many sounds, drawn at random; default: all.")] = None,
+    split: Annotated[str, typer.Option(help="Split: train, validation or test.")] = "train",
+    max_length: Annotated[
+        int, typer.Option(min=16, help="Maximum clip length, in frames of 10 ms; longer clips are cut.")
+    ] = 1024,
+    num_mel_bins: Annotated[int, typer.Option(min=16, help="Number of mel bins.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Sample size: clips drawn at random. [default: all]")] = None,
     as_original: Annotated[
         bool,
         typer.Option(
-            "--as-original", help="As the original's script: masked, mixed, padded, means of batches. Biased."
+            "--as-original",
+            help="Statistics as the original's script computes them, with padding, mixup and masks; biased.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sample.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure mean and deviation of a data set's features.
+    """Compute mean and standard deviation of the log-mel features of a data set.
 
-    They are what finetune takes as --mean and --std, and measures itself where it is given neither.
+    finetune takes them as --mean and --std; without these options it computes them itself.
     """
     with user_errors():
         from ast_jax.config import FrontendConfig
@@ -161,9 +172,9 @@ def stats(
             print(json_line(found._asdict()))
         else:
             skipped = f", {found.skipped} skipped" if found.skipped else ""
-            print(f"mean {found.mean:.7g}  std {found.std:.7g}  ({found.clips} sounds{skipped})")
+            print(f"mean {found.mean:.7g}  std {found.std:.7g}  ({found.clips} clips{skipped})")
             print(
-                "as the original measured them, masked, mixed and padded: for comparison only"
+                "computed as by the original's script, with padding, mixup and masks: for comparison only"
                 if as_original
-                else f"finetune takes them as: --mean {found.mean:.7g} --std {found.std:.7g}"
+                else f"options for finetune: --mean {found.mean:.7g} --std {found.std:.7g}"
             )

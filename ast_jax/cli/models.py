@@ -115,7 +115,7 @@ def convert(
         with step("converting"):
             convert_to(
                 source, destination, to.value, check=check, hints=hints, mean=mean, std=std, changes=changes,
-                say=say,
+                log=say,
             )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def patchout_indices(key: jax.Array, grid: tuple[int, int], frequency: int, time
         grid: rows and columns of patches (F', T').
         frequency: rows to drop (structured patchout).
         time: columns to drop (structured patchout).
-        unstructured: single patches to drop from those that remain.
+        unstructured: individual patches to drop from the remaining ones (unstructured patchout).
 
     Returns:
         [K] ascending indices into the F' T' patches, frequency-major; K depends on the arguments, not on the key.

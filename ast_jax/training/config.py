@@ -113,8 +113,8 @@ class TrainConfig:
     mixup: float = _augmentation(0.0, "waveform mixup: probability per example", _FRACTION)
     frequency_mask: int = _augmentation(0, "SpecAugment frequency masking: maximum width, mel bins", _MIN_0)
     time_mask: int = _augmentation(0, "SpecAugment time masking: maximum width, frames", _MIN_0)
-    frequency_shift: int = _augmentation(0, "random frequency shift: at most so many mel bins, either way", _MIN_0)
-    time_shift: int = _augmentation(0, "random circular time shift: at most so many frames, either way", _MIN_0)
+    frequency_shift: int = _augmentation(0, "random frequency shift: maximum shift up or down, mel bins", _MIN_0)
+    time_shift: int = _augmentation(0, "random circular time shift: maximum shift either way, frames", _MIN_0)
     noise: bool = _augmentation(False, "additive noise, and a circular time shift of up to 10 frames", _FLAG)
     ramp_epochs: float = _augmentation(
         0.0, "augmentation ramp: epochs until mixup and masks have full strength", _MIN_0

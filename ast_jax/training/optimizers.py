@@ -53,7 +53,7 @@ def _rate(step: Any, config: TrainConfig, steps_per_epoch: int, xp: ModuleType) 
 
 
 def frozen_modules(config: TrainConfig) -> frozenset[str]:
-    """Return the modules that are frozen as a whole, which need neither gradients nor optimizer state."""
+    """Return the modules that are frozen entirely and need neither gradients nor optimizer state."""
     if config.linear_probe:
         return frozenset({"embeddings", "layers", "layernorm"})
     return frozenset({"embeddings"} if config.freeze_layers else ())

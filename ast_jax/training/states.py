@@ -1,4 +1,4 @@
-"""Saved states of a run: where it stands, its arrays as Orbax checkpoints, and errors of writing as one line."""
+"""Saved states of a run: its progress, its arrays as Orbax checkpoints, and write errors as one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ History = list[Row]
 
 @dataclasses.dataclass
 class Record:
-    """Where a run stands, apart from its arrays.
+    """The progress of a run: everything of a state but its arrays.
 
     Attributes:
         step: optimizer steps taken; also the number of the next batch.
@@ -37,7 +37,7 @@ class Record:
         history: a row of metrics for each finished epoch.
         metric: the name of the column that selects the best epoch, decided after the first epoch; "train_loss", of
             which the lowest is best, where nothing can be measured on a validation split. "" before.
-        seed: of the run.
+        seed: random seed of the run.
         sizes: number of training and of validation examples.
         skipped: name and reason of every example that could not be read.
     """
@@ -110,7 +110,7 @@ class States:
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            best_fn=rank,  # or Orbax would not store what the policy goes by
+            best_fn=rank,  # or Orbax would not store the metrics that the policy needs
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             create=False,
@@ -140,7 +140,7 @@ class States:
         Its number is the sum of steps and finished epochs, so that an epoch's last step and its end are two states.
 
         Args:
-            record: where the run stands.
+            record: the progress of the run.
             arrays: a tree of NumPy arrays that nobody modifies afterwards; its leaves are saved in order.
             finished: an epoch has just ended, whose score may make this the best state.
             wait: return only when the state is on disk.
@@ -181,7 +181,7 @@ def state_of_epoch(run_folder: pathlib.Path, epoch: int, steps_per_epoch: int) -
 
 
 def read_record(state: pathlib.Path) -> Record:
-    """Read where a run stood when a state was saved.
+    """Read the progress of a run from a saved state.
 
     Raises:
         ValueError: the file is damaged.
@@ -226,8 +226,8 @@ def damage_as_value_error(path: pathlib.Path) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path}: expected the file as finetune wrote it, got a damaged one ({reason}); "
-            "put it back, or start again in a new folder"
+            f"{path}: expected the file as finetune wrote it, got a damaged file ({reason}); "
+            "restore it, or start again in a new folder"
         ) from error
 
 

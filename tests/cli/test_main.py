@@ -46,7 +46,7 @@ def test_classify_imports_what_it_needs():
     } & imported(done)
 
 
-def test_classify_prints_scores_and_what_was_heard():
+def test_classify_prints_scores_and_durations():
     done = ast_cli("classify", SOUNDS / "speech.flac", SOUNDS / "music.flac", "--top-k", "3")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -143,8 +143,8 @@ def test_wrong_usage_of_finetune_is_one_line(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_knows_no_settings(tmp_path):
-    """It resumes with those that it was started with; only epochs, execution and the place of the data may move."""
+def test_resume_rejects_training_settings(tmp_path):
+    """A run keeps its settings; only epochs, execution and the path of the data may change."""
     config = ast_jax.PRESETS["tiny"](num_labels=2, id2label=("a", "b"), problem_type="single_label_classification")
     run = run_folder.RunConfig(
         DatasetConfig(tmp_path / "gone"), config, ast_jax.FrontendConfig(), TrainConfig(), {"trained_from": "scratch"}
@@ -170,7 +170,7 @@ def test_resume_knows_no_settings(tmp_path):
         ('{"hidden_size": "wide"}', "config.json: hidden_size: expected an integer, got 'wide'"),
     ],
 )
-def test_an_architecture_that_is_none_is_one_line(text, message, tmp_path):
+def test_an_invalid_architecture_is_one_line(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     done = in_process("finetune", "x", "--output", "run", "--architecture", "config.json", cwd=tmp_path)
     assert done.returncode == 1
@@ -179,7 +179,7 @@ def test_an_architecture_that_is_none_is_one_line(text, message, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_names_that_are_no_line_of_text(encoding, tmp_path):
+def test_file_names_that_cannot_be_encoded(encoding, tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/a\nb\xff\xc3\xbc.wav")
     shown = f"{tmp_path}/a\\nb\\udcff" + {"utf-8": "ü", "ascii": "\\xfc"}[encoding] + ".wav"
     pathlib.Path(name).write_bytes((SOUNDS / "speech.flac").read_bytes())
@@ -224,7 +224,7 @@ OTHERS = {  # a value other than the default for every setting
 
 
 def as_options(settings):
-    """Return settings as they are typed."""
+    """Return settings as command-line arguments."""
     for name, value in settings.items():
         option = name.replace("_", "-")
         yield from (
@@ -234,7 +234,7 @@ def as_options(settings):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What reaches the library from the command line."""
+    """Records the arguments that the command line passes to the library."""
     seen = {}
 
     def start_run(data, output, init, plan, execution, metrics, log):
@@ -248,7 +248,7 @@ def asked(monkeypatch):
 
 
 def test_finetune_passes_every_option_on(asked, tmp_path):
-    """All but those of several processes, which are tried for real elsewhere."""
+    """All but the multi-host options, which have tests of their own."""
     command = ["finetune", "data", "-o", tmp_path / "run", "--init", "sounds-tiny", "--teacher", "t.stablehlo"]
     command += ["--problem-type", "multi_label_classification", "--max-length", "128", "--mean", "-5", "--std", "4"]
     command += ["--validation-data", "v", "--test-data", "t", "--labels", "l.csv", "--fold", "3", "--keep-epochs"]
@@ -269,7 +269,7 @@ def test_finetune_passes_every_option_on(asked, tmp_path):
     assert OTHERS.keys() == vars(TrainConfig()).keys()
 
 
-def test_a_linear_probe_is_asked_for(asked, tmp_path):
+def test_linear_probe_reaches_the_library(asked, tmp_path):
     done = in_process("finetune", "data", "-o", tmp_path / "run", "--linear-probe")
     assert done.returncode == 0, done.stderr
     assert asked["plan"].training == TrainConfig(linear_probe=True)
@@ -293,7 +293,7 @@ def test_a_recipe_is_printed_and_can_be_overridden(asked, tmp_path):
 
 
 @pytest.mark.parametrize(("init", "rate"), [(None, 1e-4), ("sounds-tiny", 1e-5)])
-def test_esc50_is_cross_validated_at_the_rate_for_its_start(init, rate, asked, tmp_path):
+def test_esc50_recipe_cross_validates_with_the_learning_rate_of_its_init(init, rate, asked, tmp_path):
     command = ["finetune", "data", "-o", tmp_path / "run", "--recipe", "esc50", *(["--init", init] if init else [])]
     done = in_process(*command)
     assert done.returncode == 0, done.stderr
@@ -320,7 +320,7 @@ def test_out_of_memory_is_one_line(monkeypatch, tmp_path):
     ]
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_pipe_is_no_error():
     command = [sys.executable, "-m", "ast_jax.cli.main", "classify", *[str(SOUNDS / "speech.flac")] * 20]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline()
@@ -414,7 +414,7 @@ def test_convert_to_another_input_and_other_labels(tmp_path):
         np.testing.assert_array_equal(leaf, flatten_dict(checkpoint.params, sep="/")[path])
 
 
-def test_convert_asks_for_what_shapes_do_not_give(tmp_path):
+def test_convert_names_the_option_for_a_setting_that_shapes_do_not_determine(tmp_path):
     model = torch_original.OriginalAST(label_dim=2, input_tdim=100, depth=1)  # 100 frames are not a multiple of 128
     torch.save(model.state_dict(), tmp_path / "own.pth")
     done = in_process("convert", tmp_path / "own.pth", tmp_path / "out")
@@ -445,7 +445,7 @@ def test_convert_asks_for_what_shapes_do_not_give(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_convert_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path):
+def test_convert_errors_are_one_line_and_leave_no_files(arguments, message, tmp_path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     done = in_process("convert", *arguments, cwd=tmp_path)
     assert done.returncode == (1 if message else 2)
@@ -520,7 +520,7 @@ def test_info_of_the_shipped_model():
     [[], ["classify"], ["embed"], ["explain"], ["convert"], ["export"], ["info"], ["finetune"], ["resume"]],
     ids=str,
 )
-def test_help_says_what_there_is_and_imports_no_jax(command):
+def test_help_lists_the_options_and_imports_no_jax(command):
     done = ast_cli(*command, "--help", COLUMNS="200", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     for word in {
@@ -540,7 +540,7 @@ def test_help_says_what_there_is_and_imports_no_jax(command):
     assert not heavy & modules
 
 
-def test_help_of_finetune_is_whole_in_a_narrow_terminal():
+def test_help_of_finetune_is_not_truncated_in_a_narrow_terminal():
     text = ast_cli("finetune", "--help", COLUMNS="80").stdout
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
@@ -598,7 +598,7 @@ def test_classify_takes_folders_and_writes_tables(tmp_path):
         assert line["predictions"][0] == {"label": row["label_1"], "score": float(row["score_1"])}
 
 
-def test_classify_writes_a_table_whole_or_not_at_all(tmp_path):
+def test_classify_writes_tables_atomically(tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, status, message in (
         ([tmp_path / "empty", "-o", tmp_path / "out.csv"], 1, "expected a folder with sound files, found none"),

@@ -47,7 +47,7 @@ def test_the_spectrogram_of_a_long_sound(tmp_path, columns):
     np.testing.assert_allclose(got, want, atol=1e-4)  # float32 roundings of means
 
 
-def test_a_timeline_has_a_row_for_each_label_that_is_heard():
+def test_a_timeline_has_a_row_for_each_detected_label():
     spec = np.random.default_rng(0).standard_normal((100, 128)).astype(np.float32)
     figure = pictures.timeline_figure(analysis(10), spec, FRONTEND, 0.5)
     figure.draw_without_rendering()

@@ -101,7 +101,7 @@ def fill_half(path, error):
 
 
 @pytest.mark.parametrize("error", [ValueError, Interrupted])
-def test_whole_folder_interrupted_leaves_what_was_there(tmp_path, error):
+def test_interrupted_atomic_folder_keeps_the_old_content(tmp_path, error):
     path = tmp_path / "best"
     with pytest.raises(error):
         fill_half(path, error)
@@ -114,7 +114,7 @@ def test_whole_folder_interrupted_leaves_what_was_there(tmp_path, error):
     assert names(tmp_path) == ["best"]
 
 
-def test_whole_folder_puts_the_old_one_back_when_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+def test_atomic_folder_restores_the_old_one_if_the_rename_fails(tmp_path, monkeypatch):
     path = tmp_path / "best"
     with atomic_folder(path) as folder:
         fill(folder, "old")
@@ -132,7 +132,7 @@ def test_whole_folder_puts_the_old_one_back_when_the_new_one_cannot_be_moved(tmp
     assert names(tmp_path) == ["best"]
 
 
-def test_scratch_of_killed_writers_goes_and_nothing_else(tmp_path, monkeypatch):
+def test_remove_scratch_removes_only_temporary_files_of_killed_writers(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # what a kill leaves: nothing is cleaned up
     monkeypatch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
     with pytest.raises(Interrupted):

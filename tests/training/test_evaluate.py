@@ -33,7 +33,7 @@ def checkpoint(seed, labels=LABELS, problem_type="multi_label_classification", *
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Three models that share labels and nothing else: strides, length, the order of the labels, one label more."""
+    """Three models with common labels that differ in strides, length and label order; one has a further label."""
     folder = tmp_path_factory.mktemp("models")
     save(folder / "one", checkpoint(0))
     save(folder / "two", checkpoint(1, time_stride=8, max_length=64))
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twenty-one sounds, one of them no sound: with batches of eight the last one is short."""
+    """Twenty-one files, one of them not audio; with batches of eight the last one is partial."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     lines = ["path,label,split"]
     for index in range(21):
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 
 def logits_one_by_one(model, examples):
-    """The same from the host's features, sound by sound."""
+    """Return the logits from features on the host, one clip at a time."""
     params, config, frontend = model
     extract = ast_jax.ASTFeatureExtractor(frontend)
     apply = jax.jit(ast_jax.apply, static_argnames="config")
@@ -65,7 +65,7 @@ def logits_one_by_one(model, examples):
 
 
 @pytest.mark.parametrize("batch_size", [8, 16])
-def test_a_split_on_eight_devices_is_each_sound_alone(models, data, batch_size):
+def test_eight_devices_give_the_logits_of_single_clips(models, data, batch_size):
     model = ast_jax.load(models[0])
     examples = datasets.read_dataset(data).splits["test"]
     found = evaluate.predict(model, examples, batch_size)
@@ -79,7 +79,7 @@ def test_a_split_on_eight_devices_is_each_sound_alone(models, data, batch_size):
     np.testing.assert_array_equal(again.logits, found.logits)
 
 
-def test_nothing_readable_is_an_error(models, data):
+def test_no_readable_file_is_an_error(models, data):
     bad = [example for example in datasets.read_dataset(data).splits["test"] if example.path.name == "13.wav"]
     with pytest.raises(datasets.DataError, match="none of the 1 sounds to evaluate on can be read"):
         evaluate.predict(ast_jax.load(models[0]), bad, 8).measured()
@@ -105,8 +105,8 @@ def test_an_ensemble_is_the_mean_of_the_scores(models, data):
             assert one["recall"] == pytest.approx(hits / truth[:, column].sum())
 
 
-def test_a_run_is_measured_on_what_it_held_out(models, tmp_path):
-    """By its own seed, or its own fold; runs that held out different sounds have no validation split in common."""
+def test_a_run_is_evaluated_on_its_own_validation_split(models, tmp_path):
+    """The split follows the run's seed or fold; runs with different splits have none in common."""
     rng = np.random.default_rng(0)
     lines = ["path,label,fold"]
     for index in range(40):
@@ -139,7 +139,7 @@ def test_a_run_is_measured_on_what_it_held_out(models, tmp_path):
         evaluate.evaluate([models[0], str(tmp_path / "single")], tmp_path / "plain.csv", batch_size=8)
 
 
-def test_scores_and_logits_of_an_ensemble_say_the_same():
+def test_scores_of_ensemble_logits_are_the_mean_scores():
     mean = np.random.default_rng(0).dirichlet(np.ones(4), 6)
     for kind in ("multi_label_classification", "single_label_classification"):
         config = ast_jax.ASTConfig(num_labels=4, problem_type=kind)
@@ -193,7 +193,7 @@ def test_evaluate_on_the_command_line(models, data, tmp_path):
         (["headless", "data"], 1, "has no classifier; fine-tune it first"),
     ],
 )  # fmt: skip
-def test_what_evaluate_cannot_do_is_one_line(arguments, status, message, models, data, tmp_path):
+def test_errors_of_evaluate_are_one_line(arguments, status, message, models, data, tmp_path):
     save(tmp_path / "other", checkpoint(0, ("x", "y")))
     headless = checkpoint(0)
     body = {name: part for name, part in headless.params.items() if name != "classifier"}
@@ -206,7 +206,7 @@ def test_what_evaluate_cannot_do_is_one_line(arguments, status, message, models,
 
 
 def test_average_on_the_command_line(tmp_path):
-    """Of runs their best epochs, or those that were kept."""
+    """Averages the best epochs of runs, or the epochs kept by --keep-epochs."""
     for number in (1, 2):
         run = tmp_path / f"run{number}"
         run.mkdir()
@@ -225,7 +225,7 @@ def test_average_on_the_command_line(tmp_path):
     for epochs, message in (
         ("4-3", "epochs: expected FIRST-LAST, as 6-25, got '4-3'"),
         ("3-5", "1 of 3 epochs are not there, the first is "),
-        ("3", "expected several models to average, got one; --epochs FIRST-LAST takes several of a run"),
+        ("3", "expected several models to average, got one; --epochs FIRST-LAST selects epochs of a run"),
     ):
         done = invoke("average", tmp_path / "run1", "--output", tmp_path / "no", "--epochs", epochs)
         assert done.exit_code == 1
@@ -235,7 +235,7 @@ def test_average_on_the_command_line(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_a_run_and_its_best_are_the_same_model(models, data, tmp_path):
+def test_a_run_folder_stands_for_its_best_checkpoint(models, data, tmp_path):
     shutil.copytree(models[0], tmp_path / "run" / "best")
     again = [str(tmp_path / "run" / "best"), str(tmp_path / "run" / "." / "best")]
     notes = [evaluate.evaluate(found, data, batch_size=8).notes for found in (again, models[:2])]

@@ -469,7 +469,7 @@ def test_damaged_run_folders_are_one_line(name, text, run, tmp_path):
     shutil.copytree(run[0], copy)
     (copy / name).write_text(text)
     with pytest.raises(
-        ValueError, match=rf"{name}: expected the file as finetune wrote it, got a damaged one \(."
+        ValueError, match=rf"{name}: expected the file as finetune wrote it, got a damaged file \(."
     ) as found:
         finetune.resume(copy)
     assert "\n" not in str(found.value)

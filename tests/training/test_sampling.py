@@ -47,6 +47,6 @@ def test_weighted_draws_follow_the_weights():
         (np.array([1, 1, 1, -1]), "got -1.0 to 1.0"), (np.array([1, 1, 1, np.nan]), "got nan to nan"),
     ],
 )  # fmt: skip
-def test_weights_that_are_none_are_refused(weights, message):
+def test_invalid_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=f"weights: .*{message}"):
         epoch_order(4, 0, 0, weights)

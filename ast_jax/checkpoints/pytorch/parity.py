@@ -7,9 +7,10 @@ transformers of its ImageNet initialisation, it is the forward pass below, in Py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from ast_jax.model.functional import apply, encode
 TOLERANCE = 3e-5
 SEED = 0
 VERIFICATION_FILE = "verification.json"
+Stages = Callable[[np.ndarray], Iterator[tuple[str, Any]]]  # of a spectrogram: name and activations of each stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +136,12 @@ def verify(source: Source, checkpoint: Checkpoint) -> Verification:
     if not (form.is_transformers and source.read_json(PREPROCESSOR_FILE)):
         given += ("mean and standard deviation of the features",)
     try:
-        run, reference = _reference(form)
+        run, reference = _reference(source, state, form, checkpoint)
         spec = np.random.default_rng(SEED).standard_normal(
             (1, checkpoint.config.max_length, checkpoint.config.num_mel_bins), np.float32
         )
         ours = _our_stages(checkpoint, spec)
-        theirs = dict(run(source, state, form, checkpoint, spec))
+        theirs = dict(run(spec))
         stages = tuple(_stage(name, ours[name], theirs[name]) for name in theirs)
     except ImportError as error:
         stages, reference = (), f"none: {error.name or error} is not installed or cannot be imported here"
@@ -210,7 +212,7 @@ def _named(hidden: Any, normed: Any, pooled: Any) -> dict[str, Any]:
     return {**dict(zip(names, hidden, strict=True)), "norm": normed, "pooled": pooled}
 
 
-def _reference(form: Format) -> tuple[Any, str]:
+def _reference(source: Source, state: Any, form: Format, checkpoint: Checkpoint) -> tuple[Stages, str]:
     """Return the function that runs the reference model, and its description.
 
     Raises:
@@ -219,18 +221,20 @@ def _reference(form: Format) -> tuple[Any, str]:
     import torch
 
     if not form.is_transformers:
-        return _original_stages, f"the original's forward pass, torch {torch.__version__}"
+        run = functools.partial(_original_stages, state, form, checkpoint)
+        return run, f"the original's forward pass, torch {torch.__version__}"
     import transformers
 
     try:
         transformers.ASTModel  # noqa: B018 (imported lazily)
     except OSError as error:  # an optional dependency whose shared library does not fit PyTorch
         raise ImportError(f"transformers ({error})") from error
-    return _transformers_stages, f"transformers {transformers.__version__}, torch {torch.__version__}"
+    run = functools.partial(_transformers_stages, source, state, checkpoint)
+    return run, f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 def _transformers_stages(
-    source: Source, state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray
+    source: Source, state: Any, checkpoint: Checkpoint, spec: np.ndarray
 ) -> Iterator[tuple[str, Any]]:
     """Yield the stages of transformers' model, loaded by `from_pretrained` from the state dict."""
     import torch
@@ -255,9 +259,7 @@ def _transformers_stages(
             yield "logits", model.classifier(out.pooler_output)
 
 
-def _original_stages(
-    source: Source, state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray
-) -> Iterator[tuple[str, Any]]:
+def _original_stages(state: Any, form: Format, checkpoint: Checkpoint, spec: np.ndarray) -> Iterator[tuple[str, Any]]:
     """Yield the stages of the original's class (paper section 2); image models get the spectrogram in each channel."""
     import torch
     from torch.nn import functional

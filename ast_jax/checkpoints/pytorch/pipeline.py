@@ -43,7 +43,7 @@ def convert_to(
     mean: float | None = None,
     std: float | None = None,
     changes: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = logger.info,
+    log: Callable[[str], None] = logger.info,
 ) -> Checkpoint:
     """Convert a checkpoint or PyTorch weights to a checkpoint folder or a PyTorch checkpoint, and report on it.
 
@@ -56,7 +56,7 @@ def convert_to(
         mean: of the features; overrides the source's.
         std: likewise.
         changes: arguments of `resize`.
-        say: called with each line or table of the report.
+        log: called with each line or table of the report.
 
     Returns:
         The checkpoint that was written.
@@ -90,7 +90,7 @@ def convert_to(
             compared = f"{verification.of}, before {'; '.join(checkpoint.provenance.changes)}"
             verification = dataclasses.replace(verification, of=compared)
         _require_passed(
-            verification, f"{source}: the converted model differs from the source; nothing was written", say
+            verification, f"{source}: the converted model differs from the source; nothing was written", log
         )
     notes: tuple[str, ...] = ()
     if target == OURS:
@@ -99,11 +99,11 @@ def convert_to(
     else:
         notes = to_torch(checkpoint, destination, format=target)
     labels = f"{checkpoint.config.num_labels} labels" if "classifier" in checkpoint.params else "no classifier"
-    say(f"{destination}: {num_params(checkpoint.params):,} parameters, {labels}")
+    log(f"{destination}: {num_params(checkpoint.params):,} parameters, {labels}")
     for line in [*checkpoint.provenance.report()[already_reported:], *(f"note: {note}" for note in notes)]:
-        say(f"  {line}")
+        log(f"  {line}")
     if check:
-        _verify_destination(destination, target, checkpoint, verification, say)
+        _verify_destination(destination, target, checkpoint, verification, log)
     return checkpoint
 
 
@@ -131,10 +131,10 @@ def _with_problem_type(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _require_passed(verification: Verification, message: str, say: Callable[[str], None]) -> None:
+def _require_passed(verification: Verification, message: str, log: Callable[[str], None]) -> None:
     """Report a failed verification and raise ValueError."""
     if not verification.passed:
-        say(str(verification))
+        log(str(verification))
         raise ValueError(message)
 
 
@@ -143,21 +143,21 @@ def _verify_destination(
     target: str,
     checkpoint: Checkpoint,
     verification: Verification | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Read the destination back and compare it, report the verifications of source and destination, and write one."""
     if verification is not None:
-        say(str(verification))
+        log(str(verification))
     elif target == OURS:
-        say("the source is a checkpoint of ast_jax: there is no PyTorch model to compare with")
+        log("the source is a checkpoint of ast_jax: there is no PyTorch model to compare with")
     if target == OURS:
-        say(f"{verify_saved(destination, checkpoint)} arrays written and read back: none different")
+        log(f"{verify_saved(destination, checkpoint)} arrays written and read back: none different")
     else:
         verification = verify_exported(destination, checkpoint)
         if not verification.passed:
             shutil.rmtree(destination) if destination.is_dir() else destination.unlink()
-        _require_passed(verification, f"{destination}: the exported model differs from the source; it was removed", say)
-        say(str(verification))
+        _require_passed(verification, f"{destination}: the exported model differs from the source; it was removed", log)
+        log(str(verification))
     if verification is not None:
         in_folder, beside = destination / VERIFICATION_FILE, destination.with_suffix(f".{VERIFICATION_FILE}")
         text = json.dumps(verification.to_json_dict(), indent=2, ensure_ascii=False) + "\n"
