@@ -15,6 +15,7 @@ from .config import ASTConfig as ASTConfig
 from .config import FrontendConfig as FrontendConfig
 from .config import ProblemType as ProblemType
 from .data.datasets import DatasetConfig as DatasetConfig
+from .data.records import DataError as DataError
 from .inference.embeddings import Embedding as Embedding
 from .inference.embeddings import embed as embed
 from .inference.embeddings import embed_each as embed_each

@@ -9,9 +9,11 @@ FOLDER/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -153,6 +155,18 @@ def _checkpointer() -> Any:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silence Orbax's warnings, such as that a state has no metrics or an item no metadata file of its own."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def restore_numpy(folder: pathlib.Path) -> Any:
     """Restore an Orbax PyTree as NumPy arrays, whatever devices it was saved from.
 
@@ -162,7 +176,7 @@ def restore_numpy(folder: pathlib.Path) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        with _checkpointer() as checkpointer:
+        with quiet_orbax(), _checkpointer() as checkpointer:
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
             # Without restore_type Orbax asks for the device topology of the machine that saved.
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

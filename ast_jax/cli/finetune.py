@@ -129,6 +129,8 @@ def finetune(
         chosen = _recipe(recipe)
         if chosen and max_length is None:
             size["max_length"] = chosen.frontend["max_length"]
+        execution, settings = _execution(context), given(context, TrainConfig)
+        _training(chosen, settings, None)  # checked before a model is loaded
         initial = load(init, **size) if init else None
         by_recipe = chosen is not None and chosen.cross_validate and fold is None
         if several := by_recipe if cross_validate is None else cross_validate:
@@ -138,8 +140,8 @@ def finetune(
             output,
             init=initial,
             architecture=None if init else _architecture(architecture or ("base" if chosen else "tiny"), size),
-            training=_training(chosen, given(context, TrainConfig), initial),
-            execution=_execution(context),
+            training=_training(chosen, settings, initial),
+            execution=execution,
             recipe=recipe,
             problem_type=problem_type.value if problem_type else None,
             statistics=None if mean is None or std is None else (mean, std),
@@ -177,14 +179,17 @@ def resume(
     """
     with user_errors(), step("fine-tuning"), training_process(context, "resume", run):
         from ast_jax.data.datasets import DatasetConfig
-        from ast_jax.training import crossval, run_folder
+        from ast_jax.training import crossval
         from ast_jax.training import finetune as tuning
 
         several = crossval.is_cross_validation(run)
         moved = None
         if any(path is not None for path in (data, validation, test, label_file)):
-            old = crossval.data_of(run) if several else run_folder.read_run(run).data
-            moved = DatasetConfig(data or old.source, validation, test, label_file)
+            old = crossval.data_of(run) if several else tuning.data_of(run)
+            try:
+                moved = old.moved_to(DatasetConfig(data or old.source, validation, test, label_file))
+            except ValueError as error:
+                wrong_usage(_in_options(str(error)))
         result = (crossval.resume_cross_validation if several else tuning.resume)(
             run, moved, epochs=epochs, execution=_execution(context), log=say
         )
@@ -197,6 +202,10 @@ def training_process(context: typer.Context, command: str, output: pathlib.Path)
     from ast_jax.runtime.signals import EXIT_TERMINATED, Terminated
 
     hosts = HostsConfig(**given(context, HostsConfig))
+    for name, least in (("num_processes", 1), ("process_id", 0)):
+        value = getattr(hosts, name)
+        if value is not None and value < least:
+            wrong_usage(f"{option_name(name)}: expected {least} or more, got {value}")
     if hosts.coordinator is None and (hosts.num_processes is not None or hosts.process_id is not None):
         wrong_usage("--num-processes and --process-id: expected with --coordinator only")
     need_train_extra(command)
@@ -273,11 +282,10 @@ def _architecture(name: str, size: ResizeOptions) -> ASTConfig:
 
 def _print_result(result: Any) -> None:
     """Print where the best checkpoint of a run is; a cross-validation has logged its table."""
-    from ast_jax.checkpoints.load import load
     from ast_jax.training import run_folder
 
     if isinstance(result, run_folder.Run) and _is_first():
-        say(f"the best: {run_folder.row_line(load(result.best).metadata['epoch'])}")
+        say(f"the best: {run_folder.row_line(result.results['best'])}")
         say(f"checkpoint: {result.best}")
 
 
@@ -290,12 +298,9 @@ def _is_first() -> bool:
 
 def need_train_extra(command: str) -> None:
     """Name the command that installs the training extra, where it is missing; silence Orbax's logs."""
-    import importlib.util
+    from ast_jax.training.extras import require_train_extra
 
-    needed = ("grain", "sklearn", "tensorboard", "matplotlib")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{command} needs {' and '.join(missing)}; install it with: pip install 'ast-jax[train]'")
+    require_train_extra(command)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # tracebacks of errors that we report in a line
     usual = sys.unraisablehook
 

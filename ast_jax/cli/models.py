@@ -204,6 +204,6 @@ def export(
             f"{output}: {output.stat().st_size / 1e6:.1f} MB for {platforms}",
             f"  takes    waveform [b, {frontend.max_samples}] float32 at {frontend.sampling_rate} Hz, "
             "num_samples [b] int32",
-            f"  returns  logits [b, {checkpoint.config.num_labels}]",
+            f"  returns  a dict of {checkpoint.config.num_labels} labels, each with its logits [b]",
             sep="\n",
         )

@@ -47,6 +47,9 @@ class HostsConfig:
     )
 
 
+SPELLED = {
+    "num_workers": "--workers", "validation": "--validation-data", "test": "--test-data", "label_file": "--labels",
+}  # fmt: skip
 ALIASES = {"learning_rate": ["--lr"]}
 DEFAULTS = {"num_workers": "half of the cores"}  # on the command line; the library's default is its own
 
@@ -84,7 +87,7 @@ def words(values: dict[str, Any]) -> list[str]:
 
 def option_name(field: str) -> str:
     """Return the option of a field."""
-    return "--workers" if field == "num_workers" else f"--{field.replace('_', '-')}"
+    return SPELLED.get(field, f"--{field.replace('_', '-')}")
 
 
 def _key(config: type[Any]) -> str:

@@ -165,6 +165,9 @@ def _constraints(config: TrainConfig) -> Iterator[tuple[str, bool, str]]:
 class ExecutionConfig:
     """How a run is executed: devices and worker processes. Another value gives the same run, up to rounding.
 
+    Worker processes import the main module anew: a script that uses them keeps its calls under
+    `if __name__ == "__main__":`.
+
     Raises:
         ValueError: a value of another type or out of its range.
     """

@@ -38,7 +38,7 @@ from ast_jax.training.states import Record, damage_as_value_error, newest_state,
 from ast_jax.training.trainer import Log, MetricsCallback, is_over
 
 logger = logging.getLogger(__name__)
-PLAN_FILE = "cross_validation.json"
+PLAN_FILE = finetune.CROSS_VALIDATION_FILE
 INITIAL = "initial"
 TABLE_JSON = "folds.json"
 StrPath = str | os.PathLike[str]
@@ -53,6 +53,14 @@ class CrossValidation:
     """
 
     folder: pathlib.Path
+
+    def __post_init__(self) -> None:
+        """Accept a string for the folder."""
+        object.__setattr__(self, "folder", pathlib.Path(self.folder))
+
+    def __fspath__(self) -> str:
+        """Stand for the folder wherever a path is taken."""
+        return str(self.folder)
 
     @property
     def folds(self) -> dict[str, Run]:
@@ -76,7 +84,9 @@ class CrossValidation:
         """
         path = self.folder / TABLE_JSON
         if not path.exists():
-            raise ValueError(f"{path}: not there yet; no fold is finished (ast_jax.resume_cross_validation continues)")
+            raise ValueError(
+                f"{path}: not written yet; no fold is finished (ast_jax.resume_cross_validation continues)"
+            )
         with damage_as_value_error(path):
             return json.loads(path.read_text(encoding="utf-8"))
 
@@ -108,6 +118,7 @@ def cross_validate(
         DataError: the data set has no folds.
         ValueError: as in `finetune`.
     """
+    finetune.check_call(execution, metrics, log)
     output, data = pathlib.Path(output), DatasetConfig.of(data)
     _refuse_several_processes()
     if held_out := [name for name in ("fold", "validation") if getattr(data, name) is not None]:
@@ -154,7 +165,7 @@ def resume_cross_validation(
 ) -> CrossValidation:
     """Continue a cross-validation: with the fold that was training, then with those that have not begun.
 
-    The arguments are those of `resume`; `epochs` holds for every fold.
+    The arguments are those of `resume`; `epochs` holds for every fold, and is refused where one of them cannot have it.
 
     Returns:
         The finished cross-validation.
@@ -162,6 +173,7 @@ def resume_cross_validation(
     Raises:
         ValueError: the folder holds none, or a damaged one; or as in `resume`.
     """
+    finetune.check_call(execution, metrics, log)
     output = pathlib.Path(output)
     _refuse_several_processes()
     content = _read_plan(output)
@@ -182,7 +194,9 @@ def resume_cross_validation(
             folder, held_out = output / f"fold-{fold}", dataclasses.replace(source, fold=fold)
             log(f"fold {fold} ({number} of {len(content['folds'])})")
             if run_folder.can_resume(folder):
-                finetune.resume(folder, held_out, epochs=epochs, execution=execution, metrics=metrics, log=log)
+                finetune.resume(
+                    folder, held_out, epochs=plan.training.epochs, execution=execution, metrics=metrics, log=log
+                )
             else:
                 finetune.start_run(held_out, folder, init, plan, execution, metrics, log)
             rows = _write_table(output, content["folds"])
@@ -234,6 +248,11 @@ def data_of(output: StrPath) -> DatasetConfig:
 def _read_plan(output: pathlib.Path) -> dict[str, Any]:
     """Read what was asked for."""
     path = output / PLAN_FILE
+    if not path.exists():
+        hint = (
+            "; it is a single run: continue it with ast_jax.resume" if (output / run_folder.RUN_FILE).exists() else ""
+        )
+        raise ValueError(f"{output}: expected the folder of a cross-validation, found no {PLAN_FILE} in it{hint}")
     with damage_as_value_error(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         DatasetConfig(**content["data"]), Plan.from_json_dict(content["plan"])  # or it is damaged

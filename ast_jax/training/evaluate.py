@@ -24,6 +24,7 @@ from ast_jax.runtime.files import write_text
 from ast_jax.runtime.progress import track
 from ast_jax.training import input_pipeline, plots
 from ast_jax.training import step as train
+from ast_jax.training.extras import require_train_extra
 from ast_jax.training.metrics import Report, report, report_lines, scores
 from ast_jax.training.parallel import DataParallel
 from ast_jax.training.run_folder import RUN_FILE, Run, checkpoints_of, json_text, read_run
@@ -185,6 +186,7 @@ def evaluate(
             examples.
         ValueError: no models, a model that cannot be loaded or has no classifier, or models of several problem types.
     """
+    require_train_extra("evaluation")
     models = [models] if isinstance(models, Checkpoint | Run | str | os.PathLike) else list(models)
     if not models:
         raise ValueError("models: expected one or more, got none")

@@ -20,6 +20,7 @@ from ast_jax.runtime.files import exclusive_lock, remove_scratch
 from ast_jax.training import distill, run_folder
 from ast_jax.training import step as train
 from ast_jax.training.config import ExecutionConfig, TrainConfig
+from ast_jax.training.extras import require_train_extra
 from ast_jax.training.parallel import METHODS, broadcast_json, sync_errors
 from ast_jax.training.recipes import Recipe, find_recipe, load_init
 from ast_jax.training.run_folder import Run, RunConfig
@@ -27,6 +28,7 @@ from ast_jax.training.states import Record, newest_state, read_record
 from ast_jax.training.trainer import Log, MetricsCallback, Trainer, is_over
 
 logger = logging.getLogger(__name__)
+CROSS_VALIDATION_FILE = "cross_validation.json"
 HEADERS = 2000  # files whose headers are read before training
 StrPath = str | os.PathLike[str]
 
@@ -89,8 +91,16 @@ def make_plan(
     """Resolve what was left open: by the recipe, else by the defaults.
 
     Raises:
-        ValueError: both an initial checkpoint and an architecture.
+        ValueError: an argument of another type, or both an initial checkpoint and an architecture.
     """
+    checks = (("training", training, TrainConfig), ("architecture", architecture, ASTConfig))
+    for name, value, kind in checks:
+        if not isinstance(value, kind | None):
+            raise ValueError(f"{name}: expected {kind.__name__}(...) or None, got {value!r}")
+    if problem_type is not None and problem_type not in [*ProblemType]:
+        raise ValueError(f"problem_type: expected one of {', '.join(ProblemType)}, or None, got {problem_type!r}")
+    if statistics is not None and not _is_pair(statistics):
+        raise ValueError(f"statistics: expected the pair (mean, standard deviation), got {statistics!r}")
     if init is not None and architecture is not None:
         raise ValueError("init and architecture: expected one of them, got both; a checkpoint has its own architecture")
     if recipe is not None:
@@ -109,6 +119,26 @@ def make_plan(
         keep_epochs=keep_epochs,
         recipe=recipe.name if recipe else None,
     )
+
+
+def _is_pair(values: Any) -> bool:
+    """Whether this is a pair of numbers."""
+    numbers = isinstance(values, tuple | list) and len(values) == 2
+    return numbers and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def check_call(execution: Any, metrics: Any, log: Any) -> None:
+    """Check what `finetune`, `resume` and `cross_validate` have in common, before the work begins.
+
+    Raises:
+        ValueError: an argument of another type, or the extra `train` is not installed.
+    """
+    require_train_extra("training")
+    if not isinstance(execution, ExecutionConfig):
+        raise ValueError(f"execution: expected ExecutionConfig(...), got {execution!r}")
+    for name, function in (("metrics", metrics), ("log", log)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}: expected a function of one argument, got {function!r}")
 
 
 def finetune(
@@ -148,7 +178,7 @@ def finetune(
             mixed into the labels.
         keep_epochs: keep every epoch's checkpoint, in `output/epochs`.
         metrics: called with each epoch's row of `Run.metrics` when the epoch is saved, for an experiment tracker of
-            your own; in the first of several processes only.
+            your own; in the first of several processes only. An exception in it ends the run; the epoch is saved.
         log: called with a line of progress at a time; by default the logger `ast_jax.training.finetune`.
 
     Returns:
@@ -162,6 +192,7 @@ def finetune(
         FloatingPointError: the loss is not finite; the message names the step and its files.
         Terminated: SIGTERM was received; the state is saved.
     """
+    check_call(execution, metrics, log)
     chosen = find_recipe(recipe) if recipe is not None else None
     start = load_init(init, chosen)
     plan = make_plan(
@@ -340,9 +371,11 @@ def resume(
 
     Raises:
         DataError: the data set is no longer the one that the run was started with.
+        OSError, FloatingPointError, Terminated: as in `finetune`.
         ValueError: `output` holds no run, or a damaged one, or is used by another process; `data` names a source that
             the run was not started with; or its schedule cannot have so many epochs.
     """
+    check_call(execution, metrics, log)
     output, is_first = pathlib.Path(output), not jax.process_index()
     log = log if is_first else lambda _: None
     sync_errors(lambda: _check_resumable(output), first_only=True)
@@ -358,7 +391,7 @@ def resume(
             remove_scratch(output, run_folder.OURS)
             if (output / run_folder.EPOCHS).is_dir():
                 remove_scratch(output / run_folder.EPOCHS, run_folder.OURS)
-        finished = "; the run is finished: --epochs trains it for longer" if is_over(record, training) else ""
+        finished = "; the run is finished; more epochs continue it" if is_over(record, training) else ""
         log(f"resuming after epoch {len(record.history)} of {training.epochs}, step {record.step}{finished}")
         Trainer(
             config, dataset, params, output, execution, saved=(record, state), metrics=metrics, log=log
@@ -375,6 +408,8 @@ def with_epochs(training: TrainConfig, record: Record, epochs: int | None) -> Tr
     """
     if epochs is None or epochs == training.epochs:
         return training
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise ValueError(f"epochs: expected an integer, got {epochs!r}")
     done = len(record.history)
     if training.schedule == "cosine":
         ended = done >= training.epochs
@@ -393,8 +428,20 @@ def with_epochs(training: TrainConfig, record: Record, epochs: int | None) -> Tr
     return training.replace(epochs=epochs)
 
 
+def data_of(output: pathlib.Path) -> DatasetConfig:
+    """Return the data of a run, read by the first of several processes.
+
+    Raises:
+        ValueError: the folder holds no run, or its `run.json` is damaged.
+    """
+    data = sync_errors(lambda: run_folder.read_run(output).data, first_only=True)
+    return DatasetConfig(**broadcast_json(dataclasses.asdict(data) if data else None))
+
+
 def _check_resumable(output: pathlib.Path) -> None:
     """Raise ValueError where a folder holds no run that can be resumed."""
+    if (output / CROSS_VALIDATION_FILE).exists():
+        raise ValueError(f"{output}: holds a cross-validation; continue it with ast_jax.resume_cross_validation")
     run_folder.read_run(output)
     state = newest_state(output)
     if state is None:

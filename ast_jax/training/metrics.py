@@ -93,7 +93,7 @@ def evaluate_logits(logits: np.ndarray, labels: np.ndarray, config: ASTConfig) -
         return {"negative_mse": -float(np.square(logits - labels).mean())}
     positive = _positive(labels, config)
     ranking = _ranking(logits, config)
-    return _overall(logits, positive, config, average_precisions(ranking, positive), aucs(ranking, positive))
+    return _overall(logits, positive, average_precisions(ranking, positive), aucs(ranking, positive))
 
 
 def report(logits: np.ndarray, labels: np.ndarray, config: ASTConfig, threshold: float = 0.5) -> Report:
@@ -135,9 +135,7 @@ def report(logits: np.ndarray, labels: np.ndarray, config: ASTConfig, threshold:
     return {
         **begin,
         "threshold": None if single else float(threshold),
-        "metrics": {
-            name: _json(value) for name, value in _overall(logits, positive, config, precisions, areas).items()
-        },
+        "metrics": {name: _json(value) for name, value in _overall(logits, positive, precisions, areas).items()},
         "ranked_classes": int(np.isfinite(precisions).sum()),
         "micro": _averaged(positive, predicted, range(config.num_labels), average="micro", zero_division=np.nan),
         "macro": _averaged(
@@ -210,9 +208,7 @@ def _name(text: str) -> str:
     return set_cell_size(" ".join(text.split()), 32)
 
 
-def _overall(
-    logits: np.ndarray, positive: np.ndarray, config: ASTConfig, precisions: np.ndarray, areas: np.ndarray
-) -> dict[str, float]:
+def _overall(logits: np.ndarray, positive: np.ndarray, precisions: np.ndarray, areas: np.ndarray) -> dict[str, float]:
     """Return the metrics of a classification; the first selects the best epoch."""
     usable = np.isfinite(precisions)
     mean_area = float(areas[usable].mean()) if usable.any() else math.nan

@@ -194,15 +194,17 @@ def sync_errors(work: Callable[[], Result], *, first_only: bool = False) -> Resu
         What `work` returned; None where it was not called.
 
     Raises:
-        ValueError: what `work` raised on this process (OSError likewise), or the message of another process's error.
+        ValueError: the message of another process's error.
+        Exception: what `work` raised on this process.
     """
-    result, failure = None, None
+    result: Result | None = None
+    failure: Exception | None = None
     if not (first_only and jax.process_index()):
         try:
             result = work()
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the others must not wait
             failure = error
-    messages = allgather_json(None if failure is None else str(failure))
+    messages = allgather_json(None if failure is None else str(failure) or type(failure).__name__)
     if failure is not None:
         raise failure
     for number, message in enumerate(messages):

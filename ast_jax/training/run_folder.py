@@ -57,6 +57,14 @@ class Run:
 
     folder: pathlib.Path
 
+    def __post_init__(self) -> None:
+        """Accept a string for the folder."""
+        object.__setattr__(self, "folder", pathlib.Path(self.folder))
+
+    def __fspath__(self) -> str:
+        """Stand for the folder wherever a path is taken."""
+        return str(self.folder)
+
     @property
     def best(self) -> pathlib.Path:
         """The checkpoint folder of the best epoch, for `load`."""
@@ -97,7 +105,7 @@ class Run:
     def _read(self, name: str) -> Any:
         path = self.folder / name
         if not path.exists():
-            raise ValueError(f"{path}: not there yet; the run has to go on (ast_jax.resume)")
+            raise ValueError(f"{path}: not written yet; continue the run (ast_jax.resume)")
         with damage_as_value_error(path):
             return json.loads(path.read_text(encoding="utf-8"))
 
@@ -243,7 +251,7 @@ def best_is_there(run: RunConfig, folder: pathlib.Path, record: Record) -> bool:
 
 def run_metadata(run: RunConfig, epoch: Any) -> dict[str, Any]:
     """Return the metadata of a checkpoint of a run."""
-    return {**run.metadata, "training": dataclasses.asdict(run.training), "epoch": _finite(epoch)}
+    return {**run.metadata, "training": dataclasses.asdict(run.training), "epoch": finite(epoch)}
 
 
 def checkpoints_of(model: str, epochs: str | None = None) -> list[str]:
@@ -293,15 +301,15 @@ def _number(value: Any) -> str:
 
 def json_text(content: Any) -> str:
     """Return JSON text with null for NaN and infinity."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return a tree with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 import pathlib
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ast_jax.checkpoints.folder import restore_numpy
+from ast_jax.checkpoints.folder import quiet_orbax, restore_numpy
 
 STATES = "states"
 TRAIN_LOSS = "train_loss"
@@ -162,7 +161,7 @@ class States:
                 )
                 score = record.score(record.history[-1]) if finished else -math.inf
                 rank = {"score": score, "epoch": len(record.history)} if math.isfinite(score) else None
-                with _without_absl_warnings():
+                with quiet_orbax():
                     self._manager.save(number, args=items, metrics=rank, force=True)
             if wait:
                 self._manager.wait_until_finished()
@@ -202,18 +201,6 @@ def restore_arrays(state: pathlib.Path, like: Any) -> Any:
     if [leaf.shape for leaf in restored] != [np.shape(leaf) for leaf in expected]:
         raise ValueError(f"{state}: expected what run.json describes, got arrays of other shapes; undo the change")
     return jax.tree.unflatten(jax.tree.structure(like), restored)
-
-
-@contextlib.contextmanager
-def _without_absl_warnings() -> Iterator[None]:
-    """Silence Orbax's warning that a state within an epoch has no metrics."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

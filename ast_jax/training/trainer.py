@@ -29,7 +29,7 @@ from ast_jax.training import step as train
 from ast_jax.training.config import ExecutionConfig, TrainConfig
 from ast_jax.training.evaluate import Evaluator, Predictions
 from ast_jax.training.monitor import DIVERGED, LossMonitor, SkippedExamples, StopRequest
-from ast_jax.training.parallel import METHODS, DataParallel, broadcast_arrays, broadcast_json
+from ast_jax.training.parallel import METHODS, DataParallel, broadcast_arrays, broadcast_json, sync_errors
 from ast_jax.training.run_folder import RunConfig
 from ast_jax.training.states import (
     TRAIN_LOSS,
@@ -98,7 +98,8 @@ class Trainer:
             DataError: the training split is smaller than a batch, or has another size than when the run was started.
             ValueError: the batch does not divide over the devices.
         """
-        self.config, self.folder, self.execution, self.metrics = config, folder, execution, metrics
+        self.config, self.folder, self.execution = config, folder, execution
+        self.metrics = metrics or (lambda row: None)
         self._log = log
         self.is_first = not jax.process_index()
         training = config.training
@@ -256,8 +257,7 @@ class Trainer:
         with writing(self.folder):
             self.board.add(row)
         self.log(run_folder.row_line(row))
-        if self.metrics is not None and self.is_first:
-            self.metrics(dict(row))
+        sync_errors(lambda: self.metrics(run_folder.finite(row)), first_only=True)
 
     def _publish(self, params: Any) -> None:
         """Publish the last state in the run folder."""

@@ -127,6 +127,7 @@ def test_wrong_usage_is_2(arguments):
         ),
         (["x", "--recipe", "esc50", "--mixup", "1.5"], "--mixup: 1.5 is out of range; expected a number in [0, 1]"),
         (["x", "--mean", "1"], "--mean and --std: expected both or none, got one"),
+        (["x", "--num-processes", "0"], "--num-processes: expected 1 or more, got 0"),
         (["x", "--num-processes", "2"], "--num-processes and --process-id: expected with --coordinator only"),
         (["x", "--architecture", "huge"], "--architecture: expected tiny, small, base or a config.json, got 'huge'"),
         (["x", "--init", "y", "--architecture", "tiny"], "--init: has its own architecture; leave out"),
@@ -157,6 +158,9 @@ def test_resume_rejects_training_settings(tmp_path):
         done = in_process("resume", tmp_path, option, "1")
         assert done.returncode == 2
         assert f"No such option: {option}" in done.stderr
+    done = in_process("resume", tmp_path, "--test-data", "x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ast-jax: --test-data: expected the new path of a source of this run")
     done = in_process("resume", tmp_path / "nothing")
     assert done.returncode == 1
     assert done.stderr == f"ast-jax: {tmp_path / 'nothing'}: expected a run folder to resume, found no run.json in it\n"
@@ -239,7 +243,8 @@ def asked(monkeypatch):
 
     def start_run(data, output, init, plan, execution, metrics, log):
         seen.update(data=data, output=output, init=init, plan=plan, execution=execution)
-        ast_jax.save(output / "best", ast_jax.load("sounds-tiny").replace(metadata_json='{"epoch": {"epoch": 1}}'))
+        output.mkdir()
+        (output / "results.json").write_text('{"best": {"epoch": 1}}')
         return run_folder.Run(output)
 
     monkeypatch.setattr(finetune, "start_run", start_run)

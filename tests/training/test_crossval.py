@@ -133,6 +133,20 @@ def test_more_epochs_for_every_fold(folded, tmp_path, capsys):
     assert capsys.readouterr().err == "ast-jax: epochs: expected 3 or more, which are trained already, got 2\n"
 
 
+def test_more_epochs_hold_for_every_fold_after_a_stop(folded, tmp_path):
+    """The number is kept: it need not be given again."""
+    crossval.cross_validate(folded, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
+
+    def stop_in_fold_2(line):
+        if line == "fold 2 (2 of 3)":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crossval.resume_cross_validation(tmp_path / "run", epochs=3, log=stop_in_fold_2)
+    whole = crossval.resume_cross_validation(tmp_path / "run", log=lambda _: None)
+    assert {fold: len(run.metrics) for fold, run in whole.folds.items()} == {"1": 3, "2": 3, "3": 3}
+
+
 def test_a_start_that_fails_in_its_first_fold_leaves_the_folder_free(folded, tmp_path):
     big = TrainConfig(batch_size=800)
     with pytest.raises(DataError, match="less than one batch of 800"):

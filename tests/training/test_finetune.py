@@ -26,7 +26,7 @@ from ast_jax.data.datasets import DatasetConfig
 from ast_jax.runtime import tables
 from ast_jax.runtime.files import exclusive_lock
 from ast_jax.runtime.signals import Terminated, defer_signals
-from ast_jax.training import evaluate, finetune, input_pipeline, metrics, plots, run_folder, states, trainer
+from ast_jax.training import evaluate, extras, finetune, input_pipeline, metrics, plots, run_folder, states, trainer
 from ast_jax.training.config import ExecutionConfig, TrainConfig
 from ast_jax.training.parallel import DataParallel
 
@@ -222,7 +222,7 @@ def test_metrics_go_to_the_callback_and_the_run(run):
     assert done.results["last"] == done.metrics[-1]
     assert done.best == folder / "best"
     assert done.config.training == SETTINGS
-    with pytest.raises(ValueError, match="not there yet; the run has to go on"):
+    with pytest.raises(ValueError, match="not written yet; continue the run"):
         ast_jax.Run(folder / "states").metrics  # noqa: B018 (it raises)
 
 
@@ -909,3 +909,55 @@ def test_an_imagenet_start_takes_its_statistics_and_its_head_from_the_data(sound
         finetune.finetune(sounds, tmp_path / "again", training=settings, init=best, log=lambda _: None).best
     )
     assert again.frontend == best.frontend  # and so are those of a model that was trained on audio
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"training": {"epochs": 2}}, r"training: expected TrainConfig\(\.\.\.\) or None, got \{'epochs': 2\}"),
+        ({"architecture": "tiny"}, r"architecture: expected ASTConfig\(\.\.\.\) or None, got 'tiny'"),
+        ({"execution": 3}, r"execution: expected ExecutionConfig\(\.\.\.\), got 3"),
+        ({"problem_type": "x"}, "problem_type: expected one of single_label_classification, .*, or None, got 'x'"),
+        ({"statistics": (1,)}, r"statistics: expected the pair \(mean, standard deviation\), got \(1,\)"),
+        ({"metrics": 3}, "metrics: expected a function of one argument, got 3"),
+        ({"init": "sounds-tiny", "architecture": TINY}, "init and architecture: expected one of them, got both"),
+        ({"recipe": "imagenet"}, "recipe: expected audioset-full, .*, got 'imagenet'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_refused_before_the_work(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ast_jax.finetune(tmp_path / "no data", tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stands_for_its_folder(run, tmp_path):
+    done = ast_jax.Run(str(run[0]))
+    assert done.best == run[0] / "best"
+    assert os.fspath(done) == str(run[0])
+    with pytest.raises(ValueError, match=r"expected an integer, got '7'"):
+        finetune.with_epochs(SETTINGS, states.Record(), "7")
+    (tmp_path / "cross_validation.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a cross-validation; continue it with ast_jax\.resume_cross_valid"):
+        ast_jax.resume(tmp_path)
+    with pytest.raises(ValueError, match=r"it is a single run: continue it with ast_jax\.resume"):
+        ast_jax.resume_cross_validation(done)
+
+
+def test_an_error_in_the_metrics_callback_ends_the_run_after_the_save(sounds, tmp_path, no_compiling):
+    def fail(row):
+        raise KeyError("tracker")
+
+    with pytest.raises(KeyError, match="tracker"):
+        finetune.finetune(
+            sounds, tmp_path / "run", training=TrainConfig(epochs=2), architecture=TINY, metrics=fail,
+            log=lambda _: None,
+        )  # fmt: skip
+    finetune.resume(tmp_path / "run", log=lambda _: None)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["1", "2"]
+
+
+def test_training_without_its_extra_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(extras.PACKAGES, "no_such_module", "no-such-package")
+    with pytest.raises(ValueError, match=r"^training needs no-such-package; install with: pip install 'ast-jax\[tra"):
+        ast_jax.finetune(tmp_path, tmp_path / "run")
