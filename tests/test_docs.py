@@ -17,12 +17,16 @@ from ast_jax.training.recipes import RECIPES
 SHORTER = {"finetune": ["--epochs", "1", "--linear-probe", "--workers", "0"]}  # extra arguments of a command
 
 
+def is_training(block):
+    return "ast_jax.finetune(" in block
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """Run the fine-tuning page from top to bottom, Python and the first five commands; return the output of each."""
+    """Run the fine-tuning page from top to bottom but for the training in Python; return the output of each command."""
     folder = tmp_path_factory.mktemp("docs")
     first, *others = blocks("finetuning.md", "python")
-    printed, namespace = {}, {}
+    printed, namespace = {}, {"ast_jax": ast_jax}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         exec(compile(first, "finetuning.md", "exec"), namespace)
@@ -31,8 +35,24 @@ def outputs(tmp_path_factory):
             assert result.exit_code == 0, (arguments, result.output)
             printed[arguments[0]] = result.stdout
         for block in others:
-            exec(compile(block, "finetuning.md", "exec"), namespace)
+            if not is_training(block):
+                exec(compile(block, "finetuning.md", "exec"), namespace)
     return printed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_page_trains_from_python(tmp_path, monkeypatch, capsys):
+    """The fifteen lines as they stand, after the example data."""
+    data, *others = blocks("finetuning.md", "python")
+    (training,) = filter(is_training, others)
+    assert len([line for line in training.splitlines() if line]) <= 15
+    monkeypatch.chdir(tmp_path)
+    for block in (data, training):
+        exec(compile(block, "finetuning.md", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    assert [row["epoch"] for row in ast_jax.Run("python-run").metrics] == [1, 2, 3]
+    assert "100 sounds of the split test" in printed
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -116,6 +116,7 @@ def test_paths_are_kept_from_wherever_it_was_started(folded, tmp_path, monkeypat
         crossval.resume_cross_validation(tmp_path / "run", DatasetConfig(source, validation=tmp_path))
 
 
+@pytest.mark.slow
 def test_more_epochs_for_every_fold(folded, tmp_path, capsys):
     """By the command line: the folds that are finished, and those that have not begun."""
     crossval.cross_validate(folded, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
@@ -133,6 +134,7 @@ def test_more_epochs_for_every_fold(folded, tmp_path, capsys):
     assert capsys.readouterr().err == "ast-jax: epochs: expected 3 or more, which are trained already, got 2\n"
 
 
+@pytest.mark.slow
 def test_more_epochs_hold_for_every_fold_after_a_stop(folded, tmp_path):
     """The number is kept: it need not be given again."""
     crossval.cross_validate(folded, tmp_path / "run", training=SETTINGS, architecture=TINY, log=lambda _: None)
