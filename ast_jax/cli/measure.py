@@ -77,7 +77,7 @@ def average(
         typer.Option(help="Epochs to average, FIRST-LAST, for example 6-25; needs runs trained with --keep-epochs."),
     ] = None,
 ) -> None:
-    """Average the weights of checkpoints, runs or epochs, as the paper does."""
+    """Average the weights of checkpoints or epochs, as in the paper."""
     with user_errors():
         from ast_jax.checkpoints.folder import check_destination, save
         from ast_jax.checkpoints.load import load
@@ -151,7 +151,7 @@ def stats(
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the sample.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compute mean and standard deviation of the log-mel features of a data set.
+    """Compute mean and standard deviation of the log-mel features.
 
     finetune takes them as --mean and --std; without these options it computes them itself.
     """
