@@ -1,15 +1,37 @@
-"""Strict settings for every test: eight virtual CPU devices, warnings are errors, and a cache of compiled programs.
+"""Strict settings for every test: eight virtual CPU devices, no implicit rank promotion, and cheap compilation.
 
-The cache lives as long as the test run. Its processes, those that tests start among them, share it: most of the time
-here goes into compiling, and many tests run the same small model.
+Most of the tests' CPU time is compilation. All processes of a run, those that tests start among them, share a cache of
+compiled programs, which lives as long as the run. XLA compiles with fewer optimisations and without fusion emitters,
+which take most of that time; with `XLA_FLAGS=--xla_cpu_use_fusion_emitters=true` it compiles as it does for users, and
+so .ci/run repeats the comparisons with PyTorch.
 """
 
+import gc
+import mmap
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import jaxlib
+
+
+def xla_knows(flag):
+    """Return whether this jaxlib has an XLA flag: XLA aborts the process at an unknown one."""
+    for library in pathlib.Path(jaxlib.__file__).parent.glob("libjax_common.*"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(flag.encode()) >= 0
+    return False
+
+
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:  # pytest-xdist's workers inherit it
+    flags += " --xla_force_host_platform_device_count=8"
+if FUSION_EMITTERS not in flags and xla_knows(FUSION_EMITTERS):
+    flags += f" --{FUSION_EMITTERS}=false --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.modules["torchaudio"] = None  # transformers' NumPy features are compared with, whatever is installed
@@ -22,6 +44,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402 (after its settings)
 import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the hundreds of thousands of objects of the imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():

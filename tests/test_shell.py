@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from command_line import ONE_DEVICE
 from pages import DOCS, NOT_RUN, PAGES, RUN_WHOLE, SOUNDS, blocks, commands
 
 import ast_jax
@@ -158,7 +159,7 @@ def esc50():
 
 
 def environment(programs):
-    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "XLA_FLAGS": ""}
+    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "XLA_FLAGS": ONE_DEVICE}
 
 
 def script_of(page, number):
@@ -197,7 +198,7 @@ def test_the_page_is_served(command, workdir):
     shutil.copytree("MODEL", "RUN/best")
     address = f"http://127.0.0.1:{(re.findall(r'--port (.*)', command) or ['7860'])[0]}"
     arguments = [sys.executable, "-m", "ast_jax.cli.main", *command.split()]
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
             assert process.stdout.readline() == f"{address}  (Ctrl-C ends it)\n"

@@ -170,6 +170,7 @@ def _on_device(waveform: Array, config: FrontendConfig, xp: ModuleType, noise: A
     if config.preemphasis_coefficient:
         previous = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
         frames = frames - config.preemphasis_coefficient * previous
+    taper = taper.reshape((1,) * (frames.ndim - 1) + taper.shape)
     spectrum = xp.fft.rfft(frames * taper, n=_fft_size(config.window_samples))  # [..., T, 1 + fft_size / 2]
     power = spectrum.real**2 + spectrum.imag**2
     # At full precision: GPUs and TPUs would round the operands, which the logarithm of a small power exposes.

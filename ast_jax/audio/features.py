@@ -141,7 +141,7 @@ def padded_log_mel(
     import jax.numpy as jnp
 
     spec = kaldi.log_mel(waveforms, config, jnp, noise)  # [B, T, F]
-    valid = jnp.arange(spec.shape[-2]) < kaldi.num_frames(num_samples, config)[:, None]  # [B, T]
+    valid = jnp.arange(spec.shape[-2])[None] < kaldi.num_frames(num_samples, config)[:, None]  # [B, T]
     return jnp.where(valid[..., None], spec, config.padding_value)
 
 

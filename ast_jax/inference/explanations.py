@@ -230,7 +230,7 @@ def _occluded_batch(
 
     def one_box(box: jax.Array) -> jax.Array:
         low, high, begin, end = box
-        hidden = ((frames >= begin) & (frames < end))[:, None] & ((bins >= low) & (bins < high))  # [T, F]
+        hidden = ((frames >= begin) & (frames < end))[:, None] & ((bins >= low) & (bins < high))[None]  # [T, F]
         return model.apply(params, jnp.where(hidden, fill, spec), config, attention_implementation=implementation)
 
     return jax.lax.map(one_box, boxes, batch_size=None if jax.default_backend() == "cpu" else len(boxes))

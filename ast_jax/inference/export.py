@@ -69,7 +69,7 @@ def wave_to_logits(
             )
         batch = jnp.atleast_2d(waveform)
         counts = jnp.broadcast_to(jnp.asarray(size if num_samples is None else num_samples), batch.shape[:1])
-        batch = jnp.where(jnp.arange(size) < counts[:, None], batch, 0)  # a frame may reach beyond them
+        batch = jnp.where(jnp.arange(size)[None] < counts[:, None], batch, 0)  # a frame may reach beyond them
         batch = jnp.pad(batch, ((0, 0), (0, settings.max_samples - size)))
         spec = normalize(padded_log_mel(batch, counts, settings), settings)
         out = model.apply(params, spec, config, dtype=dtype, attention_implementation=attention_implementation)

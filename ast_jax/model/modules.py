@@ -101,7 +101,7 @@ class Embeddings(nn.Module):
             lambda _, shape: jnp.asarray(sincos_positions(config.grid, width), jnp.zeros(0).dtype).reshape(shape),
             (config.num_tokens, width),
         )
-        tokens = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(self.dtype)  # [B, N, D]
+        tokens = jnp.concatenate([*prefix, tokens], axis=1) + positions.astype(self.dtype)[None]  # [B, N, D]
         tokens = tokens if patch_indices is None else select_patches(tokens, patch_indices)
         return nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(tokens)
 
@@ -215,7 +215,7 @@ class ASTModel(nn.Module):
         if lengths is not None:
             valid = valid_tokens(lengths, self.config)
             valid = valid if patch_indices is None else select_patches(valid, patch_indices)
-            inside = jnp.arange(spec.shape[1]) < lengths[:, None]  # [B, T]
+            inside = jnp.arange(spec.shape[1])[None] < lengths[:, None]  # [B, T]
             spec = jnp.where(inside[..., None], spec, 0)  # so that NaN in the padding does not reach the gradient
         embedded = self.embeddings(spec, patch_indices, not train)  # [B, N, D]
         x, (states, attentions) = self.layers(embedded, valid, not train, output_hidden_states, output_attentions)
@@ -269,7 +269,7 @@ def valid_tokens(lengths: jax.Array, config: ASTConfig) -> jax.Array:
     """Return the token mask [B, N]: True for prefix tokens and for patches wholly within the valid frames [B]."""
     rows, columns = config.grid
     ends = np.arange(columns) * config.time_stride + config.patch_shape[1]  # [T']
-    patches = jnp.tile(ends <= jnp.asarray(lengths)[:, None], (1, rows))  # [B, F' T'], frequency-major
+    patches = jnp.tile(ends[None] <= jnp.asarray(lengths)[:, None], (1, rows))  # [B, F' T'], frequency-major
     return jnp.concatenate([jnp.ones((patches.shape[0], 2), bool), patches], axis=1)
 
 

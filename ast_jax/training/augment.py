@@ -20,7 +20,7 @@ def mask_band(key: jax.Array, spec: jax.Array, max_width: jax.Array | float, axi
     start = jnp.floor(jax.random.uniform(start_key) * (size - width))
     position = jnp.arange(size)
     inside = (position >= start) & (position < start + jnp.floor(width))
-    return jnp.where(inside[:, None] if axis == 0 else inside, 0.0, spec)
+    return jnp.where(inside[:, None] if axis == 0 else inside[None], 0.0, spec)
 
 
 def mask_spec(
@@ -91,5 +91,5 @@ def patchout_indices(key: jax.Array, grid: tuple[int, int], frequency: int, time
     row_key, column_key, patch_key = jax.random.split(key, 3)
     rows = jax.random.permutation(row_key, grid[0])[frequency:]
     columns = jax.random.permutation(column_key, grid[1])[time:]
-    patches = (rows[:, None] * grid[1] + columns).ravel()
+    patches = (rows[:, None] * grid[1] + columns[None]).ravel()
     return jnp.sort(jax.random.permutation(patch_key, patches)[:count])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import ONE_DEVICE
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ast_jax
@@ -80,7 +81,7 @@ def test_loads_from_a_moved_folder(folder, checkpoint, tmp_path):
 def run_python(code, *arguments, **environment):
     """Run code in a fresh process with this package importable."""
     root = pathlib.Path(ast_jax.__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", **environment}
+    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ONE_DEVICE, **environment}
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=env)
 
 

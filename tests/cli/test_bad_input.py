@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from command_line import SOUNDS, ast_cli
+from command_line import ONE_DEVICE, SOUNDS, ast_cli
 
 import ast_jax
 
@@ -160,7 +160,7 @@ def test_a_thousand_files_ten_of_them_unusable(tmp_path):
 def limited(*arguments, stdout=subprocess.PIPE, wrapper=()):
     """Run the command line under limits."""
     command = [*wrapper, sys.executable, "-m", "ast_jax.cli.main", *map(str, arguments)]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    env = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_ENABLE_COMPILATION_CACHE": "0"}
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=300)
 
 
@@ -227,7 +227,7 @@ def test_ctrl_c_at_any_time(tmp_path):
     command = [sys.executable, "-m", "ast_jax.cli.main", "--no-program-cache", "classify", sound, "--hop", "0.02"]
     for delay in np.arange(0, 2.4, 0.2):
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": ""}
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": ONE_DEVICE}
         ) as process:
             while "jaxlib" not in pathlib.Path(f"/proc/{process.pid}/maps").read_text():
                 time.sleep(0.01)

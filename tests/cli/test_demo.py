@@ -11,6 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 import soundfile
+from command_line import ONE_DEVICE
 
 import ast_jax
 
@@ -38,7 +39,7 @@ def address():
         "--max-minutes",
         "0.5",
     ]
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         line = process.stdout.readline()
         try:

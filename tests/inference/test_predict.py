@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from command_line import ONE_DEVICE
 
 import ast_jax
 from ast_jax.checkpoints.locate import shipped_models
@@ -326,5 +327,5 @@ def test_an_unfinished_iterator_at_exit():
         "print(next(each).best(1)[0][0])\n"
     )
     command = [sys.executable, "-c", code, SOUNDS / "siren.flac"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ONE_DEVICE})
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["Alarm"], "")

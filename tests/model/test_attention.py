@@ -54,7 +54,7 @@ def test_every_implementation_equals_the_reference(implementation, tokens, maske
 def test_gradients_are_those_of_dense_attention(implementation, masked):
     with jax.enable_x64(True):
         given = tuple(map(jnp.asarray, qkv((2, 11, 3, 8))))
-        mask = jnp.arange(11) < jnp.array([[11], [6]]) if masked else None
+        mask = jnp.arange(11)[None] < jnp.array([[11], [6]]) if masked else None
 
         def total(implementation, given):
             return jnp.sin(dot_product_attention(*given, mask, implementation=implementation)[0]).sum()

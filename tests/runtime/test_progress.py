@@ -19,6 +19,7 @@ import pyte
 import pytest
 import rich.progress
 import soundfile
+from command_line import ONE_DEVICE
 from pages import SOUNDS
 
 import ast_jax
@@ -45,7 +46,7 @@ class Terminal:
         self.stream = pyte.ByteStream(self.screen)
         self.seen, self.lock = b"", threading.Lock()
         self.master, self.slave = pty.openpty()
-        env = {**os.environ, "TERM": "xterm", "COLUMNS": "300", "LINES": "30", "XLA_FLAGS": ""}
+        env = {**os.environ, "TERM": "xterm", "COLUMNS": "300", "LINES": "30", "XLA_FLAGS": ONE_DEVICE}
         streams = {"stdin": subprocess.PIPE, "stdout": self.slave, "stderr": self.slave, **streams}
         self.process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=env, **streams)
         os.close(self.slave)
@@ -257,7 +258,9 @@ def test_results_on_a_terminal_are_whole(files):
 def test_bars_are_not_among_the_results(files, tmp_path):
     """Neither on stdout, where that is no terminal, nor on stderr where that is none."""
     plain = subprocess.run(
-        [sys.executable, "-c", CLI, "classify", *files], capture_output=True, env={**os.environ, "XLA_FLAGS": ""}
+        [sys.executable, "-c", CLI, "classify", *files],
+        capture_output=True,
+        env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
     )
     terminal = Terminal(CLI, "classify", *files, stdout=subprocess.PIPE)
     assert terminal.process.stdout.read() == plain.stdout
@@ -298,7 +301,7 @@ def test_without_a_stderr(stderr, monkeypatch):
 def test_with_a_stderr_that_is_closed():
     closed = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.stderr.close()\n{CLI}", "classify", SOUNDS / "speech.flac", "-k", "1"],
-        stdout=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
     )  # fmt: skip
     assert closed.returncode == 0
     assert b"Speech" in closed.stdout

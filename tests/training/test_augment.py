@@ -28,7 +28,7 @@ def test_masks_are_bands_of_at_most_the_asked_width():
 
 
 def test_shift_repeats_the_edge_bin_and_turns_time_round():
-    spec = jnp.arange(20.0)[:, None] * 100 + jnp.arange(16.0)  # a value says where it came from
+    spec = jnp.arange(20.0)[:, None] * 100 + jnp.arange(16.0)[None]  # a value says where it came from
     shifts = set()
     keys = jax.random.split(jax.random.key(2), 300)
     for out in np.asarray(jax.vmap(lambda key: augment.shift_spec(key, spec, 3, 2))(keys)):
@@ -44,7 +44,7 @@ def test_shift_repeats_the_edge_bin_and_turns_time_round():
 
 
 def test_noise_and_roll():
-    spec = jnp.arange(64.0)[:, None] * jnp.ones(32) * 100
+    spec = jnp.arange(64.0)[:, None] * jnp.ones((1, 32)) * 100
     keys = jax.random.split(jax.random.key(1), 20)
     for out in np.asarray(jax.vmap(augment.noise_and_roll, in_axes=(0, None))(keys, spec)):
         shift = round(float(out[0].mean()) / 100)

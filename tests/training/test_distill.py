@@ -31,7 +31,7 @@ def write_program(path, labels=LABELS, slope=1.0):
     """Export a program whose logit of label i is (i + 1) * slope * the sum of squares of the waveform."""
 
     def program(waveform, num_samples):
-        inside = jnp.arange(waveform.shape[1]) < num_samples[:, None]
+        inside = jnp.arange(waveform.shape[1])[None] < num_samples[:, None]
         energy = jnp.where(inside, jnp.square(waveform), 0.0).sum(1)
         return {label: (index + 1) * slope * energy for index, label in enumerate(labels)}
 

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
+from command_line import ONE_DEVICE
 
 import ast_jax
 from ast_jax.checkpoints.folder import restore_numpy
@@ -27,7 +28,7 @@ ARCHITECTURE = {
 }  # fmt: skip
 EPOCHS = 8
 # Fewer optimisations, for speed: what is compared was compiled in the same way.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def start_two(arguments, folder, cwd=(None, None)):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**ENVIRONMENT, "XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=2"}
     meeting = ["--coordinator", address, "--num-processes", "2", "--process-id"]
     pair = []
     for number in (0, 1):

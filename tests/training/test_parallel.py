@@ -184,7 +184,7 @@ def spawn(count, method, folder):
     environment = {
         **os.environ,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={4 // count}"),
         "PYTHONPATH": os.path.dirname(__file__),
     }
     outputs = [str(folder / f"{method}{count}{number}.npz") for number in range(count)]
