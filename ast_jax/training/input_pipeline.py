@@ -269,7 +269,8 @@ def _through_grain(numbers: range, items: Any, batch_size: int, num_workers: int
                 yield {name: np.array(array) for name, array in batch.items()}
     finally:
         batch = batches = None
-        gc.collect()  # Grain's iterator is a reference cycle; at interpreter exit its workers could not be closed
+        if num_workers:
+            gc.collect()  # Grain's iterator is a reference cycle; at interpreter exit its workers could not be closed
 
 
 def _start_worker(*_: int) -> None:
