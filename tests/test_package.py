@@ -85,7 +85,7 @@ def test_readme_python_runs(monkeypatch, capsys):
 def test_ci_calls_the_readmes_test_command():
     readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     (command,) = re.findall(r"^.*pip install -e '\.\[test\]' && (\S*pytest)$", readme, re.MULTILINE)
-    assert f"\n{command}\n" in script
+    assert f'\nstage "tests" {command}\n' in script
 
 
 def test_architecture_names_every_module():

@@ -235,7 +235,7 @@ def test_export(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == [
         "  takes    waveform [b, 41200] float32 at 16000 Hz, num_samples [b] int32",
-        "  returns  logits [b, 8]",
+        "  returns  a dict of 8 labels, each with its logits [b]",
     ]
     assert ast_jax.load_program(tmp_path / "tiny.stablehlo").exported.platforms == ("cpu", "tpu")
     done = in_process("export", "sounds-tiny", tmp_path / "tiny.onnx")

@@ -182,5 +182,5 @@ def test_refusals(folded, tmp_path):
     (tmp_path / "bad" / crossval.PLAN_FILE).write_text("{}")
     with pytest.raises(ValueError, match="expected the file as finetune wrote it"):
         crossval.resume_cross_validation(tmp_path / "bad")
-    with pytest.raises(ValueError, match="expected a run folder to resume"):
+    with pytest.raises(ValueError, match="holds a cross-validation; continue it with"):
         finetune.resume(tmp_path / "bad")

@@ -155,7 +155,10 @@ WRONG_LOSSES = {
     "sigmoid twice": ("multi", lambda z, y, _: binary(jax.nn.sigmoid(z), y).mean()),
     "sum over classes": ("multi", lambda z, y, _: binary(z, y).sum(1).mean()),
     "sum over outputs": ("regression", lambda z, y, _: ((z - y) ** 2).sum(1).mean()),
-    "each output with every label": ("regression of one", lambda z, y, _: ((z - y) ** 2).mean()),  # [B, 1] - [B]
+    "each output with every label": (
+        "regression of one",
+        lambda z, y, _: ((z - y[None]) ** 2).mean(),
+    ),  # [B, 1] - [1, B]
 }
 
 

@@ -294,6 +294,7 @@ def test_training_learns():
 def test_train_step_lowers_for_accelerators(platform):
     """Features, augmentation, gradient and update with every setting, lowered for TPU and GPU without one."""
     training = dataclasses.replace(EVERYTHING, dtype="bfloat16")
+    drawn(DROPOUT)  # outside of the trace: its arrays are NumPy's
     state = jax.eval_shape(functools.partial(start, training, DROPOUT))
     lowered = (
         jax.jit(make_step(training, DROPOUT))
